@@ -1,0 +1,145 @@
+//! The envelope around every answer, and the service codes it may carry.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{Html, IntoResponse, Response};
+use serde::Serialize;
+use serde_json::Value;
+
+/// An answer other than success.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) status: StatusCode,
+    pub(super) code: u16,
+    pub(super) message: String,
+}
+
+#[derive(Serialize)]
+struct Envelope {
+    code: u16,
+    message: String,
+    request_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Value>,
+}
+
+/// Service code, HTTP status and message.
+///
+/// Codes and statuses are those of the vendor's page "General Information" (read 2026-11-22). Messages are
+/// those seen in real answers where one is known, else the page's explanation in short.
+const CODES: &[(u16, u16, &str)] = &[
+    (1000, 401, "Authentication failed"),
+    (1001, 401, "Authorization is empty"),
+    (1002, 401, "Authorization is invalid"),
+    (1003, 401, "Authorization is not yet valid"),
+    (1004, 401, "Authorization has expired"),
+    (1100, 429, "Account exception"),
+    (1101, 429, "Account in arrears"),
+    (1102, 429, "Account balance not enough"),
+    (1103, 403, "Unauthorized access to requested resource"),
+    (1200, 400, "Invalid request parameters"),
+    (1201, 400, "Invalid parameters"),
+    (1202, 404, "The requested method is invalid"),
+    (1203, 404, "The requested resource does not exist"),
+    (1300, 400, "Trigger strategy of the platform"),
+    (1301, 400, "Trigger the platform's content security policy"),
+    (1302, 429, "The API request is too fast"),
+    (1303, 429, "parallel task over resource pack limit"),
+    (1304, 429, "Trigger the platform's IP whitelisting policy"),
+    (5000, 500, "Server internal error"),
+    (5001, 503, "Server temporarily unavailable"),
+    (5002, 504, "Server internal timeout"),
+];
+
+const BROKEN_GATEWAY: &str = "<html>\n<head><title>502 Bad Gateway</title></head>\n\
+    <body><center><h1>502 Bad Gateway</h1></center></body>\n</html>\n";
+
+/// Wraps `data` in the envelope of success.
+pub(super) fn succeed(data: Value) -> Response {
+    Json(Envelope {
+        code: 0,
+        message: "SUCCEED".to_owned(),
+        request_id: request_id(),
+        data: Some(data),
+    })
+    .into_response()
+}
+
+/// Answers as a gateway does that cannot reach the API: a page, not an envelope.
+pub(super) fn broken_gateway() -> Response {
+    (StatusCode::BAD_GATEWAY, Html(BROKEN_GATEWAY)).into_response()
+}
+
+/// A version 4 UUID (RFC 9562, section 5.4), as in the vendor's examples.
+fn request_id() -> String {
+    const VERSION: u128 = 0xf << 76;
+    const VARIANT: u128 = 0b11 << 62;
+    let bits = fastrand::u128(..) & !VERSION & !VARIANT | 0x4 << 76 | 0b10 << 62;
+    let mut id = format!("{bits:032x}");
+    for hyphen in [20, 16, 12, 8] {
+        id.insert(hyphen, '-');
+    }
+    id
+}
+
+// === impl Refusal ===
+
+impl Refusal {
+    /// A refusal as documented; 400 for a code that is not in the table.
+    pub(super) fn documented(code: u16) -> Self {
+        let row = CODES.iter().find(|row| row.0 == code);
+        let &(_, status, message) = row.unwrap_or(&(code, 400, "Undocumented code"));
+        Self {
+            status: StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST),
+            code,
+            message: message.to_owned(),
+        }
+    }
+
+    /// The same with a message that says more.
+    pub(super) fn new(code: u16, message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            ..Self::documented(code)
+        }
+    }
+
+    /// A parameter with an illegal value: 400/1201.
+    pub(super) fn parameter(message: impl Into<String>) -> Self {
+        Self::new(1201, message)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let envelope = Envelope {
+            code: self.code,
+            message: self.message,
+            request_id: request_id(),
+            data: None,
+        };
+        (self.status, Json(envelope)).into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_sorted_and_each_has_its_own_status() {
+        assert!(CODES.is_sorted_by(|a, b| a.0 < b.0));
+        for &(code, status, _) in CODES {
+            assert_eq!(Refusal::documented(code).status.as_u16(), status, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_request_id_is_a_version_4_uuid() {
+        let id = request_id();
+        let lengths: Vec<_> = id.split('-').map(str::len).collect();
+        assert_eq!(lengths, [8, 4, 4, 4, 12], "{id}");
+        assert_eq!(&id[14..15], "4", "{id}");
+        assert!("89ab".contains(&id[19..20]), "{id}");
+    }
+}
