@@ -1,0 +1,222 @@
+//! The command line: what it takes, what it prints, and the code it ends with.
+
+#![expect(
+    clippy::doc_markdown,
+    reason = "clap shows these doc comments in a terminal, where Markdown is noise"
+)]
+
+mod explain;
+mod health;
+mod sandbox;
+mod serve;
+mod settings;
+mod token;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::credentials::{Found, Places};
+use crate::error::chain;
+use crate::settings::{Flags, Problem, Row, Settings};
+
+/// Local authenticating reverse proxy for the Kling AI API.
+///
+/// Point a tool at http://127.0.0.1:5546 instead of the API and drop its keys: the proxy adds a valid
+/// token to each request and turns whatever goes wrong into one kind of error.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the proxy (the default)
+    Serve(ServeArgs),
+    /// Run the embedded Kling API alone, for tests
+    Sandbox(SandboxArgs),
+    /// Print a fresh token, or what it says
+    Token {
+        /// Say what the token claims instead of printing it
+        #[arg(long)]
+        decode: bool,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Explain a service code, or list all
+    Explain {
+        /// The code, such as 1303
+        code: Option<u16>,
+        /// How to print
+        #[arg(long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Show the effective settings and where each comes from
+    Settings(SettingsArgs),
+    /// Ask a running proxy whether it is ready; exit 0 if so
+    Health(SettingsArgs),
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    /// Use the embedded Kling API as upstream: no account, no network
+    #[arg(long, conflicts_with = "upstream")]
+    sandbox: bool,
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+#[derive(Args)]
+struct SandboxArgs {
+    /// Where to listen
+    #[arg(long, default_value = "127.0.0.1:5548")]
+    address: SocketAddr,
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+/// Settings of the command line; they override variables and file.
+#[derive(Args)]
+struct SettingsArgs {
+    /// Configuration file instead of the one in the configuration folder
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where clients connect [default: 127.0.0.1:5546]
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// Where health and metrics are, or "off" [default: 127.0.0.1:5547]
+    #[arg(long, value_name = "ADDRESS")]
+    admin: Option<String>,
+    /// The API [default: https://api-singapore.klingai.com]
+    #[arg(long, value_name = "URL")]
+    upstream: Option<String>,
+    /// Log lines: auto, pretty or json
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<String>,
+    /// What is logged, as in RUST_LOG
+    #[arg(long, value_name = "FILTER")]
+    log_filter: Option<String>,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum Output {
+    #[default]
+    Text,
+    Json,
+}
+
+const EXAMPLES: &str = "\
+Credentials come from variables, never from the command line:
+  KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY (or …_FILE)
+
+Examples:
+  kling-proxy --sandbox      try it without an account
+  kling-proxy                http://127.0.0.1:5546 -> https://api-singapore.klingai.com
+  kling-proxy explain 1303   what a code means and what to do";
+
+/// A command that did not do what it should.
+#[derive(Debug)]
+struct Failure {
+    exit: Exit,
+    lines: Vec<String>,
+}
+
+/// The exit codes of `interface.md`, section 2. The command line's own, 2, is clap's.
+#[derive(Clone, Copy, Debug)]
+enum Exit {
+    /// Failed while running.
+    Failed = 1,
+    /// Wrong settings, or no or half a credential.
+    Settings = 78,
+}
+
+/// Runs the command of this process.
+pub fn run() -> ExitCode {
+    let command_line = CommandLine::parse();
+    let environment: Vec<_> = std::env::vars_os().collect();
+    let done = match command_line
+        .command
+        .unwrap_or(Command::Serve(command_line.serve))
+    {
+        Command::Serve(args) => serve::run(&args, environment),
+        Command::Sandbox(args) => sandbox::run(&args, &environment),
+        Command::Token { decode, settings } => token::run(decode, &settings, environment),
+        Command::Explain { code, output } => explain::run(code, output),
+        Command::Settings(args) => settings::run(&args, environment),
+        Command::Health(args) => health::run(&args, &environment),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { exit, lines }) => {
+            for line in lines {
+                // Nobody is left to be told that this failed.
+                let _ = writeln!(io::stderr(), "kling-proxy: {line}");
+            }
+            ExitCode::from(exit as u8)
+        }
+    }
+}
+
+// === impl SettingsArgs ===
+
+impl SettingsArgs {
+    fn flags(&self) -> Flags {
+        let values = [
+            ("listen.address", "--listen", &self.listen),
+            ("admin.address", "--admin", &self.admin),
+            ("upstream.url", "--upstream", &self.upstream),
+            ("log.format", "--log-format", &self.log_format),
+            ("log.filter", "--log-filter", &self.log_filter),
+        ];
+        let given = values
+            .into_iter()
+            .filter_map(|(key, flag, value)| Some((key, flag, value.as_ref()?.clone())));
+        Flags {
+            config: self.config.clone(),
+            values: given.collect(),
+        }
+    }
+
+    fn load(&self, environment: &[(OsString, OsString)]) -> Result<(Settings, Vec<Row>), Failure> {
+        Settings::load(&self.flags(), environment).map_err(|problems| Failure {
+            exit: Exit::Settings,
+            lines: problems.iter().map(Problem::to_string).collect(),
+        })
+    }
+}
+
+// === impl Failure ===
+
+impl Failure {
+    fn new(exit: Exit, line: impl Into<String>) -> Self {
+        Self {
+            exit,
+            lines: vec![line.into()],
+        }
+    }
+
+    fn because(exit: Exit, error: &dyn std::error::Error) -> Self {
+        Self::new(exit, chain(error))
+    }
+}
+
+fn find_credential(places: &Places) -> Result<Found, Failure> {
+    places
+        .find()
+        .map_err(|error| Failure::because(Exit::Settings, &error))
+}
+
+/// Prints a line. A reader that has gone, such as `head`, is no failure.
+fn say(line: impl fmt::Display) {
+    let mut out = io::stdout();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}

@@ -1,0 +1,38 @@
+//! `kling-proxy settings`: the effective settings, as a configuration file that says where each
+//! value comes from.
+
+use std::ffi::OsString;
+
+use super::{Failure, SettingsArgs, say};
+use crate::credentials::Places;
+
+pub(super) fn run(
+    args: &SettingsArgs,
+    environment: Vec<(OsString, OsString)>,
+) -> Result<(), Failure> {
+    let (settings, rows) = args.load(&environment)?;
+    let lines: Vec<_> = rows
+        .iter()
+        .map(|row| format!("{} = {}", row.key, row.value))
+        .collect();
+    let width = lines.iter().map(String::len).max().unwrap_or_default();
+    for (line, row) in lines.iter().zip(&rows) {
+        say(format_args!("{line:width$}  # {}", row.source));
+    }
+    say(
+        match (Places {
+            environment,
+            configured: settings.credentials,
+        })
+        .find()
+        {
+            Ok(found) => format!(
+                "# credential: {} from {}",
+                found.credential.kind(),
+                found.source
+            ),
+            Err(error) => format!("# credential: none: {error}"),
+        },
+    );
+    Ok(())
+}

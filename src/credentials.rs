@@ -1,0 +1,380 @@
+//! Where keys come from. The first place that has one wins; half a pair there is an error.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use zeroize::Zeroizing;
+
+use crate::secret::Secret;
+use crate::token::Credential;
+
+/// What `credentials.*` of the settings say.
+#[derive(Clone, Debug, Default)]
+pub struct Configured {
+    /// The AccessKey.
+    pub access_key: Option<Secret>,
+    /// The SecretKey.
+    pub secret_key: Option<Secret>,
+    /// A file of the AccessKey.
+    pub access_key_file: Option<PathBuf>,
+    /// A file of the SecretKey.
+    pub secret_key_file: Option<PathBuf>,
+    /// A file of an API key.
+    pub api_key_file: Option<PathBuf>,
+}
+
+/// All places where a credential may be.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The variables of the process, as they were at its start.
+    pub environment: Vec<(OsString, OsString)>,
+    /// The lowest place.
+    pub configured: Configured,
+}
+
+/// A credential and where it was found.
+#[derive(Debug)]
+pub struct Found {
+    /// The credential.
+    pub credential: Credential,
+    /// The variables, files or keys it came from.
+    pub source: String,
+    /// Whether a file is among them, which may change.
+    pub from_file: bool,
+    /// Whether an API key turned out to be a pair.
+    pub split: bool,
+}
+
+/// Why there is no credential. It shows no part of one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No place has one.
+    #[error(
+        "no credential: set KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY \
+         (or name files: KLING_ACCESS_KEY_FILE, KLING_SECRET_KEY_FILE, KLING_API_KEY_FILE); \
+         to try without an account, run `kling-proxy --sandbox`"
+    )]
+    Missing,
+    /// One half of a pair is there.
+    #[error("half a credential: {found} is set, {missing} is not")]
+    Half {
+        /// The half that is there.
+        found: String,
+        /// What to set.
+        missing: String,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {place} ({})", .path.display())]
+    Unreadable {
+        /// What names the file.
+        place: String,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// A key is empty or has characters that no key has.
+    #[error("{0} is empty, or not a key: want visible characters only")]
+    Malformed(String),
+}
+
+/// A key and where it was found.
+struct Key {
+    secret: Secret,
+    place: String,
+    from_file: bool,
+}
+
+/// Where a file of systemd's `LoadCredential` is.
+const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
+
+// === impl Places ===
+
+impl Places {
+    /// Looks for a credential, in the order of `interface.md`, section 3.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] says what to set.
+    pub fn find(&self) -> Result<Found, Error> {
+        if let Some(key) = self.variable("KLING_API_KEY")? {
+            return api_key(key);
+        }
+        let directory = |name: &str| {
+            let path = PathBuf::from(self.get(DIRECTORY)?).join(name);
+            path.exists()
+                .then(|| from_file(format!("${DIRECTORY}/{name}"), &path))
+        };
+        let Configured {
+            access_key,
+            secret_key,
+            ..
+        } = &self.configured;
+        let pairs = [
+            pair(
+                ("KLING_ACCESS_KEY", self.variable("KLING_ACCESS_KEY")?),
+                ("KLING_SECRET_KEY", self.variable("KLING_SECRET_KEY")?),
+            ),
+            pair(
+                ("KLINGAI_ACCESS_KEY", self.variable("KLINGAI_ACCESS_KEY")?),
+                ("KLINGAI_SECRET_KEY", self.variable("KLINGAI_SECRET_KEY")?),
+            ),
+            pair(
+                (
+                    "kling_access_key",
+                    directory("kling_access_key").transpose()?,
+                ),
+                (
+                    "kling_secret_key",
+                    directory("kling_secret_key").transpose()?,
+                ),
+            ),
+        ];
+        for pair in pairs {
+            if let Some(found) = pair? {
+                return Ok(found);
+            }
+        }
+        let Configured {
+            access_key_file,
+            secret_key_file,
+            api_key_file,
+            ..
+        } = &self.configured;
+        if let Some(path) = api_key_file {
+            return api_key(from_file("credentials.api_key_file".to_owned(), path)?);
+        }
+        let found = pair(
+            (
+                "credentials.access_key",
+                configured(
+                    "credentials.access_key",
+                    access_key.as_ref(),
+                    access_key_file.as_ref(),
+                )?,
+            ),
+            (
+                "credentials.secret_key",
+                configured(
+                    "credentials.secret_key",
+                    secret_key.as_ref(),
+                    secret_key_file.as_ref(),
+                )?,
+            ),
+        );
+        found?.ok_or(Error::Missing)
+    }
+
+    /// A variable, or the file that its `_FILE` twin names.
+    fn variable(&self, name: &str) -> Result<Option<Key>, Error> {
+        if let Some(value) = self.get(name) {
+            let text = value.to_str().unwrap_or_default();
+            return key(name.to_owned(), text, false).map(Some);
+        }
+        let file = format!("{name}_FILE");
+        self.get(&file)
+            .map(Path::new)
+            .map(|path| from_file(file.clone(), path))
+            .transpose()
+    }
+
+    /// A variable that is set and not empty.
+    fn get(&self, name: &str) -> Option<&OsString> {
+        let mut found = self.environment.iter().filter(|(key, _)| key == name);
+        found
+            .next()
+            .map(|(_, value)| value)
+            .filter(|value| !value.is_empty())
+    }
+}
+
+/// A value of the settings, or the file that they name.
+fn configured(
+    place: &str,
+    value: Option<&Secret>,
+    file: Option<&PathBuf>,
+) -> Result<Option<Key>, Error> {
+    match (value, file) {
+        (Some(value), _) => key(place.to_owned(), value.expose(), false).map(Some),
+        (None, Some(path)) => from_file(format!("{place}_file"), path).map(Some),
+        (None, None) => Ok(None),
+    }
+}
+
+fn from_file(place: String, path: &Path) -> Result<Key, Error> {
+    match fs::read_to_string(path).map(Zeroizing::new) {
+        Ok(text) => key(place, &text, true),
+        Err(cause) => Err(Error::Unreadable {
+            place,
+            path: path.to_owned(),
+            cause,
+        }),
+    }
+}
+
+/// White space around a key does not count.
+fn key(place: String, text: &str, from_file: bool) -> Result<Key, Error> {
+    let text = text.trim();
+    if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Error::Malformed(place));
+    }
+    Ok(Key {
+        secret: Secret::from(text.to_owned()),
+        place,
+        from_file,
+    })
+}
+
+fn pair(
+    (access_name, access): (&str, Option<Key>),
+    (secret_name, secret): (&str, Option<Key>),
+) -> Result<Option<Found>, Error> {
+    match (access, secret) {
+        (None, None) => Ok(None),
+        (Some(found), None) => Err(Error::Half {
+            found: found.place,
+            missing: secret_name.to_owned(),
+        }),
+        (None, Some(found)) => Err(Error::Half {
+            found: found.place,
+            missing: access_name.to_owned(),
+        }),
+        (Some(access), Some(secret)) => Ok(Some(Found {
+            source: format!("{} and {}", access.place, secret.place),
+            from_file: access.from_file || secret.from_file,
+            split: false,
+            credential: Credential::Pair {
+                access_key: access.secret,
+                secret_key: secret.secret,
+            },
+        })),
+    }
+}
+
+/// An API key; `AK:SK` and `AK|SK`, as some tools write a pair, are read as one.
+fn api_key(key: Key) -> Result<Found, Error> {
+    let Key {
+        secret,
+        place,
+        from_file,
+    } = key;
+    let (credential, split) = match secret.expose().split_once([':', '|']) {
+        Some(("", _) | (_, "")) => return Err(Error::Malformed(place)),
+        Some((access, secret)) => {
+            let [access_key, secret_key] = [access, secret].map(|key| Secret::from(key.to_owned()));
+            (
+                Credential::Pair {
+                    access_key,
+                    secret_key,
+                },
+                true,
+            )
+        }
+        None => (Credential::ApiKey(secret), false),
+    };
+    Ok(Found {
+        credential,
+        source: place,
+        from_file,
+        split,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is found: the kind, or the error.
+    fn find(variables: &[(&str, &str)]) -> String {
+        let environment = variables
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()));
+        let places = Places {
+            environment: environment.collect(),
+            configured: Configured::default(),
+        };
+        match places.find() {
+            Ok(Found {
+                credential: Credential::ApiKey(key),
+                source,
+                ..
+            }) => {
+                format!("{} from {source}", key.expose())
+            }
+            Ok(Found {
+                credential:
+                    Credential::Pair {
+                        access_key,
+                        secret_key,
+                    },
+                source,
+                ..
+            }) => {
+                format!(
+                    "{}+{} from {source}",
+                    access_key.expose(),
+                    secret_key.expose()
+                )
+            }
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn the_first_place_that_has_a_key_wins() {
+        let mut variables = vec![("KLINGAI_ACCESS_KEY", "a2"), ("KLINGAI_SECRET_KEY", "s2")];
+        assert_eq!(
+            find(&variables),
+            "a2+s2 from KLINGAI_ACCESS_KEY and KLINGAI_SECRET_KEY"
+        );
+        variables.extend([("KLING_ACCESS_KEY", " a1\n"), ("KLING_SECRET_KEY", "s1")]);
+        assert_eq!(
+            find(&variables),
+            "a1+s1 from KLING_ACCESS_KEY and KLING_SECRET_KEY"
+        );
+        variables.push(("KLING_API_KEY", "k"));
+        assert_eq!(find(&variables), "k from KLING_API_KEY");
+    }
+
+    #[test]
+    fn an_api_key_with_a_separator_is_a_pair() {
+        for (value, found) in [
+            ("AK:SK", "AK+SK from KLING_API_KEY"),
+            ("AK|SK", "AK+SK from KLING_API_KEY"),
+            (
+                ":SK",
+                "KLING_API_KEY is empty, or not a key: want visible characters only",
+            ),
+            (
+                "AK|",
+                "KLING_API_KEY is empty, or not a key: want visible characters only",
+            ),
+            (
+                "two words",
+                "KLING_API_KEY is empty, or not a key: want visible characters only",
+            ),
+        ] {
+            assert_eq!(find(&[("KLING_API_KEY", value)]), found, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn half_a_pair_names_the_other_half() {
+        for (name, missing) in [
+            ("KLING_ACCESS_KEY", "KLING_SECRET_KEY"),
+            ("KLING_SECRET_KEY", "KLING_ACCESS_KEY"),
+            ("KLINGAI_SECRET_KEY", "KLINGAI_ACCESS_KEY"),
+        ] {
+            let told = format!("half a credential: {name} is set, {missing} is not");
+            assert_eq!(find(&[(name, "x")]), told);
+        }
+    }
+
+    #[test]
+    fn an_empty_variable_counts_as_unset() {
+        assert!(find(&[("KLING_API_KEY", "")]).starts_with("no credential"));
+    }
+}

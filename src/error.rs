@@ -1,0 +1,230 @@
+//! Every way a request can fail.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use bytesize::ByteSize;
+use http::StatusCode;
+use http::response;
+use sync_wrapper::SyncWrapper;
+
+use crate::effect::Effect;
+use crate::envelope::Envelope;
+use crate::service_code::{self, Row};
+use crate::token::MintError;
+
+/// A cause from another crate.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a request failed: a variant for each thing that its sender would treat differently.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request is malformed, or its target is not a path on this proxy.
+    #[error("{0}")]
+    BadRequest(&'static str),
+    /// `Host` is missing, doubled or not one of ours; the text is what was sent, cut to a bound.
+    #[error("host `{0}` is not in `access.allowed_hosts`")]
+    HostNotAllowed(String),
+    /// A web page sent the request.
+    #[error("requests from web pages of other origins are refused")]
+    OriginNotAllowed,
+    /// No client token, or an unknown one: deliberately the same for both.
+    #[error("a valid client token is required")]
+    ClientTokenInvalid,
+    /// A method that is not forwarded.
+    #[error("this method is not forwarded")]
+    MethodNotAllowed,
+    /// The request body exceeds `limits.request_body`.
+    #[error("the request body is over `limits.request_body`, {limit}")]
+    BodyTooLarge {
+        /// The bound.
+        limit: ByteSize,
+        /// Whether upstream was sent some of it: of a body that did not declare its size.
+        begun: bool,
+    },
+    /// Nothing is at this reserved path.
+    #[error("nothing is at this reserved path")]
+    NotFound,
+    /// The request body stalled.
+    #[error("the request body stalled for {0:?}")]
+    ClientTooSlow(Duration),
+    /// Name resolution, TCP or TLS failed: not a byte of the request was sent.
+    #[error("cannot connect to upstream")]
+    Unreachable(#[source] BoxError),
+    /// Upstream did not answer in time, or stopped reading the request.
+    #[error("no answer from upstream within {0:?}")]
+    UpstreamTimeout(Duration),
+    /// Upstream answered with an error that is no envelope.
+    #[error("upstream answered {} without a service code", .answer.head.status)]
+    BadResponse {
+        /// The answer as it came.
+        answer: Box<Answer>,
+        /// How its body begins, where it is text.
+        excerpt: Option<String>,
+    },
+    /// What upstream sent is not HTTP.
+    #[error("upstream's answer is not HTTP")]
+    NotHttp(#[source] BoxError),
+    /// The connection was lost after the request was sent, before the head of an answer.
+    #[error("upstream closed the connection before it answered")]
+    Disconnected(#[source] BoxError),
+    /// There is no token.
+    #[error("no credential can be sent")]
+    Credentials(#[source] MintError),
+    /// Over `limits.in_flight`.
+    #[error("over `limits.in_flight`, {0} requests")]
+    Overloaded(u64),
+    /// The proxy is shutting down.
+    #[error("the proxy is shutting down")]
+    Draining,
+    /// Kling refused the request with a service code.
+    #[error("service code {}", .envelope.code)]
+    Service {
+        /// The answer as it came.
+        answer: Box<Answer>,
+        /// What its body says.
+        envelope: Envelope,
+    },
+}
+
+/// An answer of upstream that is an error.
+#[derive(Debug)]
+pub struct Answer {
+    /// Status and headers, without hop-by-hop ones.
+    pub head: response::Parts,
+    /// The body as it came.
+    pub body: SyncWrapper<Body>,
+}
+
+/// What is told of an error besides the response: rides on its extensions, for logs.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// The code of the body.
+    pub code: i64,
+    /// [`Error::kind`].
+    pub kind: &'static str,
+    /// The error and its causes.
+    pub cause: String,
+}
+
+/// The type of a code that is not in the table.
+const UNKNOWN: &str = "unknown_service_code";
+/// How long to wait after a code that is not in the table: as little as the vendor advises.
+pub const UNKNOWN_WAIT: Duration = Duration::from_secs(1);
+
+// === impl Error ===
+
+impl Error {
+    /// The number in the body's `code`.
+    pub fn code(&self) -> i64 {
+        match self {
+            Self::BadRequest(_) => 9000,
+            Self::HostNotAllowed(_) => 9001,
+            Self::OriginNotAllowed => 9002,
+            Self::ClientTokenInvalid => 9003,
+            Self::MethodNotAllowed => 9005,
+            Self::BodyTooLarge { .. } => 9006,
+            Self::NotFound => 9007,
+            Self::ClientTooSlow(_) => 9008,
+            Self::Unreachable(_) => 9101,
+            Self::UpstreamTimeout(_) => 9102,
+            Self::BadResponse { .. } | Self::NotHttp(_) => 9103,
+            Self::Disconnected(_) => 9104,
+            Self::Credentials(_) => 9201,
+            Self::Overloaded(_) => 9301,
+            Self::Draining => 9302,
+            Self::Service { envelope, .. } => envelope.code,
+        }
+    }
+
+    /// What is known of the code; `None` for one that Kling has added since.
+    pub fn row(&self) -> Option<&'static Row> {
+        service_code::find(self.code())
+    }
+
+    /// A stable name of low cardinality: `error.type` in bodies and logs.
+    pub fn kind(&self) -> &'static str {
+        self.row().map_or(UNKNOWN, |row| row.kind)
+    }
+
+    /// The documented status; upstream's own where none is documented for what it sent.
+    pub fn status(&self) -> StatusCode {
+        match (self, self.row()) {
+            (Self::Service { .. }, Some(row)) => row.status,
+            (Self::Service { answer, .. } | Self::BadResponse { answer, .. }, _) => {
+                let status = answer.head.status;
+                if is_error(status) {
+                    status
+                } else {
+                    StatusCode::BAD_GATEWAY
+                }
+            }
+            (_, Some(row)) => row.status,
+            (_, None) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// What upstream answered, where it did.
+    pub fn answer(&self) -> Option<&Answer> {
+        match self {
+            Self::Service { answer, .. } | Self::BadResponse { answer, .. } => Some(answer),
+            _ => None,
+        }
+    }
+
+    /// Whether the same request, with this effect, may be sent again as it is.
+    pub fn retryable(&self, effect: Effect) -> bool {
+        let server_error = || self.status().is_server_error();
+        match (self, self.row()) {
+            // Only the status speaks here, and it cannot speak for a create.
+            (Self::BadResponse { .. }, _) | (_, None) => effect == Effect::Read && server_error(),
+            (_, Some(row)) => row.retry.allows(effect),
+        }
+    }
+
+    /// Whether upstream was asked at all.
+    pub fn was_sent(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable(_)
+                | Self::UpstreamTimeout(_)
+                | Self::BadResponse { .. }
+                | Self::NotHttp(_)
+                | Self::Disconnected(_)
+                | Self::ClientTooSlow(_)
+                | Self::BodyTooLarge { begun: true, .. }
+                | Self::Service { .. }
+        )
+    }
+}
+
+fn is_error(status: StatusCode) -> bool {
+    status.is_client_error() || status.is_server_error()
+}
+
+// === impl Failure ===
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        Self {
+            code: error.code(),
+            kind: error.kind(),
+            cause: chain(error),
+        }
+    }
+}
+
+/// An error and its causes in one line. A cause that its effect already quotes is left out.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !line.ends_with(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        next = cause.source();
+    }
+    line
+}

@@ -1,0 +1,131 @@
+//! Which headers pass: `interface.md`, section 6, in both directions.
+
+use http::header::{
+    AUTHORIZATION, CONNECTION, COOKIE, FORWARDED, HeaderMap, HeaderName, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
+};
+
+/// Where a client may show its token to the proxy.
+pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
+
+/// Removes what must not reach upstream.
+pub fn strip_request(headers: &mut HeaderMap) {
+    strip(headers, |name| is_hop_by_hop(name) || is_of_client(name));
+}
+
+/// Removes what must not reach the client.
+pub fn strip_response(headers: &mut HeaderMap) {
+    strip(headers, |name| is_hop_by_hop(name) || is_of_proxy(name));
+}
+
+fn strip(headers: &mut HeaderMap, forbidden: impl Fn(&HeaderName) -> bool) {
+    let named = named_by_connection(headers);
+    let doomed: Vec<_> = headers
+        .keys()
+        .filter(|name| forbidden(name))
+        .cloned()
+        .collect();
+    for name in named.iter().chain(&doomed) {
+        headers.remove(name);
+    }
+}
+
+/// The headers that `Connection` makes hop-by-hop (RFC 9110, section 7.6.1).
+fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
+    let lines = headers.get_all(CONNECTION).into_iter();
+    let names = lines.flat_map(|line| line.as_bytes().split(|b| *b == b','));
+    names
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .collect()
+}
+
+/// Those of RFC 9110, section 7.6.1, and RFC 2616, section 13.5.1.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    const STANDARD: [HeaderName; 7] = [
+        CONNECTION,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        TE,
+        TRAILER,
+        TRANSFER_ENCODING,
+        UPGRADE,
+    ];
+    const OTHER: [&str; 3] = ["keep-alive", "proxy-connection", "http2-settings"];
+    STANDARD.contains(name) || OTHER.contains(&name.as_str())
+}
+
+/// What speaks of the client: its credentials, where it comes from, and names with `_`, which some
+/// servers read as `-`.
+fn is_of_client(name: &HeaderName) -> bool {
+    const CREDENTIALS_AND_PATH: [HeaderName; 5] =
+        [AUTHORIZATION, COOKIE, CLIENT_TOKEN, FORWARDED, VIA];
+    let text = name.as_str();
+    CREDENTIALS_AND_PATH.contains(name)
+        || text == "x-real-ip"
+        || text.starts_with("x-forwarded-")
+        || text.contains('_')
+}
+
+/// What only this proxy may say to a client.
+fn is_of_proxy(name: &HeaderName) -> bool {
+    name.as_str().starts_with("kling-proxy-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        lines
+            .iter()
+            .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+            .collect()
+    }
+
+    fn names(headers: &HeaderMap) -> Vec<&str> {
+        headers.keys().map(HeaderName::as_str).collect()
+    }
+
+    #[test]
+    fn whatever_connection_names_is_stripped() {
+        for line in ["x-a", "close, x-a", " X-A ,", ",,x-a", "x-a;q=1, x-a"] {
+            let mut headers = headers(&[("x-a", "1"), ("x-b", "2")]);
+            headers.append(CONNECTION, "".parse().unwrap());
+            headers.append(CONNECTION, line.parse().unwrap());
+            strip_request(&mut headers);
+            assert_eq!(names(&headers), ["x-b"], "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_keeps_its_ordinary_headers_only() {
+        let mut headers = headers(&[
+            ("accept-encoding", "gzip"),
+            ("authorization", "Bearer x"),
+            ("cookie", "a=b"),
+            ("forwarded", "for=x"),
+            ("keep-alive", "timeout=5"),
+            ("kling-proxy-token", "x"),
+            ("proxy-authorization", "x"),
+            ("te", "trailers"),
+            ("via", "1.1 x"),
+            ("x-forwarded-host", "x"),
+            ("x-real-ip", "1.2.3.4"),
+            ("x_real_ip", "1.2.3.4"),
+        ]);
+        strip_request(&mut headers);
+        assert_eq!(names(&headers), ["accept-encoding"]);
+    }
+
+    #[test]
+    fn a_response_keeps_cookies_but_cannot_speak_for_the_proxy() {
+        let mut headers = headers(&[
+            ("set-cookie", "a=b"),
+            ("kling-proxy-error", "none"),
+            ("upgrade", "h2c"),
+            ("date", "today"),
+        ]);
+        strip_response(&mut headers);
+        assert_eq!(names(&headers), ["set-cookie", "date"]);
+    }
+}

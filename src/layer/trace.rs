@@ -1,0 +1,216 @@
+//! One id, one span, one outcome and one count for each request, refused ones included. It adds the
+//! id to the answer and changes nothing else.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use bytes::Bytes;
+use http::{HeaderName, Method};
+use http_body::{Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tokio::time::Instant;
+use tower::{Layer, Service};
+use tracing::Span;
+
+use crate::effect::Effect;
+use crate::error::Failure;
+use crate::metrics::{InFlight, Metrics};
+use crate::request_id::RequestId;
+
+/// Names the request in its answer.
+const REQUEST_ID: HeaderName = HeaderName::from_static("kling-proxy-request-id");
+
+/// Adds [`Trace`] to a service.
+#[derive(Clone)]
+pub struct TraceLayer {
+    metrics: Arc<Metrics>,
+}
+
+/// Accompanies each request from its head to the end of its answer.
+#[derive(Clone)]
+pub struct Trace<S> {
+    inner: S,
+    metrics: Arc<Metrics>,
+}
+
+pin_project! {
+    /// Waits for the answer, inside the request's span.
+    pub struct TraceFuture<F> {
+        #[pin]
+        inner: F,
+        request: Traced,
+        metrics: Arc<Metrics>,
+    }
+}
+
+/// What is kept of a request until it is answered.
+struct Traced {
+    id: RequestId,
+    span: Span,
+    method: Method,
+    effect: Effect,
+    begun: Instant,
+    in_flight: Option<InFlight>,
+}
+
+pin_project! {
+    /// A body that counts its request as in flight until it is dropped.
+    struct Counted {
+        #[pin]
+        body: Body,
+        in_flight: Option<InFlight>,
+    }
+}
+
+// === impl TraceLayer ===
+
+impl TraceLayer {
+    /// Counts in `metrics`.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self { metrics }
+    }
+}
+
+impl<S> Layer<S> for TraceLayer {
+    type Service = Trace<S>;
+
+    fn layer(&self, inner: S) -> Trace<S> {
+        Trace {
+            inner,
+            metrics: Arc::clone(&self.metrics),
+        }
+    }
+}
+
+// === impl Trace ===
+
+impl<S> Service<Request> for Trace<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = TraceFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request) -> Self::Future {
+        let id = RequestId::of(request.headers());
+        let effect = Effect::of(&request);
+        let span = tracing::info_span!(
+            "request",
+            request_id = id.as_str(),
+            http.request.method = request.method().as_str(),
+            url.path = request.uri().path(),
+            effect = effect.name(),
+        );
+        let traced = Traced {
+            id: id.clone(),
+            span,
+            method: request.method().clone(),
+            effect,
+            begun: Instant::now(),
+            in_flight: Some(self.metrics.enter()),
+        };
+        request.extensions_mut().insert(id);
+        let inner = traced.span.in_scope(|| self.inner.call(request));
+        TraceFuture {
+            inner,
+            request: traced,
+            metrics: Arc::clone(&self.metrics),
+        }
+    }
+}
+
+// === impl TraceFuture ===
+
+impl<F> Future for TraceFuture<F>
+where
+    F: Future<Output = Result<Response, Infallible>>,
+{
+    type Output = Result<Response, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let entered = this.request.span.enter();
+        let Ok(mut response) = ready!(this.inner.poll(cx));
+        this.request.log(&response);
+        drop(entered);
+
+        let Traced {
+            id,
+            method,
+            begun,
+            in_flight,
+            ..
+        } = this.request;
+        this.metrics
+            .answered(method, response.status(), begun.elapsed());
+        response
+            .headers_mut()
+            .insert(REQUEST_ID, id.clone().into_value());
+        let in_flight = in_flight.take();
+        Poll::Ready(Ok(
+            response.map(|body| Body::new(Counted { body, in_flight }))
+        ))
+    }
+}
+
+// === impl Traced ===
+
+impl Traced {
+    /// One event an outcome. Reads that went well are many and say little.
+    fn log(&self, response: &Response) {
+        let status = response.status().as_u16();
+        let seconds = self.begun.elapsed().as_secs_f64();
+        match (response.extensions().get::<Failure>(), self.effect) {
+            (Some(Failure { code, kind, cause }), _) => tracing::warn!(
+                http.response.status_code = status,
+                error.type = kind,
+                error.code = code,
+                error.cause = cause,
+                duration_seconds = seconds,
+                "failed"
+            ),
+            (None, Effect::Create) => tracing::info!(
+                http.response.status_code = status,
+                duration_seconds = seconds,
+                "answered"
+            ),
+            (None, Effect::Read) => tracing::debug!(
+                http.response.status_code = status,
+                duration_seconds = seconds,
+                "answered"
+            ),
+        }
+    }
+}
+
+// === impl Counted ===
+
+impl http_body::Body for Counted {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.project().body.poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,43 @@
+//! A local authenticating reverse proxy for the Kling AI API.
+//!
+//! The path of a request, which `stack` puts together:
+//!
+//! ```text
+//! client ──> server      accepts connections, bounds them, drains them
+//!              │
+//!            trace       one id, span, outcome and count for each request
+//!            normalise   errors become one body; outside of here nothing fails
+//!            guard       refuses before anything is spent
+//!            authenticate  strips the client's headers, adds token and host
+//!            upstream    sends; reads service codes; streams both ways
+//!              │
+//!              └──> https://api-singapore.klingai.com, or the embedded sandbox
+//! ```
+//!
+//! `cli` reads the settings and hands each part its values; `admin` tells on a listener of its own
+//! how it goes.
+
+#![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
+
+pub mod admin;
+pub mod cli;
+pub mod client_token;
+pub mod clock;
+pub mod credentials;
+pub mod effect;
+pub mod envelope;
+pub mod error;
+pub mod headers;
+pub mod layer;
+pub mod lifecycle;
+pub mod metrics;
+pub mod request_id;
+pub mod sandbox;
+pub mod secret;
+pub mod server;
+pub mod service_code;
+pub mod settings;
+pub mod stack;
+pub mod telemetry;
+pub mod token;
+pub mod upstream;

@@ -1,0 +1,60 @@
+//! Where in its life the proxy is: the health endpoints tell it, the guard obeys it.
+
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+
+/// The phases in their order. A phase is never left for an earlier one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Phase {
+    /// Settings and credentials are there; the first token or a listener is not.
+    Starting,
+    /// It serves.
+    Ready,
+    /// It was told to end and still serves, so that load balancers can turn away (`shutdown.delay`).
+    Stopping,
+    /// What is in flight ends; nothing new is begun.
+    Draining,
+}
+
+/// A latch on the current [`Phase`].
+#[derive(Debug, Default)]
+pub struct Lifecycle(AtomicU8);
+
+// === impl Phase ===
+
+impl Phase {
+    const ALL: [Self; 4] = [Self::Starting, Self::Ready, Self::Stopping, Self::Draining];
+
+    /// A stable name for the health endpoints.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Stopping => "stopping",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+// === impl Lifecycle ===
+
+impl Lifecycle {
+    /// Goes on to a phase; stays where it is if that has passed already.
+    pub fn enter(&self, phase: Phase) {
+        self.0.fetch_max(phase as u8, Relaxed);
+    }
+
+    /// The phase now.
+    pub fn phase(&self) -> Phase {
+        let phase = self.0.load(Relaxed);
+        Phase::ALL
+            .into_iter()
+            .find(|each| *each as u8 == phase)
+            .unwrap_or(Phase::Draining)
+    }
+
+    /// Whether nothing new may begin.
+    pub fn is_draining(&self) -> bool {
+        self.0.load(Relaxed) == Phase::Draining as u8
+    }
+}

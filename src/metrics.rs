@@ -1,0 +1,180 @@
+//! Every metric, its name and its labels.
+//!
+//! Labels come from closed sets, and children that each request uses are looked up once, so that
+//! counting is an atomic addition.
+
+use std::time::Duration;
+
+use http::{Method, StatusCode};
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::error::Error;
+
+/// Upper bounds of the duration buckets in seconds: those OpenTelemetry advises for HTTP, to 10.
+const BUCKETS: [f64; 14] = [
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+];
+
+/// Methods with a label of their own; the Kling API uses the first two.
+const METHODS: [Method; 6] = [
+    Method::GET,
+    Method::POST,
+    Method::HEAD,
+    Method::OPTIONS,
+    Method::PUT,
+    Method::DELETE,
+];
+const OTHER_METHOD: &str = "_OTHER";
+const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+
+/// The registry and a handle on each metric.
+pub struct Metrics {
+    registry: Registry,
+    requests: Vec<[IntCounter; STATUS_CLASSES.len()]>,
+    duration: Histogram,
+    in_flight: IntGauge,
+    answers: IntCounter,
+    attempts: IntCounterVec,
+    refusals: IntCounterVec,
+    minted: IntCounterVec,
+    token_expiry: IntGauge,
+}
+
+// === impl Metrics ===
+
+impl Metrics {
+    /// Registers all metrics.
+    ///
+    /// # Errors
+    ///
+    /// Only if two metrics here had one name, which every start would show.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new_custom(Some("kling_proxy".to_owned()), None)?;
+        let gauge = |name, help| -> Result<IntGauge, prometheus::Error> {
+            let gauge = IntGauge::new(name, help)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
+        };
+        let counters = |name, help, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
+            let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(counters.clone()))?;
+            Ok(counters)
+        };
+        let requests = counters(
+            "requests_total",
+            "Requests answered.",
+            &["method", "status_class"],
+        )?;
+        let attempts = counters(
+            "upstream_attempts_total",
+            "Requests sent upstream, by what came of them: response, or the error's type.",
+            &["outcome"],
+        )?;
+        let buckets = HistogramOpts::new(
+            "request_duration_seconds",
+            "From the head of a request to the head of its answer.",
+        );
+        let duration = Histogram::with_opts(buckets.buckets(BUCKETS.to_vec()))?;
+        registry.register(Box::new(duration.clone()))?;
+        let build = counters("build_info", "The running version.", &["version"])?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).inc();
+
+        let methods = METHODS.iter().map(Method::as_str).chain([OTHER_METHOD]);
+        Ok(Self {
+            requests: methods
+                .map(|method| {
+                    STATUS_CLASSES.map(|class| requests.with_label_values(&[method, class]))
+                })
+                .collect(),
+            duration,
+            in_flight: gauge("requests_in_flight", "Requests whose answer has not ended.")?,
+            answers: attempts.with_label_values(&["response"]),
+            attempts,
+            refusals: counters(
+                "guard_refusals_total",
+                "Requests refused unsent.",
+                &["reason"],
+            )?,
+            minted: counters("tokens_minted_total", "Tokens minted.", &["outcome"])?,
+            token_expiry: gauge(
+                "token_expiry_timestamp_seconds",
+                "When the current token ends; 0 without one.",
+            )?,
+            registry,
+        })
+    }
+
+    /// The exposition in Prometheus' text format.
+    ///
+    /// # Errors
+    ///
+    /// Only if a metric's name were invalid, which every scrape would show.
+    pub fn render(&self) -> Result<String, prometheus::Error> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Counts a request in; dropping the guard counts it out.
+    pub fn enter(&self) -> InFlight {
+        self.in_flight.inc();
+        InFlight(self.in_flight.clone())
+    }
+
+    /// How many requests are in flight.
+    pub fn in_flight(&self) -> u64 {
+        u64::try_from(self.in_flight.get()).unwrap_or_default()
+    }
+
+    /// A request was answered.
+    pub fn answered(&self, method: &Method, status: StatusCode, after: Duration) {
+        let row = METHODS
+            .iter()
+            .position(|known| known == method)
+            .unwrap_or(METHODS.len());
+        let class = usize::from(status.as_u16() / 100).saturating_sub(1);
+        if let Some(counter) = self.requests.get(row).and_then(|row| row.get(class)) {
+            counter.inc();
+        }
+        self.duration.observe(after.as_secs_f64());
+    }
+
+    /// Upstream was asked.
+    pub fn attempted(&self, error: Option<&Error>) {
+        match error {
+            None => self.answers.inc(),
+            Some(error) => self.attempts.with_label_values(&[error.kind()]).inc(),
+        }
+    }
+
+    /// The guard refused a request.
+    pub fn refused(&self, refusal: &Error) {
+        self.refusals.with_label_values(&[refusal.kind()]).inc();
+    }
+
+    /// A token was to be minted.
+    pub fn token_minted(&self, minted: bool) {
+        let outcome = if minted { "ok" } else { "error" };
+        self.minted.with_label_values(&[outcome]).inc();
+    }
+
+    /// The current token ends at this second since the epoch.
+    pub fn token_expires(&self, exp: u64) {
+        self.token_expiry
+            .set(i64::try_from(exp).unwrap_or(i64::MAX));
+    }
+}
+
+/// Counts one request as in flight until it is dropped.
+pub struct InFlight(IntGauge);
+
+// === impl InFlight ===
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

@@ -1,0 +1,44 @@
+//! A text that cannot be printed and is wiped from memory when dropped.
+
+use std::fmt;
+
+use zeroize::Zeroizing;
+
+/// A secret text. Its `Debug` is always `[redacted]`; it has neither `Display` nor `Serialize`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Zeroizing<String>);
+
+// === impl Secret ===
+
+impl Secret {
+    /// The text itself. Each caller is a place to look at when asking where a secret can go.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_nothing_of_the_secret() {
+        let secret = Secret::from("canary".to_owned());
+        assert_eq!(
+            format!("{secret:?} {:?}", Some(&secret)),
+            "[redacted] Some([redacted])"
+        );
+    }
+}

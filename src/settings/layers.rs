@@ -1,0 +1,270 @@
+//! Where values come from: layers of keys, merged by figment, each value with its source.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use figment::value::{Dict, Map, Value};
+use figment::{Figment, Metadata, Profile, Provider};
+
+use super::Problem;
+
+/// The lowest layer, and the list of known keys.
+const DEFAULTS: &str = include_str!("../../config/default.toml");
+/// What variables of settings begin with.
+const PREFIX: &str = "KLING_PROXY_";
+/// Names the configuration file.
+const CONFIG: &str = "KLING_PROXY_CONFIG";
+/// What Kubernetes sets for a Service called `kling-proxy` begins with one of these.
+const KUBERNETES: [&str; 2] = ["KLING_PROXY_PORT", "KLING_PROXY_SERVICE_"];
+
+/// What the command line sets.
+#[derive(Clone, Debug, Default)]
+pub struct Flags {
+    /// `--config`.
+    pub config: Option<PathBuf>,
+    /// Keys with their flag and value.
+    pub values: Vec<(&'static str, &'static str, String)>,
+}
+
+/// The merged layers.
+pub(super) struct Layers {
+    figment: Figment,
+    defaults: Figment,
+    /// All keys, in the order of their names.
+    pub(super) keys: Vec<String>,
+}
+
+/// Values that come from one place.
+struct Layer {
+    source: String,
+    values: Dict,
+}
+
+// === impl Layers ===
+
+impl Layers {
+    /// Reads all layers. What cannot be read or is not known is a problem and left out.
+    pub(super) fn read(
+        flags: &Flags,
+        environment: &[(OsString, OsString)],
+        problems: &mut Vec<Problem>,
+    ) -> Self {
+        let defaults = Layer {
+            source: "default".to_owned(),
+            values: default_values(),
+        };
+        let keys: Vec<_> = leaves(&defaults.values)
+            .into_iter()
+            .map(|(key, _)| key)
+            .collect();
+        let mut layers = Vec::new();
+        let get = |name: &str| {
+            let mut found = environment.iter().filter(|(key, _)| key == name);
+            found
+                .next()
+                .map(|(_, value)| value)
+                .filter(|value| !value.is_empty())
+        };
+        let named = flags
+            .config
+            .clone()
+            .or_else(|| get(CONFIG).map(PathBuf::from));
+        let usual = || {
+            let folder = get("XDG_CONFIG_HOME").map(PathBuf::from);
+            let folder = folder.or_else(|| Some(PathBuf::from(get("HOME")?).join(".config")))?;
+            Some(folder.join("kling-proxy/config.toml")).filter(|path| path.exists())
+        };
+        if let Some(path) = named.or_else(usual) {
+            match read_file(&path) {
+                Ok(values) => layers.push(Layer {
+                    source: path.display().to_string(),
+                    values,
+                }),
+                Err(reason) => problems.push(Problem::new(path.display(), reason)),
+            }
+        }
+        layers.extend(variables(environment, problems));
+        layers.extend(flags.values.iter().map(|(key, flag, value)| Layer {
+            source: (*flag).to_owned(),
+            values: nested(key, value.clone().into()),
+        }));
+
+        let defaults = Figment::from(defaults);
+        let mut figment = defaults.clone();
+        for mut layer in layers {
+            let given: Vec<_> = leaves(&layer.values)
+                .into_iter()
+                .map(|(key, _)| key)
+                .collect();
+            for key in given {
+                if !keys.contains(&key) {
+                    problems.push(unknown(&layer.source, &key, &keys));
+                    forget(&mut layer.values, &key);
+                }
+            }
+            figment = figment.merge(layer);
+        }
+        Self {
+            figment,
+            defaults,
+            keys,
+        }
+    }
+
+    /// The value of a key and where it comes from.
+    pub(super) fn find(&self, key: &str) -> Option<(Value, String)> {
+        let value = self.figment.find_value(key).ok()?;
+        let source = self
+            .figment
+            .get_metadata(value.tag())?
+            .name
+            .clone()
+            .into_owned();
+        Some((value, source))
+    }
+
+    /// The default of a key.
+    pub(super) fn default(&self, key: &str) -> Option<Value> {
+        self.defaults.find_value(key).ok()
+    }
+}
+
+// === impl Layer ===
+
+impl Provider for Layer {
+    fn metadata(&self) -> Metadata {
+        Metadata::named(self.source.clone())
+    }
+
+    fn data(&self) -> Result<Map<Profile, Dict>, figment::Error> {
+        Ok(Profile::Default.collect(self.values.clone()))
+    }
+}
+
+fn default_values() -> Dict {
+    // Constant, and parsed by every test that loads settings.
+    parse(DEFAULTS).unwrap_or_default()
+}
+
+fn read_file(path: &Path) -> Result<Dict, String> {
+    parse(&fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?)
+}
+
+/// Parses TOML. The error quotes nothing of the text, which may hold a secret.
+fn parse(text: &str) -> Result<Dict, String> {
+    toml::from_str(text).map_err(|error: toml::de::Error| {
+        let before = error
+            .span()
+            .and_then(|span| text.get(..span.start))
+            .unwrap_or_default();
+        format!("line {}: not valid TOML", before.matches('\n').count() + 1)
+    })
+}
+
+/// One layer a variable, so that each value knows the variable it comes from.
+fn variables(environment: &[(OsString, OsString)], problems: &mut Vec<Problem>) -> Vec<Layer> {
+    let mut layers = Vec::new();
+    for (name, value) in environment {
+        let Some(name) = name.to_str() else { continue };
+        let Some(key) = name.strip_prefix(PREFIX) else {
+            continue;
+        };
+        if name == CONFIG || KUBERNETES.iter().any(|prefix| name.starts_with(prefix)) {
+            continue;
+        }
+        match value.to_str() {
+            None => problems.push(Problem::new(name, "its value is not UTF-8")),
+            Some("") => {}
+            Some(value) => {
+                let key = key.to_ascii_lowercase().replace("__", ".");
+                let values = nested(&key, list_or_text(value));
+                layers.push(Layer {
+                    source: name.to_owned(),
+                    values,
+                });
+            }
+        }
+    }
+    layers
+}
+
+/// `["a","b"]` is a list; everything else stays a text, a key of digits too.
+fn list_or_text(value: &str) -> Value {
+    #[derive(serde::Deserialize)]
+    struct One {
+        list: Vec<Value>,
+    }
+    let list = value
+        .trim_start()
+        .starts_with('[')
+        .then(|| format!("list = {value}"));
+    match list.and_then(|list| toml::from_str(&list).ok()) {
+        Some(One { list }) => Value::from(list),
+        None => Value::from(value),
+    }
+}
+
+fn nested(key: &str, value: Value) -> Dict {
+    match key.split_once('.') {
+        Some((first, rest)) => Dict::from([(first.to_owned(), Value::from(nested(rest, value)))]),
+        None => Dict::from([(key.to_owned(), value)]),
+    }
+}
+
+/// All values below a dictionary with their dotted keys.
+fn leaves(values: &Dict) -> Vec<(String, &Value)> {
+    let mut leaves = Vec::new();
+    for (name, value) in values {
+        match value.as_dict() {
+            Some(inner) => leaves.extend(
+                self::leaves(inner)
+                    .into_iter()
+                    .map(|(key, value)| (format!("{name}.{key}"), value)),
+            ),
+            None => leaves.push((name.clone(), value)),
+        }
+    }
+    leaves
+}
+
+fn forget(values: &mut Dict, key: &str) {
+    match key.split_once('.') {
+        Some((first, rest)) => {
+            if let Some(Value::Dict(_, inner)) = values.get_mut(first) {
+                forget(inner, rest);
+            }
+        }
+        None => {
+            values.remove(key);
+        }
+    }
+}
+
+fn unknown(source: &str, key: &str, keys: &[String]) -> Problem {
+    // `_` and `.` look alike to who forgot the second `_` of a variable.
+    let flat = |key: &str| key.replace('.', "_");
+    let nearest = keys
+        .iter()
+        .max_by(|a, b| {
+            let [a, b] = [a, b].map(|known| strsim::jaro_winkler(&flat(key), &flat(known)));
+            a.total_cmp(&b)
+        })
+        .map(String::as_str)
+        .unwrap_or_default();
+    if source.starts_with(PREFIX) {
+        let variable = format!(
+            "{PREFIX}{}",
+            nearest.to_ascii_uppercase().replace('.', "__")
+        );
+        Problem::new(
+            source,
+            format!("no such setting; the nearest is {variable}"),
+        )
+    } else {
+        Problem::new(
+            source,
+            format!("no such key: `{key}`; the nearest is `{nearest}`"),
+        )
+    }
+}

@@ -1,0 +1,430 @@
+//! Settings: layers of text become typed values, and every problem is told in one run.
+//!
+//! `config/default.toml` is the one place of keys and defaults. Reading opens no socket and no
+//! secret file.
+
+mod layers;
+mod value;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use figment::value::Value;
+use tracing_subscriber::EnvFilter;
+
+pub use self::layers::Flags;
+use self::layers::Layers;
+use self::value::{Offset, OrOff, Setting};
+use crate::credentials::Configured;
+use crate::layer::normalise::NormaliseLayer;
+use crate::sandbox;
+use crate::telemetry;
+use crate::token::Validity;
+use crate::upstream::{Origin, Timeouts};
+
+/// All settings. Keys and units stand in `config/default.toml`.
+#[derive(Debug)]
+pub struct Settings {
+    /// `listen.*`
+    pub listen: Listen,
+    /// `admin.address`; `None` for no admin listener.
+    pub admin: Option<SocketAddr>,
+    /// `upstream.*`
+    pub upstream: Upstream,
+    /// `credentials.*`
+    pub credentials: Configured,
+    /// `token.*`
+    pub token: Validity,
+    /// `access.*`
+    pub access: Access,
+    /// `limits.*`
+    pub limits: Limits,
+    /// `errors.*`
+    pub errors: NormaliseLayer,
+    /// `sandbox.*`
+    pub sandbox: sandbox::Options,
+    /// `shutdown.*`
+    pub shutdown: Shutdown,
+    /// `log.*`
+    pub log: Log,
+}
+
+/// Where clients connect.
+#[derive(Debug)]
+pub struct Listen {
+    /// At least one.
+    pub addresses: Vec<SocketAddr>,
+    /// Whether anyone beyond this machine may call.
+    pub unsafe_allow_remote: bool,
+}
+
+/// Where requests go.
+#[derive(Debug)]
+pub struct Upstream {
+    /// `upstream.url`.
+    pub origin: Origin,
+    /// A further trust root.
+    pub ca_file: Option<PathBuf>,
+    /// How long to wait.
+    pub timeouts: Timeouts,
+}
+
+/// Who may call.
+#[derive(Debug)]
+pub struct Access {
+    /// Host names without port.
+    pub allowed_hosts: Vec<String>,
+    /// The tokens of clients.
+    pub client_tokens_file: Option<PathBuf>,
+}
+
+/// What fits.
+#[derive(Debug)]
+pub struct Limits {
+    /// Largest request body.
+    pub request_body: ByteSize,
+    /// Most connections.
+    pub connections: u64,
+    /// To receive a head.
+    pub header_timeout: Duration,
+    /// Most requests at once.
+    pub in_flight: u64,
+}
+
+/// How to end.
+#[derive(Debug)]
+pub struct Shutdown {
+    /// Serving on, not ready.
+    pub delay: Duration,
+    /// For what is in flight.
+    pub drain: Duration,
+}
+
+/// What to log.
+#[derive(Debug)]
+pub struct Log {
+    /// How lines look.
+    pub format: telemetry::Format,
+    /// Which lines.
+    pub filter: EnvFilter,
+}
+
+/// Something to correct. It never shows the value of a secret.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The key, file or variable.
+    place: String,
+    reason: String,
+}
+
+/// One setting as `kling-proxy settings` shows it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Its key.
+    pub key: String,
+    /// Its value in TOML, redacted if it is a secret.
+    pub value: String,
+    /// Where it comes from.
+    pub source: String,
+}
+
+/// Keys whose value is never shown.
+const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
+/// Kling refuses tokens that live longer (`kling-general-information.txt`); shorter is of no use.
+const LIFETIMES: std::ops::RangeInclusive<Duration> =
+    Duration::from_mins(1)..=Duration::from_mins(30);
+
+// === impl Settings ===
+
+impl Settings {
+    /// Reads and checks all settings.
+    ///
+    /// # Errors
+    ///
+    /// Every [`Problem`], so that one run is enough to correct them all.
+    pub fn load(
+        flags: &Flags,
+        environment: &[(OsString, OsString)],
+    ) -> Result<(Self, Vec<Row>), Vec<Problem>> {
+        let mut problems = Vec::new();
+        let layers = Layers::read(flags, environment, &mut problems);
+        let settings = Self::read(&mut Reader {
+            layers: &layers,
+            problems: &mut problems,
+        });
+        problems.extend(settings.problems());
+        if problems.is_empty() {
+            Ok((settings, rows(&layers)))
+        } else {
+            Err(problems)
+        }
+    }
+
+    fn read(from: &mut Reader<'_>) -> Self {
+        Self {
+            listen: Listen {
+                addresses: from.get("listen.address"),
+                unsafe_allow_remote: from.get("listen.unsafe_allow_remote"),
+            },
+            admin: from.get::<OrOff>("admin.address").0,
+            upstream: Upstream {
+                origin: from.get("upstream.url"),
+                ca_file: from.get("upstream.ca_file"),
+                timeouts: Timeouts {
+                    connect: from.get("upstream.connect_timeout"),
+                    response: from.get("upstream.response_timeout"),
+                    idle: from.get("upstream.idle_timeout"),
+                },
+            },
+            credentials: Configured {
+                access_key: from.get("credentials.access_key"),
+                secret_key: from.get("credentials.secret_key"),
+                access_key_file: from.get("credentials.access_key_file"),
+                secret_key_file: from.get("credentials.secret_key_file"),
+                api_key_file: from.get("credentials.api_key_file"),
+            },
+            token: Validity {
+                lifetime: from.get("token.lifetime"),
+                not_before_leeway: from.get("token.not_before_leeway"),
+                refresh_before: from.get("token.refresh_before"),
+            },
+            access: Access {
+                allowed_hosts: from.get("access.allowed_hosts"),
+                client_tokens_file: from.get("access.client_tokens_file"),
+            },
+            limits: Limits {
+                request_body: from.get("limits.request_body"),
+                connections: from.get("limits.connections"),
+                header_timeout: from.get("limits.header_timeout"),
+                in_flight: from.get("limits.in_flight"),
+            },
+            errors: NormaliseLayer {
+                statuses: from.get("errors.status"),
+                format: from.get("errors.format"),
+            },
+            sandbox: sandbox::Options {
+                task_time: from.get("sandbox.task_time"),
+                concurrency: from
+                    .get::<u64>("sandbox.concurrency")
+                    .try_into()
+                    .unwrap_or(usize::MAX),
+                clock_offset: from.get::<Offset>("sandbox.clock_offset").0,
+                seed: from.get("sandbox.seed"),
+                public_url: from.get("sandbox.public_url"),
+            },
+            shutdown: Shutdown {
+                delay: from.get("shutdown.delay"),
+                drain: from.get("shutdown.drain"),
+            },
+            log: Log {
+                format: from.get("log.format"),
+                filter: from.get("log.filter"),
+            },
+        }
+    }
+
+    /// What is wrong although each value is well formed.
+    fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut require = |ok: bool, key: &str, reason: String| {
+            if !ok {
+                problems.push(Problem::new(key, reason));
+            }
+        };
+        let Validity {
+            lifetime,
+            refresh_before,
+            ..
+        } = self.token;
+        require(
+            LIFETIMES.contains(&lifetime),
+            "token.lifetime",
+            format!(
+                "want 1m to 30m, got {}",
+                humantime::format_duration(lifetime)
+            ),
+        );
+        require(
+            refresh_before < lifetime,
+            "token.refresh_before",
+            format!(
+                "want less than token.lifetime, {}",
+                humantime::format_duration(lifetime)
+            ),
+        );
+        require(
+            !self.listen.addresses.is_empty(),
+            "listen.address",
+            "want an address".to_owned(),
+        );
+        let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
+        for address in &self.listen.addresses {
+            require(
+                protected || address.ip().is_loopback(),
+                "listen.address",
+                format!(
+                    "{address} can be reached from other machines, which could spend your key: \
+                     set access.client_tokens_file, so that clients have to show a token, or \
+                     listen.unsafe_allow_remote = true"
+                ),
+            );
+        }
+        for host in &self.access.allowed_hosts {
+            let has_port = host
+                .rsplit_once(':')
+                .is_some_and(|(_, port)| !port.ends_with(']'));
+            require(
+                !host.is_empty() && !has_port && !host.contains('/'),
+                "access.allowed_hosts",
+                format!("want host names without scheme and port, got `{host}`"),
+            );
+        }
+        for (key, duration) in [
+            ("upstream.connect_timeout", self.upstream.timeouts.connect),
+            ("upstream.response_timeout", self.upstream.timeouts.response),
+            ("upstream.idle_timeout", self.upstream.timeouts.idle),
+            ("limits.header_timeout", self.limits.header_timeout),
+        ] {
+            require(!duration.is_zero(), key, "want more than 0s".to_owned());
+        }
+        for (key, number) in [
+            ("limits.connections", self.limits.connections),
+            ("limits.in_flight", self.limits.in_flight),
+        ] {
+            require(number > 0, key, "want more than 0".to_owned());
+        }
+        problems
+    }
+}
+
+/// Reads one key after the other.
+struct Reader<'a> {
+    layers: &'a Layers,
+    problems: &'a mut Vec<Problem>,
+}
+
+// === impl Reader ===
+
+impl Reader<'_> {
+    /// The value of a key; after a problem, its default, so that reading goes on.
+    fn get<T: Setting>(&mut self, key: &str) -> T {
+        if let Some((value, source)) = self.layers.find(key) {
+            match T::read(&value) {
+                Ok(value) => return value,
+                Err(reason) => {
+                    let want = reason.unwrap_or_else(|| format!("want {}", T::want()));
+                    let got = shown(key, &value);
+                    let reason = format!("{want}; got {got} from {source}");
+                    self.problems.push(Problem::new(key, reason));
+                }
+            }
+        }
+        let default = self
+            .layers
+            .default(key)
+            .and_then(|value| T::read(&value).ok());
+        #[expect(
+            clippy::expect_used,
+            reason = "config/default.toml is a constant with a test"
+        )]
+        default.expect("every key has a default in config/default.toml")
+    }
+}
+
+// === impl Problem ===
+
+impl Problem {
+    /// Says that something at `place` has to be corrected.
+    pub fn new(place: impl fmt::Display, reason: impl Into<String>) -> Self {
+        Self {
+            place: place.to_string(),
+            reason: reason.into(),
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`: {}", self.place, self.reason)
+    }
+}
+
+fn rows(layers: &Layers) -> Vec<Row> {
+    let row = |key: &String| {
+        let (value, source) = layers.find(key)?;
+        Some(Row {
+            key: key.clone(),
+            value: shown(key, &value),
+            source,
+        })
+    };
+    layers.keys.iter().filter_map(row).collect()
+}
+
+/// A value as TOML writes it.
+fn shown(key: &str, value: &Value) -> String {
+    let empty = value.as_str() == Some("");
+    if SECRETS.contains(&key) && !empty {
+        return "[redacted]".to_owned();
+    }
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::Secret;
+
+    fn load(variables: &[(&str, &str)]) -> Result<(Settings, Vec<Row>), Vec<String>> {
+        let variables: Vec<_> = variables
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
+        Settings::load(&Flags::default(), &variables)
+            .map_err(|problems| problems.iter().map(Problem::to_string).collect())
+    }
+
+    #[test]
+    fn the_defaults_are_without_problems() {
+        let (settings, rows) = load(&[]).unwrap();
+        assert_eq!(
+            settings.listen.addresses,
+            ["127.0.0.1:5546".parse().unwrap()]
+        );
+        assert!(rows.iter().all(|row| row.source == "default"), "{rows:?}");
+    }
+
+    #[test]
+    fn a_secret_of_digits_stays_a_text() {
+        let digits = "0123456789012345";
+        let (settings, _) = load(&[("KLING_PROXY_CREDENTIALS__SECRET_KEY", digits)]).unwrap();
+        assert_eq!(
+            settings.credentials.secret_key,
+            Some(Secret::from(digits.to_owned()))
+        );
+    }
+
+    #[test]
+    fn every_problem_is_told_at_once_without_a_secret() {
+        let problems = load(&[
+            ("KLING_PROXY_TOKEN__LIFETIME", "5s"),
+            ("KLING_PROXY_LISTEN_ADDRESS", "127.0.0.1:1"),
+            ("KLING_PROXY_CREDENTIALS__SECRET_KEY", "[\"canary\"]"),
+            ("KLING_PROXY_PORT_5546_TCP", "tcp://10.0.0.1:5546"),
+            ("KLING_PROXY_LOG__FORMAT", ""),
+        ]);
+        assert_eq!(
+            problems.err().unwrap(),
+            [
+                "`KLING_PROXY_LISTEN_ADDRESS`: no such setting; the nearest is KLING_PROXY_LISTEN__ADDRESS",
+                "`credentials.secret_key`: want a text; got [redacted] from KLING_PROXY_CREDENTIALS__SECRET_KEY",
+                "`token.lifetime`: want 1m to 30m, got 5s",
+                "`token.refresh_before`: want less than token.lifetime, 5s",
+            ]
+        );
+    }
+}

@@ -1,0 +1,139 @@
+//! How a value of each type is written.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use figment::value::Value;
+use tracing_subscriber::EnvFilter;
+
+use crate::layer::normalise::{self, Statuses};
+use crate::secret::Secret;
+use crate::telemetry;
+use crate::upstream::Origin;
+
+/// A type that a setting can have.
+pub(super) trait Setting: Sized {
+    /// What a reader is told to write.
+    fn want() -> String;
+
+    /// Reads a value; the error says what is wrong where [`want`](Self::want) does not suffice.
+    fn read(value: &Value) -> Result<Self, Option<String>>;
+}
+
+/// A signed number of seconds.
+#[derive(Clone, Copy)]
+pub(super) struct Offset(pub(super) i64);
+
+/// An address, or `off`.
+pub(super) struct OrOff(pub(super) Option<SocketAddr>);
+
+// === impl Setting ===
+
+/// A type that is written as a text.
+macro_rules! texts {
+    ($($type:ty, $want:expr, $read:expr;)*) => {$(
+        impl Setting for $type {
+            fn want() -> String {
+                $want.to_owned()
+            }
+
+            fn read(value: &Value) -> Result<Self, Option<String>> {
+                $read(value.as_str().ok_or(None)?)
+            }
+        }
+    )*};
+}
+
+texts! {
+    String, "a text", |text: &str| Ok(text.to_owned());
+    PathBuf, "a path", |text: &str| Ok(PathBuf::from(text));
+    Secret, "a text", |text: &str| Ok(Secret::from(text.to_owned()));
+    Duration, "a duration with its unit, such as \"30s\"",
+        |text: &str| humantime::parse_duration(text).map_err(|_| None);
+    ByteSize, "a size with its unit, such as \"64MiB\"", |text: &str| text.parse().map_err(|_| None);
+    SocketAddr, "an address with its port, such as \"127.0.0.1:5546\"",
+        |text: &str| text.parse().map_err(|_| None);
+    OrOff, "an address with its port, such as \"127.0.0.1:5547\", or \"off\"", |text: &str| {
+        match text {
+            "off" => Ok(OrOff(None)),
+            address => address.parse().map(|address| OrOff(Some(address))).map_err(|_| None),
+        }
+    };
+    Offset, "a duration, such as \"-10m\"", |text: &str| {
+        let (sign, size) = text.strip_prefix('-').map_or((1, text), |size| (-1, size));
+        let size = humantime::parse_duration(size).map_err(|_| None)?;
+        Ok(Offset(sign * i64::try_from(size.as_secs()).map_err(|_| None)?))
+    };
+    Origin, "a URL", |text: &str| text.parse::<Origin>().map_err(|error| Some(error.to_string()));
+    EnvFilter, "a filter as in RUST_LOG", |text: &str| EnvFilter::try_new(text).map_err(|_| None);
+    Statuses, "\"documented\" or \"actionable\"", |text: &str| match text {
+        "documented" => Ok(Statuses::Documented),
+        "actionable" => Ok(Statuses::Actionable),
+        _ => Err(None),
+    };
+    normalise::Format, "\"kling\" or \"upstream\"", |text: &str| match text {
+        "kling" => Ok(normalise::Format::Kling),
+        "upstream" => Ok(normalise::Format::Upstream),
+        _ => Err(None),
+    };
+    telemetry::Format, "\"auto\", \"pretty\" or \"json\"", |text: &str| match text {
+        "auto" => Ok(telemetry::Format::Auto),
+        "pretty" => Ok(telemetry::Format::Pretty),
+        "json" => Ok(telemetry::Format::Json),
+        _ => Err(None),
+    };
+}
+
+impl Setting for bool {
+    fn want() -> String {
+        "true or false".to_owned()
+    }
+
+    fn read(value: &Value) -> Result<Self, Option<String>> {
+        let text = || value.as_str()?.parse().ok();
+        value.to_bool().or_else(text).ok_or(None)
+    }
+}
+
+impl Setting for u64 {
+    fn want() -> String {
+        "a whole number".to_owned()
+    }
+
+    fn read(value: &Value) -> Result<Self, Option<String>> {
+        let number = || u64::try_from(value.to_i128()?).ok();
+        let text = || value.as_str()?.parse().ok();
+        number().or_else(text).ok_or(None)
+    }
+}
+
+/// An empty text stands for none.
+impl<T: Setting> Setting for Option<T> {
+    fn want() -> String {
+        T::want()
+    }
+
+    fn read(value: &Value) -> Result<Self, Option<String>> {
+        if value.as_str() == Some("") {
+            Ok(None)
+        } else {
+            T::read(value).map(Some)
+        }
+    }
+}
+
+/// One may stand for a list of one.
+impl<T: Setting> Setting for Vec<T> {
+    fn want() -> String {
+        format!("a list; each: {}", T::want())
+    }
+
+    fn read(value: &Value) -> Result<Self, Option<String>> {
+        match value.as_array() {
+            Some(values) => values.iter().map(T::read).collect(),
+            None => Ok(vec![T::read(value)?]),
+        }
+    }
+}

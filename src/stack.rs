@@ -1,0 +1,98 @@
+//! THE order of the layers: the only place that knows all of them.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::response::Response;
+use axum::routing::any_service;
+use tower::{Service, ServiceBuilder, service_fn};
+
+use crate::error::Error;
+use crate::layer::authenticate::AuthenticateLayer;
+use crate::layer::guard::{GuardLayer, Rules};
+use crate::layer::normalise::NormaliseLayer;
+use crate::layer::trace::TraceLayer;
+use crate::lifecycle::Lifecycle;
+use crate::metrics::Metrics;
+use crate::token::Tokens;
+use crate::upstream::{Origin, Timeouts, Upstream};
+
+/// What the stacks of all threads share.
+#[derive(Clone)]
+pub struct Shared {
+    /// What may pass.
+    pub rules: Arc<Rules>,
+    /// How errors look.
+    pub normalise: NormaliseLayer,
+    /// Where bearers come from.
+    pub tokens: Arc<Tokens>,
+    /// Where requests go.
+    pub origin: Origin,
+    /// Whom to trust there.
+    pub tls: rustls::ClientConfig,
+    /// How long to wait there.
+    pub timeouts: Timeouts,
+    /// Whether to serve at all.
+    pub lifecycle: Arc<Lifecycle>,
+    /// What to count in.
+    pub metrics: Arc<Metrics>,
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// The whole path of a request, for one thread: its connections to upstream are its own.
+    ///
+    /// ```text
+    /// listener -> trace -> normalise -> guard -> authenticate -> upstream
+    ///                                      \---> reserved: /_proxy is ours
+    /// ```
+    pub fn stack(&self) -> Router {
+        let upstream = ServiceBuilder::new()
+            .layer(AuthenticateLayer::new(
+                Arc::clone(&self.tokens),
+                self.origin.host(),
+            ))
+            .service(Upstream::new(
+                &self.origin,
+                self.tls.clone(),
+                self.timeouts,
+                Arc::clone(&self.metrics),
+            ));
+        let reserved = self.guarded(service_fn(|_| async { Err(Error::NotFound) }));
+        Router::new()
+            .route_service("/_proxy", any_service(reserved.clone()))
+            // axum's wildcard does not match nothing.
+            .route_service("/_proxy/", any_service(reserved.clone()))
+            .route_service("/_proxy/{*rest}", any_service(reserved))
+            .fallback_service(self.guarded(upstream))
+    }
+
+    fn guarded<S>(
+        &self,
+        inner: S,
+    ) -> impl Service<Request, Response = Response, Error = Infallible, Future: Send>
+    + Clone
+    + Send
+    + Sync
+    + 'static
+    where
+        S: Service<Request, Response = Response, Error = Error, Future: Send>
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+    {
+        ServiceBuilder::new()
+            .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
+            .layer(self.normalise) // inside, a request may fail; outside, it cannot
+            .layer(GuardLayer::new(
+                Arc::clone(&self.rules),
+                Arc::clone(&self.lifecycle),
+                Arc::clone(&self.metrics),
+            )) // refuses before anything is spent
+            .service(inner)
+    }
+}

@@ -1,0 +1,394 @@
+//! The bearer that upstream is shown: minted from a key pair, cached, and replaced in time.
+//!
+//! Form and claims are the vendor's ("General Information", API authentication, read 2026-11-22):
+//! HS256, header `alg` and `typ`, claims `iss`, `exp` and `nbf` as integers.
+
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwapOption;
+use http::HeaderValue;
+use jsonwebtoken::crypto::{CryptoProvider, JwtSigner, KeyUtils};
+use jsonwebtoken::errors::{Error as JwtError, ErrorKind};
+use jsonwebtoken::signature::{self, Signer};
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use ring::hmac;
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+use crate::secret::Secret;
+
+/// What authenticates us to upstream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// AccessKey and SecretKey, which sign a token for each half hour.
+    Pair {
+        /// Names the account; the token's `iss`.
+        access_key: Secret,
+        /// Signs the token.
+        secret_key: Secret,
+    },
+    /// A static API key, sent as it is.
+    ApiKey(Secret),
+}
+
+/// How long tokens live.
+#[derive(Clone, Copy, Debug)]
+pub struct Validity {
+    /// `exp` is now plus this.
+    pub lifetime: Duration,
+    /// `nbf` is now minus this: it covers an upstream whose clock is behind ours.
+    pub not_before_leeway: Duration,
+    /// A token with less life left than this is replaced before use.
+    ///
+    /// Less than `lifetime`. It covers the time that a request takes to arrive, and an upstream
+    /// whose clock is ahead of ours.
+    pub refresh_before: Duration,
+}
+
+/// The claims of a token, in seconds since the epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Claims {
+    /// The AccessKey.
+    pub iss: String,
+    /// When the token ends.
+    pub exp: u64,
+    /// When it begins.
+    pub nbf: u64,
+}
+
+/// The one place that hands out bearers. Reading the current one takes no lock.
+pub struct Tokens {
+    credential: Mutex<Credential>,
+    validity: Validity,
+    clock: Arc<dyn Clock>,
+    current: ArcSwapOption<Bearer>,
+    metrics: Arc<Metrics>,
+}
+
+/// Why there is no bearer.
+#[derive(Debug, thiserror::Error)]
+pub enum MintError {
+    /// The key could not sign.
+    #[error("cannot sign a token")]
+    Sign(#[source] JwtError),
+    /// The key has characters that no header may have.
+    #[error("the credential has characters that a header cannot carry")]
+    NotAHeader,
+}
+
+/// An `Authorization` value and the time it is good for.
+struct Bearer {
+    value: HeaderValue,
+    /// `nbf` and `exp`; `None` for an API key, which has no end.
+    bounds: Option<(u64, u64)>,
+}
+
+// === impl Credential ===
+
+impl Credential {
+    /// A name for messages: which kind of credential this is.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Pair { .. } => "access key and secret key",
+            Self::ApiKey(_) => "API key",
+        }
+    }
+
+    fn bearer(&self, validity: Validity, now: SystemTime) -> Result<Bearer, MintError> {
+        let (token, bounds) = match self {
+            Self::Pair {
+                access_key,
+                secret_key,
+            } => {
+                let claims = Claims::new(access_key, validity, now);
+                let token = Zeroizing::new(sign(&claims, secret_key)?);
+                (token, Some((claims.nbf, claims.exp)))
+            }
+            Self::ApiKey(key) => (Zeroizing::new(key.expose().to_owned()), None),
+        };
+        let text = Zeroizing::new(format!("Bearer {}", *token));
+        let mut value = HeaderValue::from_str(&text).map_err(|_| MintError::NotAHeader)?;
+        value.set_sensitive(true);
+        Ok(Bearer { value, bounds })
+    }
+}
+
+// === impl Claims ===
+
+impl Claims {
+    /// The claims of a token minted at `now`.
+    pub fn new(access_key: &Secret, validity: Validity, now: SystemTime) -> Self {
+        let now = unix_seconds(now);
+        Self {
+            iss: access_key.expose().to_owned(),
+            exp: now + validity.lifetime.as_secs(),
+            nbf: now.saturating_sub(validity.not_before_leeway.as_secs()),
+        }
+    }
+}
+
+// === impl Tokens ===
+
+impl Tokens {
+    /// Starts without a token: the first use mints it.
+    pub fn new(
+        credential: Credential,
+        validity: Validity,
+        clock: Arc<dyn Clock>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let credential = Mutex::new(credential);
+        let current = ArcSwapOption::empty();
+        Self {
+            credential,
+            validity,
+            clock,
+            current,
+            metrics,
+        }
+    }
+
+    /// The `Authorization` value to send now, marked sensitive.
+    ///
+    /// Validity is judged by the wall clock here, at use, because a machine that slept has missed
+    /// every timer. One caller replaces a token that nears its end; the others go on with it.
+    ///
+    /// # Errors
+    ///
+    /// [`MintError`]: there is no token that is valid now and none could be made.
+    pub fn bearer(&self) -> Result<HeaderValue, MintError> {
+        let now = self.clock.now();
+        let current = self.current.load();
+        let usable = match current.as_deref() {
+            Some(bearer) if bearer.is_fresh(now, self.validity) => return Ok(bearer.value.clone()),
+            Some(bearer) if bearer.is_valid(now) => Some(bearer),
+            _ => None,
+        };
+        let credential = match (self.credential.try_lock(), usable) {
+            (Ok(credential), _) => credential,
+            (Err(TryLockError::WouldBlock), Some(bearer)) => return Ok(bearer.value.clone()),
+            (Err(TryLockError::WouldBlock), None) => self.lock(),
+            (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
+        };
+        // Another caller may have minted while this one waited.
+        if let Some(bearer) = self.current.load().as_deref()
+            && bearer.is_fresh(now, self.validity)
+        {
+            return Ok(bearer.value.clone());
+        }
+        self.mint(&credential, now)
+    }
+
+    /// Takes another credential from now on, and drops the token of the old one. Tells whether it
+    /// is another.
+    pub fn replace(&self, credential: Credential) -> bool {
+        let mut current = self.lock();
+        let changed = *current != credential;
+        if changed {
+            *current = credential;
+            self.current.store(None);
+        }
+        changed
+    }
+
+    fn mint(&self, credential: &Credential, now: SystemTime) -> Result<HeaderValue, MintError> {
+        let minted = credential.bearer(self.validity, now);
+        self.metrics.token_minted(minted.is_ok());
+        let bearer = minted?;
+        if let Some((_, exp)) = bearer.bounds {
+            self.metrics.token_expires(exp);
+            tracing::debug!(exp, "token minted");
+        }
+        let value = bearer.value.clone();
+        self.current.store(Some(Arc::new(bearer)));
+        Ok(value)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Credential> {
+        self.credential
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Bearer ===
+
+impl Bearer {
+    fn is_valid(&self, now: SystemTime) -> bool {
+        let now = unix_seconds(now);
+        self.bounds.is_none_or(|(nbf, exp)| nbf <= now && now < exp)
+    }
+
+    fn is_fresh(&self, now: SystemTime, validity: Validity) -> bool {
+        self.is_valid(now) && self.is_valid(now + validity.refresh_before)
+    }
+}
+
+/// Signs claims as HS256.
+///
+/// # Errors
+///
+/// [`MintError::Sign`] if the claims or the key cannot be used.
+pub fn sign(claims: &Claims, secret_key: &Secret) -> Result<String, MintError> {
+    // A second installation changes nothing and its refusal says only that.
+    let _ = PROVIDER.install_default();
+    let key = EncodingKey::from_secret(secret_key.expose().as_bytes());
+    jsonwebtoken::encode(&Header::new(Algorithm::HS256), claims, &key).map_err(MintError::Sign)
+}
+
+fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// HMAC by ring, which rustls brings along; jsonwebtoken's own backends are `rsa`, which has an
+/// open advisory (RUSTSEC-2023-0071), and aws-lc-rs, which slows every start.
+static PROVIDER: CryptoProvider = CryptoProvider {
+    signer_factory: |algorithm, key| match algorithm {
+        Algorithm::HS256 => Ok(Box::new(Hs256(hmac::Key::new(
+            hmac::HMAC_SHA256,
+            key.as_bytes(),
+        )))),
+        _ => Err(ErrorKind::InvalidAlgorithm.into()),
+    },
+    verifier_factory: |_, _| Err(ErrorKind::InvalidAlgorithm.into()),
+    key_utils: KeyUtils::new_unimplemented(),
+};
+
+struct Hs256(hmac::Key);
+
+impl Signer<Vec<u8>> for Hs256 {
+    fn try_sign(&self, message: &[u8]) -> Result<Vec<u8>, signature::Error> {
+        Ok(hmac::sign(&self.0, message).as_ref().to_vec())
+    }
+}
+
+impl JwtSigner for Hs256 {
+    fn algorithm(&self) -> Algorithm {
+        Algorithm::HS256
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+    use base64::Engine;
+    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
+    use super::*;
+
+    const NOW: u64 = 1_800_000_000;
+    const VALIDITY: Validity = Validity {
+        lifetime: Duration::from_mins(30),
+        not_before_leeway: Duration::from_secs(5),
+        refresh_before: Duration::from_mins(5),
+    };
+
+    struct Hand(AtomicU64);
+
+    impl Clock for Hand {
+        fn now(&self) -> SystemTime {
+            UNIX_EPOCH + Duration::from_secs(self.0.load(Relaxed))
+        }
+    }
+
+    fn pair(secret_key: &str) -> Credential {
+        let [access_key, secret_key] =
+            ["access", secret_key].map(|key| Secret::from(key.to_owned()));
+        Credential::Pair {
+            access_key,
+            secret_key,
+        }
+    }
+
+    fn tokens(credential: Credential) -> (Arc<Hand>, Tokens) {
+        let clock = Arc::new(Hand(AtomicU64::new(NOW)));
+        let metrics = Arc::new(Metrics::new().unwrap());
+        (
+            Arc::clone(&clock),
+            Tokens::new(credential, VALIDITY, clock, metrics),
+        )
+    }
+
+    fn parts(bearer: &HeaderValue) -> [String; 2] {
+        let jwt = bearer.to_str().unwrap().strip_prefix("Bearer ").unwrap();
+        let parts: Vec<_> = jwt.split('.').collect();
+        [parts[0], parts[1]]
+            .map(|part| String::from_utf8(URL_SAFE_NO_PAD.decode(part).unwrap()).unwrap())
+    }
+
+    #[test]
+    fn header_and_claims_are_exactly_those_of_the_vendor() {
+        let (_, tokens) = tokens(pair("secret"));
+        let [header, claims] = parts(&tokens.bearer().unwrap());
+        assert_eq!(header, r#"{"typ":"JWT","alg":"HS256"}"#);
+        assert_eq!(
+            claims,
+            r#"{"iss":"access","exp":1800001800,"nbf":1799999995}"#
+        );
+    }
+
+    #[test]
+    fn a_token_is_replaced_by_the_clock_at_use() {
+        let (clock, tokens) = tokens(pair("secret"));
+        let first = tokens.bearer().unwrap();
+        for (now, same, why) in [
+            (NOW + 1499, true, "more than refresh_before is left"),
+            (NOW - 5, true, "the clock went back, but not before nbf"),
+            (NOW + 1500, false, "refresh_before is left"),
+            (NOW + 999_999, false, "the machine slept"),
+            (NOW - 999_999, false, "the clock went back before nbf"),
+        ] {
+            clock.0.store(NOW, Relaxed);
+            tokens.current.store(None);
+            assert_eq!(tokens.bearer().unwrap(), first);
+            clock.0.store(now, Relaxed);
+            assert_eq!(tokens.bearer().unwrap() == first, same, "{why}");
+        }
+    }
+
+    #[test]
+    fn while_one_caller_replaces_it_others_use_a_valid_token_and_wait_for_an_expired_one() {
+        let (clock, tokens) = tokens(pair("secret"));
+        let first = tokens.bearer().unwrap();
+        clock.0.store(NOW + 1600, Relaxed);
+        std::thread::scope(|scope| {
+            let minting = tokens.lock();
+            assert_eq!(
+                tokens.bearer().unwrap(),
+                first,
+                "still valid, so nobody waits"
+            );
+            clock.0.store(NOW + 1800, Relaxed);
+            let waiting = scope.spawn(|| tokens.bearer().unwrap());
+            drop(minting);
+            assert_ne!(waiting.join().unwrap(), first, "expired, so it is not sent");
+        });
+    }
+
+    #[test]
+    fn another_credential_counts_at_once() {
+        let (_, tokens) = tokens(pair("secret"));
+        let first = tokens.bearer().unwrap();
+        assert_eq!(
+            (tokens.replace(pair("secret")), tokens.replace(pair("new"))),
+            (false, true)
+        );
+        assert_ne!(tokens.bearer().unwrap(), first);
+    }
+
+    #[test]
+    fn an_api_key_is_sent_as_it_is_and_nothing_shows_it() {
+        let (_, tokens) = tokens(Credential::ApiKey(Secret::from("api-key".to_owned())));
+        let bearer = tokens.bearer().unwrap();
+        assert_eq!(
+            (bearer.as_bytes(), format!("{bearer:?}")),
+            (&b"Bearer api-key"[..], "Sensitive".to_owned())
+        );
+    }
+}

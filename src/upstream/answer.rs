@@ -1,0 +1,211 @@
+//! Tells an answer from an error, by the status and by the service code in the body.
+//!
+//! A success passes as it came, held only until its `code` is known; an error's body is read, within
+//! bounds, so that what it says can be told in our form.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use http::header::CONTENT_TYPE;
+use http::{HeaderMap, response};
+use http_body::Body as _;
+use http_body_util::BodyExt;
+use sync_wrapper::SyncWrapper;
+use tokio::time::{Instant, timeout_at};
+
+use super::download::{Download, Step};
+use super::text::Text;
+use crate::envelope::{self, Envelope, Peek};
+use crate::error::{Answer, Error};
+
+/// As much of a body as is read to understand it, as sent and decoded, each.
+const BOUND: usize = 64 << 10;
+/// A success whose code is not known by then passes.
+const HOLD: Duration = Duration::from_millis(200);
+/// An error body that takes longer counts as cut off.
+const ERROR_BODY: Duration = Duration::from_secs(10);
+/// As much of a body that is no envelope as a client is shown, in characters.
+const EXCERPT: usize = 512;
+
+/// Passes a success, and makes an error of everything else that is one.
+///
+/// # Errors
+///
+/// [`Error::Service`] and [`Error::BadResponse`].
+pub(super) async fn judge(head: response::Parts, body: Download) -> Result<Response, Error> {
+    let status = head.status;
+    if status.is_client_error() || status.is_server_error() {
+        let mut reader = Reader::new(&head.headers, body);
+        reader.read_to_end().await;
+        let envelope = reader.envelope().filter(|envelope| envelope.code != 0);
+        let excerpt = excerpt(reader.text.seen());
+        let answer = Box::new(Answer {
+            head,
+            body: SyncWrapper::new(reader.into_body()),
+        });
+        return Err(match envelope {
+            Some(envelope) => Error::Service { answer, envelope },
+            None => Error::BadResponse { answer, excerpt },
+        });
+    }
+    if !status.is_success() || !is_json(&head.headers) || body.is_end_stream() {
+        return Ok(Response::from_parts(head, Body::new(body)));
+    }
+    let mut reader = Reader::new(&head.headers, body);
+    if let Peek::Code(code) = reader.peek().await
+        && code != 0
+    {
+        reader.read_to_end().await;
+        if let Some(envelope) = reader.envelope() {
+            let answer = Box::new(Answer {
+                head,
+                body: SyncWrapper::new(reader.into_body()),
+            });
+            return Err(Error::Service { answer, envelope });
+        }
+    }
+    Ok(Response::from_parts(head, reader.into_body()))
+}
+
+/// Reads ahead in a body, and can put everything back.
+struct Reader {
+    body: Download,
+    steps: VecDeque<Step>,
+    text: Text,
+    size: usize,
+    end: End,
+}
+
+/// How a body ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    NotYet,
+    Whole,
+    Cut,
+}
+
+// === impl Reader ===
+
+impl Reader {
+    fn new(headers: &HeaderMap, body: Download) -> Self {
+        let end = if body.is_end_stream() {
+            End::Whole
+        } else {
+            End::NotYet
+        };
+        Self {
+            body,
+            steps: VecDeque::new(),
+            text: Text::new(headers, BOUND),
+            size: 0,
+            end,
+        }
+    }
+
+    /// Reads until the code is known, or cannot be known in time.
+    async fn peek(&mut self) -> Peek {
+        let deadline = Instant::now() + HOLD;
+        let mut worth_a_look = 0;
+        loop {
+            let seen = self.text.seen();
+            // Looking anew at each byte would take the square of the body's size.
+            if seen.len() >= worth_a_look || self.is_over() {
+                worth_a_look = seen.len() + seen.len() / 4;
+                match envelope::peek(seen) {
+                    Peek::Undecided if !self.is_over() => {}
+                    decided => return decided,
+                }
+            }
+            if timeout_at(deadline, self.read()).await.is_err() {
+                return Peek::Undecided;
+            }
+        }
+    }
+
+    /// Reads what the bounds allow.
+    async fn read_to_end(&mut self) {
+        let deadline = Instant::now() + ERROR_BODY;
+        while !self.is_over() {
+            if timeout_at(deadline, self.read()).await.is_err() {
+                self.end = End::Cut;
+            }
+        }
+    }
+
+    async fn read(&mut self) {
+        match self.body.frame().await {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.size += data.len();
+                    self.text.push(data);
+                }
+                self.steps.push_back(Ok(frame));
+                if self.body.is_end_stream() {
+                    self.end = End::Whole;
+                }
+            }
+            Some(Err(error)) => {
+                self.steps.push_back(Err(error));
+                self.end = End::Cut;
+            }
+            None => self.end = End::Whole,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.end != End::NotYet || self.size >= BOUND || self.text.is_full()
+    }
+
+    /// What the body says; nothing if it was cut off.
+    fn envelope(&self) -> Option<Envelope> {
+        match self.end {
+            End::Whole if !self.text.is_full() => envelope::read(self.text.seen()),
+            End::Whole | End::NotYet => envelope::read_beginning(self.text.seen()),
+            End::Cut => None,
+        }
+    }
+
+    /// The whole body as it came.
+    fn into_body(self) -> Body {
+        let Self {
+            mut body, steps, ..
+        } = self;
+        body.unread(steps);
+        Body::new(body)
+    }
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let Some(value) = headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+    else {
+        return false;
+    };
+    let essence = value
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    essence == "application/json" || essence.ends_with("+json")
+}
+
+/// How a text begins; nothing of what is not text.
+fn excerpt(bytes: &[u8]) -> Option<String> {
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text,
+        // A character that the bound cut through is no reason.
+        Err(error) if error.error_len().is_none() => {
+            std::str::from_utf8(&bytes[..error.valid_up_to()]).ok()?
+        }
+        Err(_) => return None,
+    };
+    let is_text = !text.is_empty()
+        && text
+            .chars()
+            .all(|c| !c.is_control() || matches!(c, '\t' | '\n' | '\r'));
+    is_text.then(|| text.chars().take(EXCERPT).collect())
+}

@@ -1,0 +1,343 @@
+//! Connections to the one upstream: name resolution, TCP, TLS, and the version that ALPN chose.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use http::header::HOST;
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderValue, Uri, Version};
+use hyper::body::Incoming;
+use hyper::client::conn::{TrySendError, http1, http2};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::{Connection as _, HttpConnector};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, RootCertStore};
+use tower::{Service, ServiceExt};
+
+use crate::error::BoxError;
+
+/// How often TCP, or HTTP/2, asks a silent peer whether it is still there.
+const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// Receive windows of HTTP/2: a result file moves at full speed over a long way.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Where requests go: scheme and authority of `upstream.url`, and nothing a request says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    scheme: Scheme,
+    authority: Authority,
+    host: HeaderValue,
+}
+
+/// Why a URL is no [`Origin`].
+#[derive(Debug, thiserror::Error)]
+pub enum OriginError {
+    /// It is not a URL, or not one of `http` or `https`.
+    #[error("want a URL such as https://api-singapore.klingai.com")]
+    NotAUrl,
+    /// It says more than an origin may.
+    #[error("want scheme and host only: no path, query or user")]
+    MoreThanOrigin,
+    /// The key would travel in the clear.
+    #[error("want https: plain http is accepted for loopback only")]
+    Insecure,
+}
+
+/// What is wrong with the trust roots.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// `upstream.ca_file` cannot be used.
+    #[error("cannot read certificates from `upstream.ca_file`")]
+    CaFile(#[source] BoxError),
+    /// The TLS library does not take our settings.
+    #[error("cannot set up TLS")]
+    Setup(#[from] rustls::Error),
+}
+
+/// Makes connections.
+pub(super) struct Connector {
+    inner: HttpsConnector<HttpConnector>,
+    origin: Origin,
+    timeout: Duration,
+}
+
+/// The sending side of a connection.
+pub(super) enum Connection {
+    /// One request at a time.
+    Http1(http1::SendRequest<Body>),
+    /// Many at a time; needs scheme and authority for each.
+    Http2(http2::SendRequest<Body>, Origin),
+}
+
+// === impl Origin ===
+
+impl Origin {
+    /// The origin as a `Host` value.
+    pub fn host(&self) -> HeaderValue {
+        self.host.clone()
+    }
+
+    /// The name and port to connect to, where that is this machine itself.
+    pub fn loopback_port(&self) -> Option<u16> {
+        let default = if self.scheme == Scheme::HTTPS {
+            443
+        } else {
+            80
+        };
+        is_loopback(self.authority.host()).then(|| self.authority.port_u16().unwrap_or(default))
+    }
+
+    fn uri(&self, path_and_query: PathAndQuery) -> Uri {
+        let mut parts = http::uri::Parts::default();
+        parts.scheme = Some(self.scheme.clone());
+        parts.authority = Some(self.authority.clone());
+        parts.path_and_query = Some(path_and_query);
+        // All three are there, which is what makes a URI absolute.
+        Uri::from_parts(parts).unwrap_or_default()
+    }
+}
+
+impl std::str::FromStr for Origin {
+    type Err = OriginError;
+
+    fn from_str(url: &str) -> Result<Self, OriginError> {
+        let uri: Uri = url.parse().map_err(|_| OriginError::NotAUrl)?;
+        let parts = uri.into_parts();
+        let (Some(scheme), Some(authority)) = (parts.scheme, parts.authority) else {
+            return Err(OriginError::NotAUrl);
+        };
+        if scheme != Scheme::HTTPS && scheme != Scheme::HTTP || authority.host().is_empty() {
+            return Err(OriginError::NotAUrl);
+        }
+        let path = parts
+            .path_and_query
+            .as_ref()
+            .map_or("", PathAndQuery::as_str);
+        if !matches!(path, "" | "/") || authority.as_str().contains('@') || url.contains('#') {
+            return Err(OriginError::MoreThanOrigin);
+        }
+        if scheme == Scheme::HTTP && !is_loopback(authority.host()) {
+            return Err(OriginError::Insecure);
+        }
+        let host = HeaderValue::from_str(authority.as_str()).map_err(|_| OriginError::NotAUrl)?;
+        Ok(Self {
+            scheme,
+            authority,
+            host,
+        })
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}", self.scheme, self.authority)
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost")
+        || address
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+// === impl Connector ===
+
+impl Connector {
+    pub(super) fn new(origin: &Origin, tls: ClientConfig, timeout: Duration) -> Self {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_keepalive(Some(KEEP_ALIVE));
+        let tls = HttpsConnectorBuilder::new().with_tls_config(tls);
+        let inner = tls
+            .https_or_http()
+            .enable_all_versions()
+            .wrap_connector(tcp);
+        Self {
+            inner,
+            origin: origin.clone(),
+            timeout,
+        }
+    }
+
+    pub(super) async fn connect(&self) -> Result<Connection, BoxError> {
+        match tokio::time::timeout(self.timeout, self.handshake()).await {
+            Ok(connected) => connected,
+            Err(_) => Err(format!("no connection within {:?}", self.timeout).into()),
+        }
+    }
+
+    async fn handshake(&self) -> Result<Connection, BoxError> {
+        let root = self.origin.uri(PathAndQuery::from_static("/"));
+        let stream = self.inner.clone().ready().await?.call(root).await?;
+        if stream.connected().is_negotiated_h2() {
+            let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(CONNECTION_WINDOW)
+                .keep_alive_interval(KEEP_ALIVE)
+                .handshake(stream)
+                .await?;
+            tokio::spawn(connection);
+            Ok(Connection::Http2(sender, self.origin.clone()))
+        } else {
+            let (sender, connection) = http1::handshake(stream).await?;
+            tokio::spawn(connection);
+            Ok(Connection::Http1(sender))
+        }
+    }
+}
+
+// === impl Connection ===
+
+impl Connection {
+    /// Sends a request. An error that holds the request says that nothing of it was sent.
+    ///
+    /// Dropping the future before the answer closes the connection (HTTP/1.1) or resets the stream
+    /// (HTTP/2), so that a body cut short never looks complete.
+    pub(super) async fn send(
+        &mut self,
+        mut request: Request,
+    ) -> Result<http::Response<Incoming>, TrySendError<Request>> {
+        match self {
+            Self::Http1(sender) => {
+                *request.version_mut() = Version::HTTP_11;
+                *request.uri_mut() = Uri::from(path_and_query(&request));
+                sender.ready().await.ok();
+                sender.try_send_request(request).await
+            }
+            Self::Http2(sender, origin) => {
+                *request.version_mut() = Version::HTTP_2;
+                *request.uri_mut() = origin.uri(path_and_query(&request));
+                // `:authority` says it (RFC 9113, section 8.3.1).
+                request.headers_mut().remove(HOST);
+                sender.try_send_request(request).await
+            }
+        }
+    }
+}
+
+fn path_and_query(request: &Request) -> PathAndQuery {
+    // The guard has seen that there is a path.
+    request
+        .uri()
+        .path_and_query()
+        .cloned()
+        .unwrap_or(PathAndQuery::from_static("/"))
+}
+
+/// Trusts what the platform trusts, and `ca_file`; where the platform has no roots at all, as in
+/// an empty container, Mozilla's, which are bundled.
+///
+/// # Errors
+///
+/// [`TlsError`].
+pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    let mut roots = RootCertStore::empty();
+    let platform = rustls_native_certs::load_native_certs();
+    for error in &platform.errors {
+        tracing::debug!(%error, "platform trust roots");
+    }
+    roots.add_parsable_certificates(platform.certs);
+    if roots.is_empty() {
+        tracing::debug!("no trust roots on this platform: using the bundled ones");
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    if let Some(path) = ca_file {
+        let unusable = |error: BoxError| TlsError::CaFile(error);
+        let pem = std::fs::read(path).map_err(|error| unusable(error.into()))?;
+        let mut found = false;
+        for certificate in CertificateDer::pem_slice_iter(&pem) {
+            let certificate = certificate.map_err(|error| unusable(error.into()))?;
+            roots
+                .add(certificate)
+                .map_err(|error| unusable(error.into()))?;
+            found = true;
+        }
+        if !found {
+            return Err(unusable("it holds no certificate".into()));
+        }
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    Ok(ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_is_https_or_loopback_and_nothing_more() {
+        for (url, outcome) in [
+            (
+                "https://api-singapore.klingai.com",
+                "https://api-singapore.klingai.com",
+            ),
+            (
+                "https://api-beijing.klingai.com/",
+                "https://api-beijing.klingai.com",
+            ),
+            ("https://example.test:8443", "https://example.test:8443"),
+            ("http://127.0.0.1:80", "http://127.0.0.1:80"),
+            ("http://[::1]:8080", "http://[::1]:8080"),
+            ("http://LocalHost:1", "http://LocalHost:1"),
+            (
+                "http://api-singapore.klingai.com",
+                "want https: plain http is accepted for loopback only",
+            ),
+            (
+                "http://127.0.0.1.nip.io",
+                "want https: plain http is accepted for loopback only",
+            ),
+            (
+                "http://localhost.evil.test",
+                "want https: plain http is accepted for loopback only",
+            ),
+            (
+                "https://example.test/v1",
+                "want scheme and host only: no path, query or user",
+            ),
+            (
+                "https://example.test?a",
+                "want scheme and host only: no path, query or user",
+            ),
+            (
+                "https://example.test#a",
+                "want scheme and host only: no path, query or user",
+            ),
+            (
+                "https://user:pass@example.test",
+                "want scheme and host only: no path, query or user",
+            ),
+            (
+                "ftp://example.test",
+                "want a URL such as https://api-singapore.klingai.com",
+            ),
+            (
+                "example.test",
+                "want a URL such as https://api-singapore.klingai.com",
+            ),
+            (
+                "/path",
+                "want a URL such as https://api-singapore.klingai.com",
+            ),
+            ("", "want a URL such as https://api-singapore.klingai.com"),
+        ] {
+            let parsed = url.parse::<Origin>();
+            let actual = parsed.map_or_else(|error| error.to_string(), |origin| origin.to_string());
+            assert_eq!(actual, outcome, "{url:?}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The answer's body on its way down: bounded silence, and its connection kept when it ends.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::connect::Connection;
+use super::pool::Pool;
+use super::upload::Progress;
+use crate::error::BoxError;
+
+/// What one poll of a body gives.
+pub(super) type Step = Result<Frame<Bytes>, BoxError>;
+
+/// A body that passes as it comes.
+pub(super) struct Download {
+    /// What was read ahead, to be passed first.
+    ahead: VecDeque<Step>,
+    body: Incoming,
+    lease: Option<Lease>,
+    idle: Duration,
+    silence: Option<Pin<Box<Sleep>>>,
+    moved: bool,
+}
+
+/// The connection that a body comes over; it goes back to its pool when the body has ended.
+pub(super) struct Lease {
+    pool: Arc<Pool>,
+    connection: Connection,
+    upload: Arc<Progress>,
+}
+
+// === impl Lease ===
+
+impl Lease {
+    pub(super) fn new(pool: Arc<Pool>, connection: Connection, upload: &Arc<Progress>) -> Self {
+        Self {
+            pool,
+            connection,
+            upload: Arc::clone(upload),
+        }
+    }
+
+    fn end(self) {
+        // After an answer that came early the request's rest would still have to be sent.
+        if self.upload.is_done() {
+            self.pool.checkin(self.connection);
+        }
+    }
+}
+
+// === impl Download ===
+
+impl Download {
+    pub(super) fn new(body: Incoming, lease: Lease, idle: Duration) -> Self {
+        let lease = Some(lease);
+        let mut this = Self {
+            ahead: VecDeque::new(),
+            body,
+            lease,
+            idle,
+            silence: None,
+            moved: false,
+        };
+        this.end_lease();
+        this
+    }
+
+    /// Puts back what was read ahead.
+    pub(super) fn unread(&mut self, steps: VecDeque<Step>) {
+        debug_assert!(
+            self.ahead.is_empty(),
+            "read ahead while something was put back"
+        );
+        self.ahead = steps;
+    }
+
+    fn end_lease(&mut self) {
+        if self.body.is_end_stream()
+            && let Some(lease) = self.lease.take()
+        {
+            lease.end();
+        }
+    }
+
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let idle = self.idle;
+        let silence = self.silence.get_or_insert_with(|| Box::pin(sleep(idle)));
+        if std::mem::take(&mut self.moved) {
+            silence.as_mut().reset(Instant::now() + idle);
+        }
+        silence.as_mut().poll(cx)
+    }
+}
+
+impl Body for Download {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Step>> {
+        let this = self.get_mut();
+        if let Some(step) = this.ahead.pop_front() {
+            return Poll::Ready(Some(step));
+        }
+        match Pin::new(&mut this.body).poll_frame(cx) {
+            Poll::Ready(step) => {
+                this.moved = true;
+                this.end_lease();
+                Poll::Ready(step.map(|step| step.map_err(BoxError::from)))
+            }
+            Poll::Pending => this.poll_silence(cx).map(|()| {
+                let silence = format!("upstream was silent for {:?} inside a body", this.idle);
+                Some(Err(silence.into()))
+            }),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ahead.is_empty() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let ahead: u64 = self
+            .ahead
+            .iter()
+            .filter_map(|step| step.as_ref().ok()?.data_ref())
+            .map(|data| data.len() as u64)
+            .sum();
+        let rest = self.body.size_hint();
+        let mut hint = SizeHint::new();
+        hint.set_lower(ahead + rest.lower());
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(ahead + upper);
+        }
+        hint
+    }
+}

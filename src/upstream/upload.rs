@@ -1,0 +1,171 @@
+//! The request body on its way up: who keeps whom waiting, and what went wrong with it.
+
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use axum::body::Body;
+use axum::extract::Request;
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::{Instant, timeout_at};
+
+use super::Timeouts;
+use crate::error::Error;
+
+/// A body that records its progress.
+pub(super) struct Upload {
+    body: Body,
+    progress: Arc<Progress>,
+}
+
+/// How far a body is.
+pub(super) struct Progress(Mutex<State>);
+
+struct State {
+    turn: Turn,
+    since: Instant,
+    fault: Option<Error>,
+}
+
+/// Who has to do something next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// The client has to send more.
+    Client,
+    /// Upstream has to take what was sent.
+    Upstream,
+    /// All was handed over: upstream has to answer.
+    Done,
+}
+
+// === impl Upload ===
+
+impl Upload {
+    /// Makes the body of a request, if it has one, record its progress.
+    pub(super) fn record(request: Request) -> (Request, Arc<Progress>) {
+        let empty = request.body().is_end_stream();
+        let turn = if empty { Turn::Done } else { Turn::Upstream };
+        let state = State {
+            turn,
+            since: Instant::now(),
+            fault: None,
+        };
+        let progress = Arc::new(Progress(Mutex::new(state)));
+        if empty {
+            return (request, progress);
+        }
+        let recorded = Arc::clone(&progress);
+        (
+            request.map(|body| {
+                Body::new(Self {
+                    body,
+                    progress: recorded,
+                })
+            }),
+            progress,
+        )
+    }
+}
+
+impl http_body::Body for Upload {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.body).poll_frame(cx);
+        match &polled {
+            Poll::Pending => this.progress.enter(Turn::Client),
+            Poll::Ready(None) => this.progress.enter(Turn::Done),
+            Poll::Ready(Some(Ok(_))) if this.body.is_end_stream() => {
+                this.progress.enter(Turn::Done);
+            }
+            Poll::Ready(Some(Ok(_))) => this.progress.enter(Turn::Upstream),
+            Poll::Ready(Some(Err(_))) => {}
+        }
+        polled.map_err(|error| {
+            this.progress.fail(error);
+            axum::Error::new("the request body failed")
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+// === impl Progress ===
+
+impl Progress {
+    /// Runs the exchange that sends this body, for as long as somebody makes progress.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ClientTooSlow`] and [`Error::UpstreamTimeout`], by whose turn it was.
+    pub(super) async fn supervise<F: Future>(
+        &self,
+        exchange: F,
+        timeouts: Timeouts,
+    ) -> Result<F::Output, Error> {
+        let mut exchange = pin!(exchange);
+        self.lock().since = Instant::now();
+        loop {
+            let (deadline, _) = self.deadline(timeouts);
+            if let Ok(output) = timeout_at(deadline, exchange.as_mut()).await {
+                return Ok(output);
+            }
+            let (deadline, overdue) = self.deadline(timeouts);
+            if deadline <= Instant::now() {
+                return Err(overdue);
+            }
+        }
+    }
+
+    /// What the client did wrong, if it did.
+    pub(super) fn take_fault(&self) -> Option<Error> {
+        self.lock().fault.take()
+    }
+
+    /// Whether nothing is left to send.
+    pub(super) fn is_done(&self) -> bool {
+        self.lock().turn == Turn::Done
+    }
+
+    fn deadline(&self, timeouts: Timeouts) -> (Instant, Error) {
+        let State { turn, since, .. } = *self.lock();
+        let (limit, overdue) = match turn {
+            Turn::Client => (timeouts.idle, Error::ClientTooSlow(timeouts.idle)),
+            Turn::Upstream => (timeouts.idle, Error::UpstreamTimeout(timeouts.idle)),
+            Turn::Done => (timeouts.response, Error::UpstreamTimeout(timeouts.response)),
+        };
+        (since + limit, overdue)
+    }
+
+    fn enter(&self, turn: Turn) {
+        let mut state = self.lock();
+        // Asking again for what is still missing is no progress.
+        if state.turn != turn || turn == Turn::Upstream {
+            (state.turn, state.since) = (turn, Instant::now());
+        }
+    }
+
+    fn fail(&self, error: axum::Error) {
+        let fault = match error.into_inner().downcast::<Error>() {
+            Ok(error) => *error,
+            Err(_) => Error::BadRequest("the request body was cut off or is malformed"),
+        };
+        self.lock().fault = Some(fault);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
