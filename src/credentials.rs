@@ -1,13 +1,10 @@
 //! Where keys come from. The first place that has one wins; half a pair there is an error.
 
 use std::ffi::OsString;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
-use zeroize::Zeroizing;
-
 use crate::secret::Secret;
+use crate::secret_file::{self, SecretFile, SecretFileError};
 use crate::token::Credential;
 
 /// What `credentials.*` of the settings say.
@@ -43,8 +40,8 @@ pub struct Found {
     pub source: String,
     /// Whether a file is among them, which may change.
     pub from_file: bool,
-    /// Whether an API key turned out to be a pair.
-    pub split: bool,
+    /// What its owner should know.
+    pub warnings: Vec<String>,
 }
 
 /// Why there is no credential. It shows no part of one.
@@ -74,7 +71,7 @@ pub enum Error {
         path: PathBuf,
         /// Why.
         #[source]
-        cause: io::Error,
+        cause: SecretFileError,
     },
     /// A key is empty or has characters that no key has.
     #[error("{0} is empty, or not a key: want visible characters only")]
@@ -86,6 +83,7 @@ struct Key {
     secret: Secret,
     place: String,
     from_file: bool,
+    warning: Option<String>,
 }
 
 /// Where a file of systemd's `LoadCredential` is.
@@ -172,7 +170,7 @@ impl Places {
     fn variable(&self, name: &str) -> Result<Option<Key>, Error> {
         if let Some(value) = self.get(name) {
             let text = value.to_str().unwrap_or_default();
-            return key(name.to_owned(), text, false).map(Some);
+            return key(name.to_owned(), text).map(Some);
         }
         let file = format!("{name}_FILE");
         self.get(&file)
@@ -198,15 +196,23 @@ fn configured(
     file: Option<&PathBuf>,
 ) -> Result<Option<Key>, Error> {
     match (value, file) {
-        (Some(value), _) => key(place.to_owned(), value.expose(), false).map(Some),
+        (Some(value), _) => key(place.to_owned(), value.expose()).map(Some),
         (None, Some(path)) => from_file(format!("{place}_file"), path).map(Some),
         (None, None) => Ok(None),
     }
 }
 
 fn from_file(place: String, path: &Path) -> Result<Key, Error> {
-    match fs::read_to_string(path).map(Zeroizing::new) {
-        Ok(text) => key(place, &text, true),
+    match secret_file::read(path) {
+        Ok(SecretFile { text, exposed }) => {
+            let warning = format!("{place}: every user can read {}: chmod 600", path.display());
+            let key = key(place, &text)?;
+            Ok(Key {
+                from_file: true,
+                warning: exposed.then_some(warning),
+                ..key
+            })
+        }
         Err(cause) => Err(Error::Unreadable {
             place,
             path: path.to_owned(),
@@ -216,15 +222,17 @@ fn from_file(place: String, path: &Path) -> Result<Key, Error> {
 }
 
 /// White space around a key does not count.
-fn key(place: String, text: &str, from_file: bool) -> Result<Key, Error> {
+fn key(place: String, text: &str) -> Result<Key, Error> {
     let text = text.trim();
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(Error::Malformed(place));
     }
+    let secret = Secret::from(text.to_owned());
     Ok(Key {
-        secret: Secret::from(text.to_owned()),
+        secret,
         place,
-        from_file,
+        from_file: false,
+        warning: None,
     })
 }
 
@@ -245,7 +253,7 @@ fn pair(
         (Some(access), Some(secret)) => Ok(Some(Found {
             source: format!("{} and {}", access.place, secret.place),
             from_file: access.from_file || secret.from_file,
-            split: false,
+            warnings: access.warning.into_iter().chain(secret.warning).collect(),
             credential: Credential::Pair {
                 access_key: access.secret,
                 secret_key: secret.secret,
@@ -260,26 +268,29 @@ fn api_key(key: Key) -> Result<Found, Error> {
         secret,
         place,
         from_file,
+        warning,
     } = key;
-    let (credential, split) = match secret.expose().split_once([':', '|']) {
+    let mut warnings = Vec::from_iter(warning);
+    let credential = match secret.expose().split_once([':', '|']) {
         Some(("", _) | (_, "")) => return Err(Error::Malformed(place)),
         Some((access, secret)) => {
+            warnings.push(format!(
+                "{place} was read as access key and secret key: set KLING_ACCESS_KEY and \
+                 KLING_SECRET_KEY instead"
+            ));
             let [access_key, secret_key] = [access, secret].map(|key| Secret::from(key.to_owned()));
-            (
-                Credential::Pair {
-                    access_key,
-                    secret_key,
-                },
-                true,
-            )
+            Credential::Pair {
+                access_key,
+                secret_key,
+            }
         }
-        None => (Credential::ApiKey(secret), false),
+        None => Credential::ApiKey(secret),
     };
     Ok(Found {
         credential,
         source: place,
         from_file,
-        split,
+        warnings,
     })
 }
 

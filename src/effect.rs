@@ -28,14 +28,6 @@ impl Effect {
         };
         if read { Self::Read } else { Self::Create }
     }
-
-    /// A stable name for logs.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Create => "create",
-        }
-    }
 }
 
 fn posts_a_read(path: &str) -> bool {

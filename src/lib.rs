@@ -34,6 +34,7 @@ pub mod metrics;
 pub mod request_id;
 pub mod sandbox;
 pub mod secret;
+pub mod secret_file;
 pub mod server;
 pub mod service_code;
 pub mod settings;

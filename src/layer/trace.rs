@@ -10,7 +10,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
 use bytes::Bytes;
-use http::{HeaderName, Method};
+use http::{HeaderName, Method, Uri};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
@@ -53,6 +53,7 @@ struct Traced {
     id: RequestId,
     span: Span,
     method: Method,
+    uri: Uri,
     effect: Effect,
     begun: Instant,
     in_flight: Option<InFlight>,
@@ -104,17 +105,13 @@ where
     fn call(&mut self, mut request: Request) -> Self::Future {
         let id = RequestId::of(request.headers());
         let effect = Effect::of(&request);
-        let span = tracing::info_span!(
-            "request",
-            request_id = id.as_str(),
-            http.request.method = request.method().as_str(),
-            url.path = request.uri().path(),
-            effect = effect.name(),
-        );
+        // A span costs as much as the guard, so it is there for those who look for details.
+        let span = tracing::debug_span!("request", request_id = id.as_str());
         let traced = Traced {
             id: id.clone(),
             span,
             method: request.method().clone(),
+            uri: request.uri().clone(),
             effect,
             begun: Instant::now(),
             in_flight: Some(self.metrics.enter()),
@@ -168,27 +165,25 @@ where
 impl Traced {
     /// One event an outcome. Reads that went well are many and say little.
     fn log(&self, response: &Response) {
-        let status = response.status().as_u16();
-        let seconds = self.begun.elapsed().as_secs_f64();
+        /// The event is complete in itself: the span is there at `debug` only.
+        macro_rules! event {
+            ($level:ident, $($more:tt)*) => {
+                tracing::$level!(
+                    request_id = self.id.as_str(),
+                    http.request.method = self.method.as_str(),
+                    url.path = self.uri.path(),
+                    http.response.status_code = response.status().as_u16(),
+                    duration_seconds = self.begun.elapsed().as_secs_f64(),
+                    $($more)*
+                )
+            };
+        }
         match (response.extensions().get::<Failure>(), self.effect) {
-            (Some(Failure { code, kind, cause }), _) => tracing::warn!(
-                http.response.status_code = status,
-                error.type = kind,
-                error.code = code,
-                error.cause = cause,
-                duration_seconds = seconds,
-                "failed"
-            ),
-            (None, Effect::Create) => tracing::info!(
-                http.response.status_code = status,
-                duration_seconds = seconds,
-                "answered"
-            ),
-            (None, Effect::Read) => tracing::debug!(
-                http.response.status_code = status,
-                duration_seconds = seconds,
-                "answered"
-            ),
+            (Some(Failure { code, kind, cause }), _) => {
+                event!(warn, error.type = kind, error.code = code, error.cause = cause, "failed");
+            }
+            (None, Effect::Create) => event!(info, "answered"),
+            (None, Effect::Read) => event!(debug, "answered"),
         }
     }
 }

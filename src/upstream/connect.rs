@@ -65,7 +65,6 @@ pub enum TlsError {
 pub(super) struct Connector {
     inner: HttpsConnector<HttpConnector>,
     origin: Origin,
-    timeout: Duration,
 }
 
 /// The sending side of a connection.
@@ -152,7 +151,7 @@ fn is_loopback(host: &str) -> bool {
 // === impl Connector ===
 
 impl Connector {
-    pub(super) fn new(origin: &Origin, tls: ClientConfig, timeout: Duration) -> Self {
+    pub(super) fn new(origin: &Origin, tls: ClientConfig) -> Self {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
@@ -165,18 +164,10 @@ impl Connector {
         Self {
             inner,
             origin: origin.clone(),
-            timeout,
         }
     }
 
     pub(super) async fn connect(&self) -> Result<Connection, BoxError> {
-        match tokio::time::timeout(self.timeout, self.handshake()).await {
-            Ok(connected) => connected,
-            Err(_) => Err(format!("no connection within {:?}", self.timeout).into()),
-        }
-    }
-
-    async fn handshake(&self) -> Result<Connection, BoxError> {
         let root = self.origin.uri(PathAndQuery::from_static("/"));
         let stream = self.inner.clone().ready().await?.call(root).await?;
         if stream.connected().is_negotiated_h2() {

@@ -63,9 +63,9 @@ impl Upstream {
         timeouts: Timeouts,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let connector = Connector::new(origin, tls, timeouts.connect);
+        let connector = Connector::new(origin, tls);
         Self {
-            pool: Arc::new(Pool::new(connector)),
+            pool: Arc::new(Pool::new(connector, timeouts.connect)),
             timeouts,
             metrics,
         }

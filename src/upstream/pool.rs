@@ -22,7 +22,10 @@ const MOST_IDLE: usize = 256;
 /// The connections of one thread. Its lock is never contended.
 pub(super) struct Pool {
     connector: Connector,
+    timeout: Duration,
     kept: Mutex<Kept>,
+    /// Held while connecting, until upstream is known to want a connection for each request.
+    turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -31,15 +34,20 @@ struct Kept {
     idle: Vec<(http1::SendRequest<Body>, Instant)>,
     /// One HTTP/2 connection serves all.
     shared: Option<(http2::SendRequest<Body>, Origin)>,
+    /// Whether upstream chose HTTP/1.1 last.
+    one_at_a_time: bool,
 }
 
 // === impl Pool ===
 
 impl Pool {
-    pub(super) fn new(connector: Connector) -> Self {
+    pub(super) fn new(connector: Connector, timeout: Duration) -> Self {
+        let turn = tokio::sync::Mutex::default();
         Self {
             connector,
+            timeout,
             kept: Mutex::default(),
+            turn,
         }
     }
 
@@ -57,11 +65,38 @@ impl Pool {
         None
     }
 
+    /// A new connection.
+    ///
+    /// # Errors
+    ///
+    /// Name resolution, TCP or TLS failed, or took too long together.
     pub(super) async fn connect(&self) -> Result<Connection, BoxError> {
-        let connection = self.connector.connect().await?;
-        if let Connection::Http2(sender, origin) = &connection {
-            self.lock().shared = Some((sender.clone(), origin.clone()));
+        match tokio::time::timeout(self.timeout, self.connect_in_turn()).await {
+            Ok(connected) => connected,
+            Err(_) => Err(format!("no connection within {:?}", self.timeout).into()),
         }
+    }
+
+    async fn connect_in_turn(&self) -> Result<Connection, BoxError> {
+        let turn = if self.lock().one_at_a_time {
+            None
+        } else {
+            Some(self.turn.lock().await)
+        };
+        // Whoever had the turn before may have brought a connection for all.
+        if let Some(shared) = self.lock().shared() {
+            return Ok(shared);
+        }
+        let connection = self.connector.connect().await?;
+        let mut kept = self.lock();
+        match &connection {
+            Connection::Http1(_) => kept.one_at_a_time = true,
+            Connection::Http2(sender, origin) => {
+                kept.one_at_a_time = false;
+                kept.shared = Some((sender.clone(), origin.clone()));
+            }
+        }
+        drop((kept, turn));
         Ok(connection)
     }
 
@@ -82,11 +117,8 @@ impl Pool {
 
     fn next(&self) -> Option<Connection> {
         let mut kept = self.lock();
-        match &kept.shared {
-            Some((sender, origin)) if !sender.is_closed() => {
-                return Some(Connection::Http2(sender.clone(), origin.clone()));
-            }
-            _ => kept.shared = None,
+        if let Some(shared) = kept.shared() {
+            return Some(shared);
         }
         let (sender, since) = kept.idle.pop()?;
         if is_young(since) {
@@ -99,6 +131,19 @@ impl Pool {
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Kept ===
+
+impl Kept {
+    fn shared(&mut self) -> Option<Connection> {
+        let open = self
+            .shared
+            .take_if(|(sender, _)| sender.is_closed())
+            .is_none();
+        let (sender, origin) = self.shared.as_ref().filter(|_| open)?;
+        Some(Connection::Http2(sender.clone(), origin.clone()))
     }
 }
 

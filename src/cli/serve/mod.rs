@@ -10,6 +10,7 @@ mod watch;
 use std::ffi::OsString;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -33,7 +34,7 @@ use crate::settings::{Problem, Settings};
 use crate::stack::Shared;
 use crate::token::{Credential, Tokens};
 use crate::upstream::{Origin, client_config};
-use crate::{admin, telemetry};
+use crate::{admin, secret_file, telemetry};
 
 /// More would not make the Kling API faster, and each keeps connections of its own.
 const MOST_THREADS: usize = 4;
@@ -296,14 +297,11 @@ fn found(places: Places) -> Result<(Credential, Option<Places>), Failure> {
         credential,
         source,
         from_file,
-        split,
+        warnings,
     } = find_credential(&places)?;
     tracing::info!(kind = credential.kind(), source, "credential");
-    if split {
-        tracing::warn!(
-            source,
-            "read as access key and secret key: set KLING_ACCESS_KEY and KLING_SECRET_KEY instead"
-        );
+    for warning in warnings {
+        tracing::warn!("{warning}");
     }
     Ok((credential, from_file.then_some(places)))
 }
@@ -339,9 +337,12 @@ fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules, Failure> 
         let problem = Problem::new("access.client_tokens_file", reason);
         Failure::new(Exit::Settings, problem.to_string())
     };
-    let read = |path| {
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(chain(&error)))?;
-        ClientTokens::parse(&text, Arc::clone(clock)).map_err(|error| wrong(chain(&error)))
+    let read = |path: &PathBuf| {
+        let file = secret_file::read(path).map_err(|error| wrong(chain(&error)))?;
+        if file.exposed {
+            tracing::warn!("{}: every user can read it: chmod 600", path.display());
+        }
+        ClientTokens::parse(&file.text, Arc::clone(clock)).map_err(|error| wrong(chain(&error)))
     };
     Ok(Rules {
         allowed_hosts: settings.access.allowed_hosts.clone(),
