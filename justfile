@@ -1,0 +1,32 @@
+# `just check` runs what CI runs, with the tools already installed; `bash .ci/run` installs them too.
+
+check: fmt clippy doc deny typos files test clients
+
+fmt:
+    cargo fmt --check
+
+clippy:
+    cargo clippy --all-targets --locked -- -D warnings
+
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked
+
+deny:
+    cargo deny --locked check -D unnecessary-skip licenses bans sources
+
+typos:
+    typos
+
+files:
+    hadolint Dockerfile
+    check-jsonschema --builtin-schema vendor.compose-spec config/docker-compose.yaml
+    kubernetes-validate --strict config/kubernetes-sidecar.yaml
+
+test:
+    cargo test --locked
+
+# Real clients against the binary that `test` built; needs Node.js, and `pip install -r tests/clients/requirements.txt`.
+clients:
+    cargo build --locked
+    cd tests/clients && npm ci && node --test
+    python3 -m unittest discover --start-directory tests/clients --verbose

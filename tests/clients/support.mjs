@@ -1,0 +1,73 @@
+// Starts the proxy in front of its own sandbox, on free ports, and looks at the files it hands out.
+
+import assert from "node:assert/strict";
+import { execFile, spawn } from "node:child_process";
+import { once } from "node:events";
+import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join, resolve } from "node:path";
+import { createInterface } from "node:readline";
+import { promisify } from "node:util";
+
+const root = resolve(import.meta.dirname, "../..");
+const target = resolve(root, process.env.CARGO_TARGET_DIR ?? "target");
+const binary = process.env.KLING_PROXY_BIN ?? join(target, "debug/kling-proxy");
+
+/** A folder that is gone when the test `t` ends. */
+async function temporaryFolder(t) {
+  const folder = await mkdtemp(join(tmpdir(), "kling-proxy-"));
+  t.after(() => rm(folder, { recursive: true }));
+  return folder;
+}
+
+/**
+ * `kling-proxy serve --sandbox`, until the test `t` ends; resolves to the URL of each listener by its name: `proxy`,
+ * `admin`, `sandbox`. It sees no variable of the caller but `PATH`, and no settings file.
+ */
+export async function startProxy(t, settings = {}) {
+  const home = await temporaryFolder(t);
+  const child = spawn(binary, ["serve", "--sandbox"], {
+    env: {
+      PATH: process.env.PATH,
+      HOME: home,
+      KLING_PROXY_LISTEN__ADDRESS: "127.0.0.1:0",
+      KLING_PROXY_ADMIN__ADDRESS: "127.0.0.1:0",
+      KLING_PROXY_SANDBOX__TASK_TIME: "300ms",
+      ...settings,
+    },
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  let log = "";
+  child.stderr.setEncoding("utf8").on("data", (text) => (log += text));
+  const exit = once(child, "exit");
+  t.after(async () => {
+    child.kill("SIGTERM");
+    assert.deepEqual(await exit, [0, null], `it did not end cleanly:\n${log}`);
+  });
+
+  const urls = {};
+  for await (const line of createInterface({ input: child.stdout })) {
+    log += `${line}\n`;
+    const listener = /^(proxy|admin|sandbox) +(https?:\/\/\S+)/.exec(line);
+    if (listener) urls[listener[1]] = listener[2];
+    if (urls.proxy && urls.admin && urls.sandbox) break;
+  }
+  if (!urls.proxy) throw new Error(`it did not start:\n${log}`);
+  child.stdout.resume(); // a full pipe would stop the child
+  return urls;
+}
+
+/** Fails unless `bytes` are an MP4 file, playable as far as `ffprobe` can tell where it is installed. */
+export async function assertPlayable(t, bytes) {
+  assert.equal(Buffer.from(bytes.subarray(4, 8)).toString("latin1"), "ftyp");
+  const file = join(await temporaryFolder(t), "result.mp4");
+  await writeFile(file, bytes);
+  const probe = ["-v", "error", "-select_streams", "v", "-show_entries", "stream=codec_type", "-of", "csv=p=0", file];
+  try {
+    const { stdout, stderr } = await promisify(execFile)("ffprobe", probe);
+    assert.deepEqual([stdout.trim(), stderr], ["video", ""]);
+  } catch (error) {
+    if (error.code !== "ENOENT") throw error;
+    t.diagnostic("ffprobe is not installed: looked at the first box only");
+  }
+}
