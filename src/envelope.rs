@@ -38,7 +38,7 @@ pub fn peek(beginning: &[u8]) -> Peek {
         ..Members::default()
     };
     match (members.read(beginning), members.code) {
-        (Err(error), _) if error.classify() == Category::Eof => Peek::Undecided,
+        (Err(error), _) if may_go_on(&error, beginning) => Peek::Undecided,
         (_, Peek::Undecided) => Peek::NoEnvelope,
         // The whole text was read, or the reader stopped behind the code.
         (_, decided) => decided,
@@ -56,8 +56,19 @@ pub fn read(text: &[u8]) -> Option<Envelope> {
 pub fn read_beginning(beginning: &[u8]) -> Option<Envelope> {
     let mut members = Members::default();
     match members.read(beginning) {
-        Err(error) if error.classify() != Category::Eof => None,
+        Err(error) if !may_go_on(&error, beginning) => None,
         _ => members.into_envelope(),
+    }
+}
+
+/// Whether the error is only that the text ends. Of a number that is cut behind one of these
+/// characters `serde_json` says instead that it is malformed.
+fn may_go_on(error: &serde_json::Error, beginning: &[u8]) -> bool {
+    let in_number = || matches!(beginning.last(), Some(b'-' | b'+' | b'.' | b'e' | b'E'));
+    match error.classify() {
+        Category::Eof => true,
+        Category::Syntax => in_number(),
+        Category::Data | Category::Io => false,
     }
 }
 
@@ -191,6 +202,9 @@ mod tests {
             ("  ", Peek::Undecided),
             ("{", Peek::Undecided),
             (r#"{"co"#, Peek::Undecided),
+            (r#"{"code":-"#, Peek::Undecided),
+            (r#"{"cost":1."#, Peek::Undecided),
+            (r#"{"cost":1e+"#, Peek::Undecided),
             (r#"{"code":13"#, Peek::Undecided),
             (r#"{"code":1303"#, Peek::Undecided),
             (r#"{"code":1303}"#, Peek::Code(1303)),

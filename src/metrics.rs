@@ -79,8 +79,10 @@ impl Metrics {
         );
         let duration = Histogram::with_opts(buckets.buckets(BUCKETS.to_vec()))?;
         registry.register(Box::new(duration.clone()))?;
-        let build = counters("build_info", "The running version.", &["version"])?;
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).inc();
+        let build = Opts::new("build_info", "The running version.");
+        let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;
+        build.set(1);
+        registry.register(Box::new(build))?;
 
         let methods = METHODS.iter().map(Method::as_str).chain([OTHER_METHOD]);
         Ok(Self {

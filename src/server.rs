@@ -1,6 +1,5 @@
 //! Accepts connections and serves them; given its sockets, its service and the word to stop.
 
-use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
@@ -137,9 +136,4 @@ async fn accept(
             return;
         }
     }
-}
-
-/// A service that cannot fail is one whose error can be anything.
-pub fn infallible<E>(error: Infallible) -> E {
-    match error {}
 }

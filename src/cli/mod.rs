@@ -27,30 +27,34 @@ use crate::settings::{Flags, Problem, Row, Settings};
 
 /// Local authenticating reverse proxy for the Kling AI API.
 ///
-/// Point a tool at http://127.0.0.1:5546 instead of the API and drop its keys: the proxy adds a valid
-/// token to each request and turns whatever goes wrong into one kind of error.
+/// Point a tool at `http://127.0.0.1:5546` instead of the API and drop its keys: the proxy adds a
+/// valid token to each request and turns whatever goes wrong into one kind of error.
 #[derive(Parser)]
-#[command(version, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
+#[command(version, after_help = EXAMPLES)]
 struct CommandLine {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    serve: ServeArgs,
+    sandbox: WithSandbox,
+    #[command(flatten)]
+    settings: SettingsArgs,
 }
 
 #[derive(Subcommand)]
 enum Command {
     /// Run the proxy (the default)
-    Serve(ServeArgs),
+    Serve(WithSandbox),
     /// Run the embedded Kling API alone, for tests
-    Sandbox(SandboxArgs),
+    Sandbox {
+        /// Where to listen
+        #[arg(long, default_value = "127.0.0.1:5548")]
+        address: SocketAddr,
+    },
     /// Print a fresh token, or what it says
     Token {
         /// Say what the token claims instead of printing it
         #[arg(long)]
         decode: bool,
-        #[command(flatten)]
-        settings: SettingsArgs,
     },
     /// Explain a service code, or list all
     Explain {
@@ -61,49 +65,38 @@ enum Command {
         output: Output,
     },
     /// Show the effective settings and where each comes from
-    Settings(SettingsArgs),
+    Settings,
     /// Ask a running proxy whether it is ready; exit 0 if so
-    Health(SettingsArgs),
+    Health,
 }
 
-#[derive(Args)]
-struct ServeArgs {
+#[derive(Args, Clone, Copy)]
+struct WithSandbox {
     /// Use the embedded Kling API as upstream: no account, no network
     #[arg(long, conflicts_with = "upstream")]
     sandbox: bool,
-    #[command(flatten)]
-    settings: SettingsArgs,
-}
-
-#[derive(Args)]
-struct SandboxArgs {
-    /// Where to listen
-    #[arg(long, default_value = "127.0.0.1:5548")]
-    address: SocketAddr,
-    #[command(flatten)]
-    settings: SettingsArgs,
 }
 
 /// Settings of the command line; they override variables and file.
 #[derive(Args)]
 struct SettingsArgs {
     /// Configuration file instead of the one in the configuration folder
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where clients connect [default: 127.0.0.1:5546]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, global = true, value_name = "ADDRESS")]
     listen: Option<String>,
     /// Where health and metrics are, or "off" [default: 127.0.0.1:5547]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, global = true, value_name = "ADDRESS")]
     admin: Option<String>,
-    /// The API [default: https://api-singapore.klingai.com]
-    #[arg(long, value_name = "URL")]
+    /// The API [default: `https://api-singapore.klingai.com`]
+    #[arg(long, global = true, value_name = "URL")]
     upstream: Option<String>,
     /// Log lines: auto, pretty or json
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
     /// What is logged, as in RUST_LOG
-    #[arg(long, value_name = "FILTER")]
+    #[arg(long, global = true, value_name = "FILTER")]
     log_filter: Option<String>,
 }
 
@@ -130,37 +123,42 @@ struct Failure {
     lines: Vec<String>,
 }
 
-/// The exit codes of `interface.md`, section 2. The command line's own, 2, is clap's.
+/// The exit codes of `interface.md`, section 2.
 #[derive(Clone, Copy, Debug)]
 enum Exit {
     /// Failed while running.
     Failed = 1,
+    /// Wrong command line; clap uses it too.
+    Usage = 2,
     /// Wrong settings, or no or half a credential.
     Settings = 78,
 }
 
 /// Runs the command of this process.
 pub fn run() -> ExitCode {
-    let command_line = CommandLine::parse();
+    let CommandLine {
+        command,
+        sandbox: WithSandbox { sandbox },
+        settings,
+    } = CommandLine::parse();
     let environment: Vec<_> = std::env::vars_os().collect();
-    let done = match command_line
-        .command
-        .unwrap_or(Command::Serve(command_line.serve))
-    {
-        Command::Serve(args) => serve::run(&args, environment),
-        Command::Sandbox(args) => sandbox::run(&args, &environment),
-        Command::Token { decode, settings } => token::run(decode, &settings, environment),
-        Command::Explain { code, output } => explain::run(code, output),
-        Command::Settings(args) => settings::run(&args, environment),
-        Command::Health(args) => health::run(&args, &environment),
+    let done = match command {
+        None => serve::run(sandbox, &settings, environment),
+        Some(Command::Serve(with)) => serve::run(sandbox || with.sandbox, &settings, environment),
+        Some(_) if sandbox => Err(Failure::new(
+            Exit::Usage,
+            "--sandbox goes with `serve` only",
+        )),
+        Some(Command::Sandbox { address }) => sandbox::run(address, &settings, &environment),
+        Some(Command::Token { decode }) => token::run(decode, &settings, environment),
+        Some(Command::Explain { code, output }) => explain::run(code, output),
+        Some(Command::Settings) => settings::run(&settings, environment),
+        Some(Command::Health) => health::run(&settings, &environment),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { exit, lines }) => {
-            for line in lines {
-                // Nobody is left to be told that this failed.
-                let _ = writeln!(io::stderr(), "kling-proxy: {line}");
-            }
+            lines.iter().for_each(complain);
             ExitCode::from(exit as u8)
         }
     }
@@ -219,4 +217,10 @@ fn find_credential(places: &Places) -> Result<Found, Failure> {
 fn say(line: impl fmt::Display) {
     let mut out = io::stdout();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+/// Tells the person at the terminal what goes wrong.
+fn complain(line: impl fmt::Display) {
+    // Nobody is left to be told that this failed.
+    let _ = writeln!(io::stderr(), "kling-proxy: {line}");
 }

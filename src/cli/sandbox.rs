@@ -1,26 +1,28 @@
 //! `kling-proxy sandbox`: the embedded Kling API alone.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::sync::{Semaphore, watch};
 
-use super::serve::signal;
-use super::{Exit, Failure, SandboxArgs, say};
+use super::serve::signal::Signals;
+use super::{Exit, Failure, SettingsArgs, say};
 use crate::clock::SystemClock;
 use crate::sandbox::{ACCESS_KEY, SECRET_KEY, Sandbox};
 use crate::server::{self, Limits};
 use crate::telemetry;
 
-pub(super) fn run(args: &SandboxArgs, environment: &[(OsString, OsString)]) -> Result<(), Failure> {
-    let (settings, _) = args.settings.load(environment)?;
+pub(super) fn run(
+    address: SocketAddr,
+    args: &SettingsArgs,
+    environment: &[(OsString, OsString)],
+) -> Result<(), Failure> {
+    let (settings, _) = args.load(environment)?;
     telemetry::init(settings.log.format, settings.log.filter);
     let failed = |error: std::io::Error| Failure::because(Exit::Failed, &error);
-    let listener = server::bind(args.address).map_err(|error| {
-        Failure::new(
-            Exit::Failed,
-            format!("cannot listen on {}: {error}", args.address),
-        )
+    let listener = server::bind(address).map_err(|error| {
+        Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}"))
     })?;
     let address = listener.local_addr().map_err(failed)?;
     let sandbox = Sandbox::new(settings.sandbox, address, Arc::new(SystemClock));
@@ -33,22 +35,15 @@ pub(super) fn run(args: &SandboxArgs, environment: &[(OsString, OsString)]) -> R
         .enable_all()
         .build();
     runtime.map_err(failed)?.block_on(async {
-        let (stop, stopped) = watch::channel(false);
+        let mut signals = Signals::new().map_err(failed)?;
         say(format_args!("sandbox  http://{address}"));
         say(format_args!("access key: {ACCESS_KEY}"));
         say(format_args!("secret key: {SECRET_KEY}"));
-        let mut signals = signal::Signals::new().map_err(failed)?;
-        let serving = server::run(vec![listener], sandbox, limits, stopped);
-        tokio::pin!(serving);
+        let (_stop, stopped) = watch::channel(false);
         tokio::select! {
-            ended = &mut serving => { ended.map_err(failed)?; }
-            () = signals.next() => {
-                stop.send_replace(true);
-                tokio::select! {
-                    ended = serving => { ended.map_err(failed)?; }
-                    () = signals.next() => return Err(Failure::new(Exit::Failed, "stopped at once")),
-                }
-            }
+            ended = server::run(vec![listener], sandbox, limits, stopped) => { ended.map_err(failed)?; }
+            // Nothing that it does is worth waiting for.
+            () = signals.next() => {}
         }
         Ok(())
     })

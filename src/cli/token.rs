@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::{Exit, Failure, SettingsArgs, find_credential, say};
+use super::{Exit, Failure, SettingsArgs, complain, find_credential, say};
 use crate::clock::{Clock, SystemClock};
 use crate::credentials::Places;
 use crate::token::{self, Claims, Credential};
@@ -21,6 +21,7 @@ pub(super) fn run(
         environment,
         configured: settings.credentials,
     })?;
+    found.warnings.iter().for_each(complain);
     let Credential::Pair {
         access_key,
         secret_key,

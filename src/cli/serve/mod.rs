@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, mpsc, watch as latch};
 use tokio::task::JoinSet;
 
 use self::signal::Signals;
-use super::{Exit, Failure, ServeArgs, find_credential, say};
+use super::{Exit, Failure, SettingsArgs, find_credential, say};
 use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
 use crate::credentials::{Found, Places};
@@ -52,11 +52,15 @@ struct Proxy {
     delay: Duration,
 }
 
-pub(super) fn run(args: &ServeArgs, environment: Vec<(OsString, OsString)>) -> Result<(), Failure> {
-    let (settings, _) = args.settings.load(&environment)?;
+pub(super) fn run(
+    with_sandbox: bool,
+    args: &SettingsArgs,
+    environment: Vec<(OsString, OsString)>,
+) -> Result<(), Failure> {
+    let (settings, _) = args.load(&environment)?;
     telemetry::init(settings.log.format, settings.log.filter.clone());
     raise_descriptor_limit();
-    let proxy = Proxy::set_up(settings, args.sandbox, environment)?;
+    let proxy = Proxy::set_up(settings, with_sandbox, environment)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -175,9 +179,11 @@ impl Proxy {
                 never,
             ));
         }
-        if let Some(places) = credentials {
-            tokio::spawn(watch::credentials(places, tokens));
-        }
+        tokio::spawn(watch::credentials(
+            credentials,
+            tokens,
+            signal::hang_up().map_err(failed)?,
+        ));
         lifecycle.enter(Phase::Ready);
 
         tokio::select! {

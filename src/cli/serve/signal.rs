@@ -31,3 +31,8 @@ impl Signals {
         }
     }
 }
+
+/// SIGHUP, which would end the process if nobody took it.
+pub(in crate::cli) fn hang_up() -> io::Result<Signal> {
+    signal(SignalKind::hangup())
+}
