@@ -12,6 +12,7 @@ use http::header::{
     CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER,
 };
 use http::{HeaderMap, StatusCode};
+use hyper::ext::ReasonPhrase;
 use pin_project_lite::pin_project;
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -129,6 +130,8 @@ impl NormaliseLayer {
                         head.headers.remove(CONTENT_ENCODING);
                         head.headers.insert(CONTENT_TYPE, JSON);
                         head.status = status;
+                        // Upstream's words for its own status.
+                        head.extensions.remove::<ReasonPhrase>();
                         Response::from_parts(head, Body::from(body))
                     }
                 }
@@ -218,7 +221,10 @@ fn add_advice(
         status,
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
     );
-    if retryable && waits && !headers.contains_key(RETRY_AFTER) {
+    if !retryable {
+        // Clients that obey it would send again whatever `x-should-retry` says.
+        headers.remove(RETRY_AFTER);
+    } else if waits && !headers.contains_key(RETRY_AFTER) {
         headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs()));
     }
 }

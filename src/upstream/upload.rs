@@ -8,7 +8,8 @@ use axum::body::Body;
 use axum::extract::Request;
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
 
 use super::Timeouts;
 use crate::error::Error;
@@ -20,7 +21,11 @@ pub(super) struct Upload {
 }
 
 /// How far a body is.
-pub(super) struct Progress(Mutex<State>);
+pub(super) struct Progress {
+    state: Mutex<State>,
+    /// Told when nothing is left to send: another limit counts from then on.
+    done: Notify,
+}
 
 struct State {
     turn: Turn,
@@ -51,7 +56,10 @@ impl Upload {
             since: Instant::now(),
             fault: None,
         };
-        let progress = Arc::new(Progress(Mutex::new(state)));
+        let progress = Arc::new(Progress {
+            state: Mutex::new(state),
+            done: Notify::new(),
+        });
         if empty {
             return (request, progress);
         }
@@ -118,13 +126,15 @@ impl Progress {
         let mut exchange = pin!(exchange);
         self.lock().since = Instant::now();
         loop {
-            let (deadline, _) = self.deadline(timeouts);
-            if let Ok(output) = timeout_at(deadline, exchange.as_mut()).await {
-                return Ok(output);
-            }
             let (deadline, overdue) = self.deadline(timeouts);
             if deadline <= Instant::now() {
                 return Err(overdue);
+            }
+            tokio::select! {
+                biased;
+                output = &mut exchange => return Ok(output),
+                () = self.done.notified() => {}
+                () = sleep_until(deadline) => {}
             }
         }
     }
@@ -154,6 +164,9 @@ impl Progress {
         // Asking again for what is still missing is no progress.
         if state.turn != turn || turn == Turn::Upstream {
             (state.turn, state.since) = (turn, Instant::now());
+            if turn == Turn::Done {
+                self.done.notify_one();
+            }
         }
     }
 
@@ -166,6 +179,6 @@ impl Progress {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,0 +1,324 @@
+//! What is not ours to change travels byte for byte; what must not travel does not.
+
+use crate::support::{
+    Message, Proxy, SUCCESS, Step, Upstream, get, gzip, parse_headers, reply, request, send,
+    started,
+};
+
+/// Headers of a request that upstream saw, less the two that are ours.
+fn arrived(request: &Message) -> Vec<(String, &str)> {
+    let mut headers = request.headers();
+    headers.retain(|(name, _)| name != "host" && name != "authorization");
+    headers
+}
+
+#[test]
+fn path_and_query_arrive_byte_for_byte() {
+    let (upstream, proxy) = started();
+    let long = format!("/v1/{}?{}", "a".repeat(3 << 10), "b=1&".repeat(768));
+    for target in [
+        "/",
+        "/v1/videos/text2video",
+        "/v1/videos/image2video/",
+        "/v1/images/kolors-virtual-try-on//831",
+        "/kling/v1/videos/text2video/1",
+        "//",
+        "//v1//x//",
+        "/..",
+        "/./",
+        "/a/./b",
+        "/a/../b",
+        "/../../etc/passwd",
+        "/v1/%2e%2e/x",
+        "/v1/%2E/x",
+        "/v1/a%2Fb%2fc",
+        "/a\\b\\..\\c",
+        "/a%5cb",
+        "/a%00b%0d%0a",
+        "/%",
+        "/%zz",
+        "/%E5%8F%AF%E7%81%B5",
+        "/a;b=c;d",
+        "/@user:pass@host",
+        "/a:80/b",
+        "/~me",
+        "/a|b",
+        "/*",
+        "/!$&'()*+,=",
+        "/v1?",
+        "/v1/?",
+        "/v1??a=?",
+        "/v1/x?a=b&&c&=&d=",
+        "/v1/x?q=%20+%2B",
+        "/v1/x?u=http://other.test/../a",
+        "/v1/x?a=[1]&b={2}",
+        "/_proxyx",
+        "/_proxy%2fx",
+        "/metrics",
+        "/health/ready",
+        &long,
+    ] {
+        proxy.get(target);
+        let line = format!("GET {target} HTTP/1.1");
+        assert_eq!(upstream.last().first_line(), line);
+    }
+}
+
+#[test]
+fn method_arrives_as_it_came() {
+    let (upstream, proxy) = started();
+    for method in [
+        "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE",
+    ] {
+        let request = request(&format!("{method} /v1/x"), "", "");
+        let answer = proxy.connect().send(request).head();
+        assert_eq!((answer.status(), upstream.last().method()), (200, method));
+    }
+}
+
+#[test]
+fn body_and_its_framing_arrive_as_they_came() {
+    let (upstream, proxy) = started();
+    let binary: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+    let chunked = [b"186a0\r\n", &binary[..], b"\r\n0\r\n\r\n"].concat();
+    for (framing, sent, body) in [
+        ("content-length: 100000", &binary, &binary),
+        ("transfer-encoding: chunked", &chunked, &binary),
+        ("content-length: 0", &vec![], &vec![]),
+        ("", &vec![], &vec![]),
+    ] {
+        let head = request("POST /v1/images/generations", framing, "");
+        proxy.connect().send(head).send(sent).answer();
+        let last = upstream.last();
+        assert_eq!(arrived(&last), parse_headers(framing), "{framing}");
+        assert!(last.body == *body, "{framing}: another body arrived");
+    }
+}
+
+#[test]
+fn continue_is_given_where_it_is_expected() {
+    // curl expects it before a body of more than a megabyte.
+    let (upstream, proxy) = started();
+    let mut connection = proxy.connect();
+    connection.send(request(
+        "POST /",
+        "expect: 100-continue\ncontent-length: 5",
+        "",
+    ));
+    assert_eq!(connection.head().status(), 100);
+    assert_eq!(connection.send("frame").answer().status(), 200);
+    assert_eq!(upstream.last().body, b"frame");
+}
+
+#[test]
+fn credentials_hop_by_hop_and_forwarding_headers_never_arrive() {
+    let (upstream, proxy) = started();
+    for trap in [
+        "Authorization: Bearer of-the-client",
+        "Authorization: Bearer one\nAuthorization: Bearer two",
+        "Proxy-Authorization: Basic YTpi",
+        "Cookie: a=b\ncookie: c=d",
+        "kling-proxy-token: secret",
+        "Connection: Authorization\nAuthorization: Bearer x",
+        "Connection: close, authorization\nAuthorization: Bearer x",
+        "Connection: \nConnection: authorization, host\nAuthorization: Bearer x",
+        "Connection: x-named,,  X-Other\nX-Named: 1\nx-other: 2",
+        "Connection: keep-alive\nKeep-Alive: timeout=5, max=100",
+        "Proxy-Connection: keep-alive",
+        "TE: trailers\nConnection: TE",
+        "Trailer: x-checksum",
+        "Upgrade: websocket\nConnection: Upgrade",
+        "X-Forwarded-For: 10.0.0.1\nX-Forwarded-Host: evil.test\nX-Forwarded-Proto: https",
+        "X-Forwarded-Port: 1\nX-Forwarded-Prefix: /a\nX-Forwarded-Anything: 1",
+        "Forwarded: for=10.0.0.1;host=evil.test",
+        "X-Real-IP: 10.0.0.1",
+        "Via: 1.1 other",
+        "x_forwarded_for: 10.0.0.1\nauthorization_: a\ncontent_length: 5",
+    ] {
+        let headers = format!("accept: */*\n{trap}");
+        let answer = proxy.send(request("GET /v1/x", &headers, ""));
+        let (status, last) = (answer.status(), upstream.last());
+        let expected = (200, parse_headers("accept: */*"));
+        assert_eq!((status, arrived(&last)), expected, "{trap}");
+    }
+}
+
+#[test]
+fn ordinary_headers_arrive_unchanged() {
+    let (upstream, proxy) = started();
+    let headers = r#"Accept: application/json, text/*;q=0.5
+        Accept-Encoding: gzip, br
+        Accept-Language: zh-CN,zh;q=0.9
+        Cache-Control: no-cache
+        Content-Length: 2
+        Content-Type: application/json; charset=utf-8
+        Idempotency-Key: 5ce1a0d2
+        If-None-Match: "abc"
+        Range: bytes=0-99
+        User-Agent: python-requests/2.32
+        X-Empty:
+        X-Forward: not X-Forwarded-
+        X-Request-Id: client-1
+        X-Title: 可灵
+        X-Twice: a
+        X-Twice: b"#
+        .replace("\n        ", "\n");
+    proxy
+        .connect()
+        .send(request("POST /v1/x", &headers, ""))
+        .send("{}")
+        .answer();
+    assert_eq!(arrived(&upstream.last()), parse_headers(&headers));
+}
+
+#[test]
+fn answer_loses_its_hop_by_hop_headers_and_no_others() {
+    let (upstream, proxy) = started();
+    let kept = "Content-Length: 2\r\nContent-Type: application/json\r\n\
+        Date: Tue, 15 Nov 1994 08:12:31 GMT\r\nETag: \"1\"\r\nServer: kling\r\n\
+        Set-Cookie: a=b; Path=/\r\nSet-Cookie: c=d\r\nX-Request-Id: up-1\r\n\
+        X-Twice: 1\r\nX-Twice: 2\r\n";
+    let dropped = "Connection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\n\
+        Proxy-Connection: a\r\nTrailer: x\r\nUpgrade: h2c\r\n";
+    upstream.answer(format!("HTTP/1.1 200 OK\r\n{kept}{dropped}\r\n{{}}").into());
+    let answer = proxy.get("/");
+    let mut headers = answer.headers();
+    headers.retain(|(name, _)| name != "kling-proxy-request-id");
+    assert_eq!((headers, answer.text()), (parse_headers(kept), "{}"));
+}
+
+#[test]
+fn body_of_an_answer_and_its_framing_pass_as_they_came() {
+    let (upstream, proxy) = started();
+    let gzip = gzip(SUCCESS);
+    let length = format!("content-length: {}", gzip.len());
+    let encoded = format!("content-encoding: gzip\ncontent-type: application/json\n{length}");
+    for (headers, sent, body) in [
+        (
+            "content-type: video/mp4\ncontent-length: 3",
+            &b"\0\x01\xff"[..],
+            &b"\0\x01\xff"[..],
+        ),
+        (&encoded, &gzip, &gzip),
+        ("content-length: 0", b"", b""),
+        (
+            "transfer-encoding: chunked",
+            b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
+            b"abcde",
+        ),
+    ] {
+        let head = format!("HTTP/1.1 201 Created\n{headers}\ndate: now\n\n");
+        upstream.answer([head.replace('\n', "\r\n").as_bytes(), sent].concat());
+        let answer = proxy.get("/");
+        let mut passed = answer.headers();
+        passed.retain(|(name, _)| !["date", "kling-proxy-request-id"].contains(&&**name));
+        assert_eq!((answer.status(), passed), (201, parse_headers(headers)));
+        assert!(
+            answer.body == body,
+            "{headers}: {}",
+            answer.body.escape_ascii()
+        );
+    }
+}
+
+#[test]
+fn body_that_ends_with_its_connection_passes_whole() {
+    let (upstream, proxy) = started();
+    upstream.script(|_| {
+        let closing = "HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabc";
+        vec![send(closing), Step::Close]
+    });
+    assert_eq!(proxy.get("/").text(), "abc");
+}
+
+#[test]
+fn answer_to_head_keeps_the_length_it_speaks_of() {
+    let (upstream, proxy) = started();
+    upstream.script(|_| vec![send("HTTP/1.1 200 OK\r\ncontent-length: 1234\r\n\r\n")]);
+    let mut connection = proxy.connect();
+    for _ in 0..2 {
+        let answer = connection.send(request("HEAD /v1/x", "", "")).head();
+        assert_eq!(answer.header("content-length"), Some("1234"));
+    }
+}
+
+#[test]
+fn redirect_is_handed_on_and_not_followed() {
+    let (upstream, proxy) = started();
+    for (status, location) in [
+        (301, "https://other.test/x"),
+        (302, "/v1/y"),
+        (307, "//other.test"),
+        (308, "?a"),
+    ] {
+        upstream.answer(reply(status, &format!("location: {location}"), "moved"));
+        let answer = proxy.get("/v1/x");
+        assert_eq!(answer.status(), status);
+        assert_eq!(answer.header("location"), Some(location));
+        assert_eq!(answer.text(), "moved");
+    }
+    assert_eq!(upstream.first_lines(), ["GET /v1/x HTTP/1.1"; 4]);
+}
+
+#[test]
+fn absolute_form_with_our_authority_is_forwarded_as_its_path_and_query() {
+    let (upstream, proxy) = started();
+    for (authority, target) in [
+        ("localhost", "/v1/x?a=b"),
+        ("localhost:5546", "/v1//x/?"),
+        ("127.0.0.1:5546", "/a/../b"),
+        ("[::1]", "/"),
+    ] {
+        let head = format!("GET http://{authority}{target} HTTP/1.1\r\nhost: {authority}\r\n\r\n");
+        assert_eq!(proxy.send(&head).status(), 200, "{head}");
+        let line = format!("GET {target} HTTP/1.1");
+        assert_eq!(upstream.last().first_line(), line, "{head}");
+    }
+}
+
+#[test]
+fn request_id_is_the_clients_where_that_is_well_formed() {
+    let (_upstream, proxy) = started();
+    let longest = "a".repeat(64);
+    let too_long = "a".repeat(65);
+    for (sent, kept) in [
+        ("client-1._A", true),
+        (&longest, true),
+        ("", false),
+        ("a b", false),
+        ("a/b", false),
+        ("\u{e9}", false),
+        (&too_long, false),
+    ] {
+        let answer = proxy.send(request("GET /", &format!("x-request-id: {sent}"), ""));
+        let id = answer.header("kling-proxy-request-id").unwrap();
+        assert!(!id.is_empty() && (id == sent) == kept, "{sent} became {id}");
+    }
+}
+
+#[test]
+fn upstream_over_tls_sees_the_same() {
+    for protocol in ["http/1.1", "h2"] {
+        let upstream = Upstream::tls(protocol);
+        let proxy = Proxy::to(&upstream).start();
+        let headers = "connection: x-hop\nx-hop: 1\nx-tag: a";
+        let answer = proxy.send(request("POST /v1//x/%2e?a=b&&", headers, "{\"a\": 1}\n"));
+        assert_eq!(answer.text(), SUCCESS, "{protocol}");
+        let last = upstream.last();
+        assert_eq!([last.method(), last.target()], ["POST", "/v1//x/%2e?a=b&&"]);
+        assert_eq!(last.text(), "{\"a\": 1}\n", "{protocol}");
+        let expected = parse_headers("content-length: 9\nx-tag: a");
+        assert_eq!(arrived(&last), expected, "{protocol}");
+    }
+}
+
+#[test]
+fn connections_to_upstream_are_reused() {
+    let (upstream, proxy) = started();
+    for _ in 0..20 {
+        assert_eq!(proxy.send(get("/v1/videos/text2video/1")).status(), 200);
+    }
+    // Each worker keeps its own; there are at most four.
+    let connections = upstream.seen().connections;
+    assert!(connections <= 4, "{connections} connections");
+}

@@ -1,0 +1,18 @@
+//! Black-box tests: the real binary between raw sockets and a strict upstream, one module a promise.
+//!
+//! One target rather than one a file, because linking is what takes the time. A test knows the proxy
+//! by its interface only: nothing here is imported from the crate.
+
+mod support;
+
+mod authenticate;
+mod cli;
+mod credentials;
+mod forward;
+mod guard;
+mod normalise;
+mod sandbox;
+mod server;
+mod settings;
+mod stream;
+mod timeouts;

@@ -1,0 +1,254 @@
+//! The embedded Kling: a newcomer creates, polls and downloads without an account, and learns
+//! what the real one would refuse.
+
+use serde_json::{Value, json};
+
+use crate::support::{Command, Connection, Message, Proxy, get, mint, now, request};
+
+const VIDEOS: &str = "/v1/videos/text2video";
+
+fn sandboxed() -> Command {
+    Command::new(["serve", "--sandbox"]).setting("sandbox.task_time", "200ms")
+}
+
+fn create(proxy: &Proxy, prompt: &str) -> Message {
+    proxy.post(
+        VIDEOS,
+        json!({ "model_name": "kling-v2-6", "prompt": prompt }).to_string(),
+    )
+}
+
+/// Polls a task until it has ended.
+fn ended(proxy: &Proxy, family: &str, created: &Message) -> Value {
+    let id = created.json()["data"]["task_id"].take();
+    let path = format!("{family}/{}", id.as_str().expect("a task id"));
+    let mut connection = proxy.connect();
+    loop {
+        let data = connection.send(get(&path)).answer().json()["data"].take();
+        if !["submitted", "processing"]
+            .map(Value::from)
+            .contains(&data["task_status"])
+        {
+            return data;
+        }
+    }
+}
+
+/// Fetches a file by its URL, past the proxy.
+fn download(url: &Value) -> Message {
+    let url = url
+        .as_str()
+        .expect("a url")
+        .strip_prefix("http://")
+        .expect("plain http");
+    let (authority, path) = url.split_once('/').expect("a path");
+    let head = format!("GET /{path} HTTP/1.1\r\nhost: {authority}\r\n\r\n");
+    Connection::to(authority.parse().unwrap())
+        .send(head)
+        .answer()
+}
+
+#[test]
+fn task_is_created_polled_and_its_file_downloaded() {
+    let proxy = sandboxed().start();
+    assert!(proxy.listener("sandbox").ip().is_loopback());
+    for (family, file, magic) in [
+        (VIDEOS, "/task_result/videos/0/url", &b"ftyp"[..]),
+        (
+            "/v1/videos/image2video",
+            "/task_result/videos/0/url",
+            b"ftyp",
+        ),
+        (
+            "/v1/images/generations",
+            "/task_result/images/0/url",
+            b"PNG",
+        ),
+    ] {
+        let body = json!({ "model_name": "kling-v2-6", "prompt": "a cat", "image": "https://a.test/c.png" });
+        let created = proxy.post(family, body.to_string());
+        assert_eq!(
+            created.json()["data"]["task_status"],
+            "submitted",
+            "{family}"
+        );
+        let task = ended(&proxy, family, &created);
+        assert_eq!(task["task_status"], "succeed", "{family}: {task}");
+        let answer = download(task.pointer(file).expect("a result"));
+        assert_eq!(answer.status(), 200, "{family}");
+        let start = &answer.body[..16];
+        assert!(
+            start.windows(magic.len()).any(|part| part == magic),
+            "{start:?}"
+        );
+    }
+}
+
+#[test]
+fn tasks_are_listed_by_family_and_page() {
+    let proxy = sandboxed().start();
+    let ids = ["one", "two"].map(|prompt| create(&proxy, prompt).json()["data"]["task_id"].take());
+    let list = |path: String| {
+        let list = proxy.get(&path).json()["data"].take();
+        let tasks = list.as_array().expect("a list").iter();
+        tasks
+            .map(|task| task["task_id"].clone())
+            .collect::<Vec<_>>()
+    };
+    let all = list(VIDEOS.to_owned());
+    assert!(
+        all.len() == 2 && ids.iter().all(|id| all.contains(id)),
+        "{all:?}"
+    );
+    let pages = [1, 2].map(|page| list(format!("{VIDEOS}?pageNum={page}&pageSize=1")));
+    assert_eq!(pages.concat(), all);
+    assert_eq!(list("/v1/images/generations".to_owned()), [""; 0]);
+}
+
+#[test]
+fn prompt_triggers_what_a_client_must_cope_with() {
+    let command = sandboxed().setting("upstream.response_timeout", "500ms");
+    let proxy = command.start();
+    for (prompt, refusals) in [
+        ("a cat sandbox:1303", &[(429, 1303)][..]),
+        ("sandbox:1102", &[(429, 1102)]),
+        ("sandbox:1301", &[(400, 1301)]),
+        ("sandbox:5000", &[(500, 5000)]),
+        (
+            "sandbox:html",
+            &[(500, 9103), (502, 9103), (503, 9103), (504, 9103)],
+        ),
+        ("sandbox:slow=60s", &[(504, 9102)]),
+    ] {
+        let refusal = create(&proxy, prompt).refusal();
+        assert!(refusals.contains(&refusal), "{prompt}: {refusal:?}");
+    }
+}
+
+#[test]
+fn connection_is_reset_after_the_task_was_made() {
+    let proxy = sandboxed().start();
+    assert_eq!(create(&proxy, "sandbox:reset").refusal(), (502, 9104));
+    assert_eq!(
+        proxy.get(VIDEOS).json()["data"].as_array().map(Vec::len),
+        Some(1)
+    );
+}
+
+#[test]
+fn failed_task_is_a_success_of_its_request() {
+    let proxy = sandboxed().start();
+    let task = ended(&proxy, VIDEOS, &create(&proxy, "sandbox:failed"));
+    assert_eq!(task["task_status"], "failed", "{task}");
+    assert!(task["task_status_msg"].is_string(), "{task}");
+}
+
+#[test]
+fn tasks_over_the_concurrency_are_refused() {
+    let proxy = sandboxed().setting("sandbox.task_time", "10m").start();
+    let answers = [(); 4].map(|()| create(&proxy, "a cat").refusal());
+    assert_eq!(answers, [(200, 0), (200, 0), (200, 0), (429, 1303)]);
+}
+
+#[test]
+fn external_task_id_is_unique_and_finds_its_task() {
+    let proxy = sandboxed().start();
+    let body = json!({ "prompt": "a cat", "external_task_id": "mine-1" }).to_string();
+    let id = proxy.post(VIDEOS, &body).json()["data"]["task_id"].take();
+    let found = proxy.get(&format!("{VIDEOS}/mine-1")).json();
+    assert_eq!(found["data"]["task_id"], id);
+    assert_eq!(proxy.post(VIDEOS, &body).refusal(), (400, 1201));
+    assert_eq!(
+        proxy.get(&format!("{VIDEOS}/nobodys")).refusal(),
+        (400, 1201)
+    );
+}
+
+#[test]
+fn account_answers_and_new_paths_want_an_api_key() {
+    let proxy = sandboxed().start();
+    let costs = proxy.get("/account/costs?start_time=1700000000000&end_time=1800000000000");
+    assert_eq!(costs.refusal(), (200, 0));
+    let create = proxy.post("/text-to-video/kling-3.0", r#"{"prompt":"a cat"}"#);
+    assert_eq!(create.refusal(), (401, 1002));
+    assert_eq!(proxy.get("/tasks?task_ids=1").refusal(), (401, 1002));
+}
+
+/// A sandbox alone, with its access key and secret key.
+fn alone() -> (Proxy, [String; 2]) {
+    let sandbox = Command::new(["sandbox", "--address", "127.0.0.1:0"]).listening("sandbox");
+    let keys = ["access key: ", "secret key: "].map(|label| {
+        let line = sandbox
+            .stdout
+            .find(|line| line.contains(label))
+            .expect(label);
+        line.split_once(label).unwrap().1.trim().to_owned()
+    });
+    (sandbox, keys)
+}
+
+#[test]
+fn keys_of_the_sandbox_are_the_same_at_every_start() {
+    let [first, second] = [(); 2].map(|()| alone().1);
+    assert_eq!(first, second);
+    assert_eq!(first.map(|key| key.len()), [32, 32]);
+}
+
+#[test]
+fn wrong_tokens_are_refused_with_their_codes() {
+    let (sandbox, [access_key, secret_key]) = alone();
+    let header = json!({ "alg": "HS256", "typ": "JWT" });
+    let time = |offset| now().checked_add_signed(offset).unwrap();
+    let claims = json!({ "iss": access_key, "exp": time(1800), "nbf": time(-5) });
+    let bearer = |header: &Value, claims: &Value| {
+        format!(
+            "authorization: Bearer {}",
+            mint(header, claims, &secret_key)
+        )
+    };
+    let good = bearer(&header, &claims);
+    let algorithm = |name: &str| bearer(&json!({ "alg": name, "typ": "JWT" }), &claims);
+    let with = |key: &str, value: Value| {
+        let mut claims = claims.clone();
+        claims[key] = value;
+        bearer(&header, &claims)
+    };
+    let without = |key: &str| {
+        let mut claims = claims.clone();
+        claims.as_object_mut().unwrap().remove(key);
+        bearer(&header, &claims)
+    };
+    let forged = mint(&header, &claims, "another secret");
+    for (lines, refusal) in [
+        (good.clone(), (200, 0)),
+        ("accept: */*".to_owned(), (401, 1001)),
+        ("authorization:".to_owned(), (401, 1001)),
+        ("authorization: Bearer not-a-token".to_owned(), (401, 1002)),
+        (good.replace("Bearer ", ""), (401, 1002)),
+        (good.replace("Bearer", "bearer"), (401, 1002)),
+        (good.replace("Bearer ", "Bearer  "), (401, 1002)),
+        (format!("{good}\n{good}"), (401, 1002)),
+        (algorithm("none"), (401, 1002)),
+        (algorithm("HS384"), (401, 1002)),
+        (algorithm("RS256"), (401, 1002)),
+        (without("iss"), (401, 1002)),
+        (without("exp"), (401, 1002)),
+        (without("nbf"), (401, 1002)),
+        (with("exp", json!(time(1800).to_string())), (401, 1002)),
+        (with("nbf", json!(time(-5).to_string())), (401, 1002)),
+        (with("exp", json!(1.9e9)), (401, 1002)),
+        (with("iss", json!(7)), (401, 1002)),
+        (with("exp", json!(time(7200))), (401, 1002)),
+        (with("iss", json!("somebody else")), (401, 1000)),
+        (format!("authorization: Bearer {forged}"), (401, 1000)),
+        (with("nbf", json!(time(600))), (401, 1003)),
+        (with("exp", json!(time(-60))), (401, 1004)),
+    ] {
+        let answer = sandbox.send(request(
+            "GET /account/costs?start_time=1&end_time=2",
+            &lines,
+            "",
+        ));
+        assert_eq!(answer.refusal(), refusal, "{lines}");
+    }
+}

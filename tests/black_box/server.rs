@@ -1,0 +1,251 @@
+//! The process: how it starts, tells its health, drains and ends.
+
+use std::{collections::BTreeMap, net::TcpStream};
+
+use crate::support::{
+    Command, Connection, Proxy, SUCCESS, Signal, Upstream, assert_has, eventually, get, kling,
+    post, started, started_with,
+};
+
+/// Sends a request and waits until upstream has it.
+fn in_flight(upstream: &Upstream, proxy: &Proxy) -> Connection {
+    let mut connection = proxy.connect();
+    connection.send(post("/v1/slow", "{}"));
+    upstream.wait(|seen| !seen.requests.is_empty());
+    connection
+}
+
+fn drain_began(proxy: &Proxy) {
+    eventually("listener closed", || {
+        TcpStream::connect(proxy.address).is_err()
+    });
+}
+
+/// Samples of `/metrics` by name and labels.
+fn metrics(proxy: &Proxy) -> BTreeMap<String, f64> {
+    let answer = proxy.admin("/metrics");
+    let samples = answer.text().lines().filter(|line| !line.starts_with('#'));
+    let sample = |line: &str| {
+        let (name, value) = line.rsplit_once(' ').expect("a sample");
+        (name.to_owned(), value.parse().expect("a number"))
+    };
+    samples.map(sample).collect()
+}
+
+/// The sum over all samples of a family that carry this label.
+fn sum(samples: &BTreeMap<String, f64>, family: &str, label: &str) -> f64 {
+    let wanted = |name: &str| name.split('{').next() == Some(family) && name.contains(label);
+    let samples = samples.iter().filter(|(name, _)| wanted(name));
+    samples.map(|(_, value)| value).sum()
+}
+
+#[test]
+fn start_up_prints_a_line_for_each_listener() {
+    let (upstream, proxy) = started();
+    let admin = proxy.listener("admin");
+    proxy.signal(Signal::TERM);
+    let output = proxy.stdout.to_end();
+    let words = output
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
+    let proxy = format!("proxy http://{} -> {}", proxy.address, upstream.url);
+    let admin = format!("admin http://{admin}");
+    assert_eq!(words.collect::<Vec<_>>(), [proxy, admin]);
+}
+
+#[test]
+fn terminated_proxy_finishes_what_is_in_flight() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let (upstream, proxy) = started();
+        let gate = upstream.hold();
+        let mut idle = proxy.connect();
+        let mut slow = in_flight(&upstream, &proxy);
+        proxy.signal(signal);
+        assert_eq!(idle.rest(), b"", "an idle connection is closed first");
+        gate.open();
+        assert_eq!(slow.answer().text(), SUCCESS);
+        assert_eq!(proxy.end().0, Some(0), "{signal:?}");
+    }
+}
+
+#[test]
+fn draining_proxy_takes_no_new_connection_and_is_not_ready() {
+    let (upstream, proxy) = started();
+    let gate = upstream.hold();
+    let mut slow = in_flight(&upstream, &proxy);
+    proxy.signal(Signal::TERM);
+    drain_began(&proxy);
+    let ready = proxy.admin("/health/ready");
+    assert_eq!((ready.status(), ready.json().is_object()), (503, true));
+    gate.open();
+    assert_eq!(slow.answer().status(), 200);
+    assert_eq!(proxy.end().0, Some(0));
+}
+
+#[test]
+fn second_signal_ends_the_drain_at_once() {
+    let (upstream, proxy) = started();
+    let _gate = upstream.hold();
+    let _slow = in_flight(&upstream, &proxy);
+    proxy.signal(Signal::TERM);
+    drain_began(&proxy);
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.end().0, Some(1));
+}
+
+#[test]
+fn drain_that_reaches_its_limit_ends_in_order_with_a_warning() {
+    let (upstream, proxy) = started_with(&[("shutdown.drain", "300ms")]);
+    let _gate = upstream.hold();
+    let _slow = in_flight(&upstream, &proxy);
+    proxy.signal(Signal::TERM);
+    let (code, log) = proxy.end();
+    assert_eq!(code, Some(0));
+    assert_has(&log, &["WARN"]);
+}
+
+#[test]
+fn second_instance_on_a_port_fails() {
+    let (upstream, first) = started();
+    let taken = first.address.to_string();
+    for key in ["listen.address", "admin.address"] {
+        let finished = Proxy::to(&upstream).setting(key, &taken).run();
+        assert_eq!(finished.code, Some(1), "{key}: {finished:?}");
+        assert_has(&finished.stderr, &[&taken]);
+    }
+    assert_eq!(first.get("/").status(), 200);
+}
+
+#[test]
+fn connection_over_the_limit_waits_for_its_turn() {
+    let (upstream, proxy) = started_with(&[("limits.connections", "1")]);
+    let mut first = proxy.connect();
+    first.send(get("/first")).answer();
+    let mut second = proxy.connect();
+    second.send(get("/second"));
+    for _ in 0..20 {
+        first.send(get("/first")).answer();
+    }
+    drop(first);
+    assert_eq!(second.answer().status(), 200);
+    let lines = upstream.first_lines();
+    assert_eq!(
+        lines.iter().position(|line| line.contains("second")),
+        Some(21)
+    );
+}
+
+#[test]
+fn healthy_proxy_says_so_on_the_admin_listener_whatever_the_host() {
+    let (upstream, proxy) = started();
+    let mut admin = Connection::to(proxy.listener("admin"));
+    let mut ask = |path, host| {
+        let head = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n");
+        admin.send(head).answer()
+    };
+    for path in ["/health/startup", "/health/live", "/health/ready"] {
+        for host in ["localhost", "10.1.2.3:5547"] {
+            let answer = ask(path, host);
+            assert_eq!(answer.status(), 200, "{path} at {host}");
+            assert_eq!(answer.header("content-type"), Some("application/json"));
+            assert!(answer.json().is_object(), "{}", answer.text());
+        }
+    }
+    assert_eq!(ask("/metrics", "10.1.2.3").status(), 200);
+    for path in ["/v1/videos/text2video", "/quit", "/health"] {
+        assert_eq!(ask(path, "localhost").status(), 404, "{path}");
+    }
+    assert_eq!(
+        upstream.first_lines(),
+        [""; 0],
+        "health asks nothing of upstream"
+    );
+}
+
+#[test]
+fn health_command_asks_a_running_proxy() {
+    let (_upstream, proxy) = started();
+    let admin = proxy.listener("admin").to_string();
+    let health = || {
+        Command::new(["health"])
+            .setting("admin.address", &admin)
+            .run()
+    };
+    assert_eq!(health().code, Some(0));
+    drop(proxy);
+    assert_eq!(health().code, Some(1));
+}
+
+#[test]
+fn admin_listener_can_be_off() {
+    let (_upstream, proxy) = started_with(&[("admin.address", "off")]);
+    assert_eq!(proxy.get("/").status(), 200);
+    proxy.signal(Signal::TERM);
+    assert!(!proxy.stdout.to_end().contains("admin"));
+}
+
+#[test]
+fn nothing_of_the_admin_listener_is_reachable_through_the_data_listener() {
+    let (_upstream, proxy) = started();
+    for path in [
+        "/metrics",
+        "/health/live",
+        "/health/ready",
+        "/health/startup",
+        "/",
+        "/quit",
+    ] {
+        assert_eq!(proxy.get(path).text(), SUCCESS, "{path}");
+    }
+    let admin = proxy.listener("admin");
+    let there = format!("GET http://{admin}/metrics HTTP/1.1\r\nhost: {admin}\r\n\r\n");
+    assert_eq!(proxy.send(there).text(), SUCCESS);
+}
+
+#[test]
+fn metrics_count_requests_refusals_and_tokens() {
+    let (upstream, proxy) = started();
+    let gate = upstream.hold();
+    let mut slow = in_flight(&upstream, &proxy);
+    let now = |family, label| sum(&metrics(&proxy), family, label);
+    eventually("in flight", || {
+        now("kling_proxy_requests_in_flight", "") > 0.5
+    });
+    gate.open();
+    slow.answer();
+    proxy.get("/v1/x");
+    proxy.send("GET / HTTP/1.1\r\nhost: evil.test\r\n\r\n");
+    for (family, label, value) in [
+        ("kling_proxy_requests_in_flight", "", 0.0),
+        ("kling_proxy_requests_total", "", 3.0),
+        ("kling_proxy_requests_total", r#"method="POST""#, 1.0),
+        ("kling_proxy_requests_total", r#"status_class="4xx""#, 1.0),
+        ("kling_proxy_request_duration_seconds_count", "", 3.0),
+        ("kling_proxy_guard_refusals_total", "host_not_allowed", 1.0),
+        ("kling_proxy_upstream_attempts_total", "", 2.0),
+        ("kling_proxy_tokens_minted_total", "", 1.0),
+        ("kling_proxy_build_info", "", 1.0),
+    ] {
+        let what = format!("{family} {label} = {value}");
+        eventually(&what, || (now(family, label) - value).abs() < 0.1);
+    }
+}
+
+#[test]
+fn log_line_is_one_json_object_with_control_characters_escaped() {
+    let (upstream, proxy) = started();
+    upstream.answer(kling(
+        400,
+        r#"{"code":1200,"message":"a\r\n\u001b[31mb\u0000"}"#,
+    ));
+    proxy.get("/v1/%0d%0a%1b");
+    proxy.send("GET /a HTTP/1.1\r\nhost: evil.test\r\n\r\n");
+    proxy.signal(Signal::TERM);
+    let (_, log) = proxy.end();
+    assert_ne!(log, "");
+    for line in log.lines() {
+        let object: Result<serde_json::Value, _> = serde_json::from_str(line);
+        assert!(object.is_ok_and(|object| object.is_object()), "{line}");
+        assert!(!line.contains(char::is_control), "{line:?}");
+    }
+}

@@ -1,0 +1,131 @@
+//! Bodies of any size pass through a proxy that holds none of them.
+
+use crate::support::{
+    Gate, Proxy, SUCCESS, Step, Upstream, get, is_cut_off, reply, request, send, started,
+};
+
+const LARGE: usize = 64 << 20;
+const GROWTH: usize = 16 << 20;
+
+/// By how much memory peaked above what it was after a first small request.
+fn growth(proxy: &Proxy, transfer: impl FnOnce()) -> usize {
+    let before = proxy.memory("VmRSS");
+    transfer();
+    proxy.memory("VmHWM").saturating_sub(before)
+}
+
+/// Answers with one chunk and, once the gate is open, with another.
+fn in_two_parts(upstream: &Upstream, content_type: &str, [first, last]: [&str; 2]) -> Gate {
+    let head = format!("content-type: {content_type}\r\ntransfer-encoding: chunked");
+    let first = format!(
+        "HTTP/1.1 200 OK\r\n{head}\r\n\r\n{:x}\r\n{first}\r\n",
+        first.len()
+    );
+    let last = format!("{:x}\r\n{last}\r\n0\r\n\r\n", last.len());
+    let gate = Gate::default();
+    let wait = gate.clone();
+    upstream.script(move |_| vec![send(&first), Step::Wait(wait.clone()), send(&last)]);
+    gate
+}
+
+#[test]
+fn large_upload_passes_in_little_memory() {
+    let (upstream, proxy) = started();
+    proxy.get("/");
+    let body = vec![7; LARGE];
+    let growth = growth(&proxy, || {
+        let answer = proxy.send(request("POST /v1/images/generations", "", &body));
+        assert_eq!(answer.text(), SUCCESS);
+    });
+    assert!(upstream.last().body == body, "another body arrived");
+    assert!(growth < GROWTH, "grew by {growth} bytes");
+}
+
+#[test]
+fn large_download_passes_in_little_memory() {
+    for content_type in ["video/mp4", "application/json"] {
+        let (upstream, proxy) = started();
+        proxy.get("/");
+        let body = vec![b'7'; LARGE];
+        upstream.answer(reply(200, &format!("content-type: {content_type}"), &body));
+        let growth = growth(&proxy, || {
+            assert!(proxy.get("/").body == body, "{content_type}: another body");
+        });
+        assert!(growth < GROWTH, "{content_type}: grew by {growth} bytes");
+    }
+}
+
+#[test]
+fn first_byte_of_an_answer_reaches_the_client_before_upstream_sends_its_last() {
+    let (upstream, proxy) = started();
+    for (content_type, parts) in [
+        ("video/mp4", ["first", "last"]),
+        ("text/event-stream", ["data: 1\n\n", "data: 2\n\n"]),
+        ("application/json", [r#"{"code":0,"data":"#, "[1]}"]),
+        // Its code is too long in coming: it is let go after a moment.
+        ("application/json", [r#"{"data":"#, r#"[1],"code":1303}"#]),
+    ] {
+        let gate = in_two_parts(&upstream, content_type, parts);
+        let mut connection = proxy.connect();
+        assert_eq!(connection.send(get("/")).head().status(), 200);
+        assert_eq!(connection.chunk().unwrap(), parts[0].as_bytes());
+        gate.open();
+        assert_eq!(connection.chunk().unwrap(), parts[1].as_bytes());
+        assert_eq!(connection.chunk(), None, "{content_type}");
+    }
+}
+
+#[test]
+fn first_byte_of_a_request_reaches_upstream_before_the_client_sends_its_last() {
+    let (upstream, proxy) = started();
+    let mut connection = proxy.connect();
+    let head = request("POST /v1/x", "content-length: 2000000", "");
+    connection.send(head).send(vec![1; 1_000_000]);
+    upstream.wait(|seen| seen.bytes > 1_000_000);
+    assert_eq!(connection.send(vec![1; 1_000_000]).answer().status(), 200);
+    assert_eq!(upstream.last().body.len(), 2_000_000);
+}
+
+#[test]
+fn upstream_connection_ends_with_the_client_that_read_from_it() {
+    let (upstream, proxy) = started();
+    let start = "HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc";
+    upstream.script(move |_| vec![send(start), Step::Hang]);
+    proxy.connect().send(get("/video.mp4")).head();
+    upstream.wait(|seen| seen.closed == 1);
+}
+
+#[test]
+fn upload_whose_client_hangs_up_never_arrives_whole() {
+    let (upstream, proxy) = started();
+    for framing in ["content-length: 2000", "transfer-encoding: chunked"] {
+        let before = upstream.seen();
+        let mut connection = proxy.connect();
+        connection.send(request("POST /v1/x", framing, ""));
+        connection.send(format!("3e8\r\n{}\r\n", "a".repeat(1000)));
+        upstream.wait(|seen| seen.bytes > before.bytes + 1000);
+        drop(connection);
+        upstream.wait(|seen| seen.closed > before.closed);
+    }
+    assert_eq!(upstream.first_lines(), [""; 0]);
+}
+
+#[test]
+fn answer_that_is_cut_off_stays_cut_off() {
+    let (upstream, proxy) = started();
+    for content_type in ["video/mp4", "application/json"] {
+        for start in [
+            "content-length: 100\r\n\r\n{\"code\":0,",
+            "content-length: 100\r\n\r\n{\"da",
+            "content-length: 100\r\n\r\n",
+            "transfer-encoding: chunked\r\n\r\na\r\n{\"code\":0,\r\n",
+            "transfer-encoding: chunked\r\n\r\n4\r\n{\"da\r\n",
+            "transfer-encoding: chunked\r\n\r\n",
+        ] {
+            let sent = format!("HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\n{start}");
+            upstream.script(move |_| vec![send(&sent), Step::Close]);
+            let answer = proxy.connect().send(get("/")).try_answer();
+            assert!(is_cut_off(&answer), "{content_type}, {start}: {answer:?}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! A client that sends exactly the bytes it is given.
+
+use std::{
+    io::{self, BufReader, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+};
+
+use super::{Message, PATIENCE, http::read_chunk};
+
+/// One connection. Reading panics when nothing comes for too long.
+pub struct Connection(BufReader<TcpStream>);
+
+// === impl Connection ===
+
+impl Connection {
+    pub fn to(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect(address).expect("a listener");
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    /// Sends; that the peer has had enough and closed is for the answer to tell.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
+        let _ = self.0.get_mut().write_all(bytes.as_ref());
+        self
+    }
+
+    /// One whole answer, or how it ended.
+    pub fn try_answer(&mut self) -> io::Result<Message> {
+        let head = Message::read_head(&mut self.0)?;
+        let mut answer = head.ok_or(io::ErrorKind::UnexpectedEof)?;
+        answer.read_body(&mut self.0)?;
+        Ok(answer)
+    }
+
+    pub fn answer(&mut self) -> Message {
+        self.try_answer().expect("a whole answer")
+    }
+
+    /// Only the head: all there is after a HEAD request.
+    pub fn head(&mut self) -> Message {
+        Message::read_head(&mut self.0)
+            .expect("a head")
+            .expect("an answer")
+    }
+
+    pub fn chunk(&mut self) -> Option<Vec<u8>> {
+        read_chunk(&mut self.0).expect("a chunk")
+    }
+
+    /// Everything until the peer closes.
+    pub fn rest(&mut self) -> Vec<u8> {
+        let mut rest = Vec::new();
+        if let Err(error) = self.0.read_to_end(&mut rest) {
+            assert_eq!(
+                error.kind(),
+                io::ErrorKind::ConnectionReset,
+                "not closed: {error}"
+            );
+        }
+        rest
+    }
+}
+
+/// Sends the bytes and returns all that comes until the peer closes.
+pub fn raw(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Vec<u8> {
+    Connection::to(address).send(bytes).rest()
+}

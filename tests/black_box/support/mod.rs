@@ -1,0 +1,55 @@
+//! What the tests stand on: a client and an upstream written on sockets, and the proxy as a process.
+#![expect(
+    unreachable_pub,
+    reason = "`pub` means for the tests, and all of them are one crate"
+)]
+
+mod client;
+mod http;
+mod process;
+mod token;
+mod upstream;
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+pub use client::{Connection, raw};
+pub use http::{Message, get, gzip, is_cut_off, kling, parse_headers, post, reply, request};
+pub use process::{Command, Proxy};
+pub use rustix::process::Signal;
+pub use token::{ACCESS_KEY, Credential, SECRET_KEY, claims, mint, now, verify};
+pub use upstream::{Gate, SUCCESS, Step, Upstream, send};
+
+/// The longest wait for anything that should come. Failing tests reach it, others never do.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An upstream that answers with success, and a proxy before it.
+pub fn started() -> (Upstream, Proxy) {
+    started_with(&[])
+}
+
+/// The same with some settings.
+pub fn started_with(settings: &[(&str, &str)]) -> (Upstream, Proxy) {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let set = |command: Command, (key, value): &(&str, &str)| command.setting(key, value);
+    let proxy = settings.iter().fold(command, set).start();
+    (upstream, proxy)
+}
+
+/// Asks again until the answer is yes.
+pub fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !happened() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+    }
+}
+
+/// Fails with the text if a part is not in it.
+#[track_caller]
+pub fn assert_has(text: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(text.contains(part), "no `{part}` in: {text}");
+    }
+}

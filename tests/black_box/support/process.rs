@@ -1,0 +1,290 @@
+//! The real binary as a child process, with an environment that holds nothing but what the test gives.
+
+use std::{
+    cell::RefCell,
+    fs,
+    io::{BufRead as _, BufReader, Read},
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Child, Stdio},
+    sync::mpsc::{self, Receiver},
+    thread,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use super::{ACCESS_KEY, Connection, Message, PATIENCE, SECRET_KEY, Upstream, get, post};
+
+/// A command line with its environment, ready to start. Ports are free ones, the home folder is new.
+pub struct Command {
+    command: std::process::Command,
+    home: TempDir,
+}
+
+/// A running proxy; dropping it kills it.
+pub struct Proxy {
+    pub address: SocketAddr,
+    pub stdout: Lines,
+    /// The log.
+    pub stderr: Lines,
+    child: Child,
+    _home: TempDir,
+}
+
+/// How a command ended that ends by itself.
+#[derive(Debug)]
+pub struct Finished {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// The lines of a pipe, as they come.
+pub struct Lines {
+    coming: Receiver<String>,
+    seen: RefCell<Vec<String>>,
+}
+
+// === impl Command ===
+
+impl Command {
+    pub fn new<const N: usize>(arguments: [&str; N]) -> Self {
+        let home = TempDir::new().unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kling-proxy"));
+        command
+            .args(arguments)
+            .env_clear()
+            .env("HOME", home.path())
+            .current_dir(home.path());
+        Self { command, home }
+            .setting("listen.address", "127.0.0.1:0")
+            .setting("admin.address", "127.0.0.1:0")
+            .setting("log.format", "json")
+    }
+
+    /// Sets a setting by its variable; an empty value unsets it.
+    pub fn setting(self, key: &str, value: impl AsRef<str>) -> Self {
+        let name = format!("KLING_PROXY_{}", key.to_uppercase().replace('.', "__"));
+        self.env(&name, value)
+    }
+
+    pub fn env(mut self, name: &str, value: impl AsRef<str>) -> Self {
+        match value.as_ref() {
+            "" => self.command.env_remove(name),
+            value => self.command.env(name, value),
+        };
+        self
+    }
+
+    /// Sets a variable to nothing, which is not the same as leaving it out.
+    pub fn empty_env(mut self, name: &str) -> Self {
+        self.command.env(name, "");
+        self
+    }
+
+    pub fn upstream(self, upstream: &Upstream) -> Self {
+        let ca_file = upstream
+            .ca_file
+            .as_ref()
+            .map_or("", |path| path.to_str().unwrap());
+        self.setting("upstream.url", &upstream.url)
+            .setting("upstream.ca_file", ca_file)
+    }
+
+    pub fn keys(self) -> Self {
+        self.env("KLING_ACCESS_KEY", ACCESS_KEY)
+            .env("KLING_SECRET_KEY", SECRET_KEY)
+    }
+
+    pub fn argument(mut self, argument: impl AsRef<str>) -> Self {
+        self.command.arg(argument.as_ref());
+        self
+    }
+
+    /// Writes a file below the home folder.
+    pub fn file(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.home.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// The settings file in the user's configuration folder.
+    pub fn config(self, content: &str) -> Self {
+        self.file(".config/kling-proxy/config.toml", content);
+        self
+    }
+
+    /// Starts a proxy and waits until it listens.
+    pub fn start(self) -> Proxy {
+        self.listening("proxy")
+    }
+
+    /// Starts a process whose main listener is announced by this name.
+    pub fn listening(mut self, name: &str) -> Proxy {
+        let mut child = self.spawn();
+        let (stdout, stderr) = lines(&mut child);
+        let Some(address) = stdout.listener(name) else {
+            child.kill().unwrap();
+            panic!("no {name} listens: {}{}", stdout.to_end(), stderr.to_end());
+        };
+        Proxy {
+            address,
+            stdout,
+            stderr,
+            child,
+            _home: self.home,
+        }
+    }
+
+    /// Runs a command to its end.
+    pub fn run(mut self) -> Finished {
+        let mut child = self.spawn();
+        let (stdout, stderr) = lines(&mut child);
+        stdout.find(|_| false);
+        // Whatever has not ended by now never will; the missing exit code says so.
+        child.kill().unwrap();
+        let (stdout, stderr) = (stdout.to_end(), stderr.to_end());
+        Finished {
+            code: child.wait().unwrap().code(),
+            stdout,
+            stderr,
+        }
+    }
+
+    fn spawn(&mut self) -> Child {
+        self.command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+}
+
+// === impl Proxy ===
+
+impl Proxy {
+    /// A proxy to this upstream, with its keys.
+    pub fn to(upstream: &Upstream) -> Command {
+        Command::new([]).upstream(upstream).keys()
+    }
+
+    pub fn connect(&self) -> Connection {
+        Connection::to(self.address)
+    }
+
+    /// Sends a request on a connection of its own.
+    pub fn send(&self, request: impl AsRef<[u8]>) -> Message {
+        self.connect().send(request).answer()
+    }
+
+    pub fn get(&self, path: &str) -> Message {
+        self.send(get(path))
+    }
+
+    pub fn post(&self, path: &str, body: impl AsRef<[u8]>) -> Message {
+        self.send(post(path, body))
+    }
+
+    /// The address of another listener: `admin` or `sandbox`.
+    pub fn listener(&self, name: &str) -> SocketAddr {
+        self.stdout
+            .listener(name)
+            .unwrap_or_else(|| panic!("no {name} listener"))
+    }
+
+    /// Asks the admin listener.
+    pub fn admin(&self, path: &str) -> Message {
+        Connection::to(self.listener("admin"))
+            .send(get(path))
+            .answer()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits for the end: exit code and everything logged.
+    pub fn end(mut self) -> (Option<i32>, String) {
+        self.stdout.to_end();
+        (self.child.wait().unwrap().code(), self.stderr.to_end())
+    }
+
+    /// A line of `/proc/PID/status` in bytes, such as `VmRSS` or `VmHWM`.
+    pub fn memory(&self, line: &str) -> usize {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status
+            .lines()
+            .find_map(|found| found.strip_prefix(line))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<usize>()
+            .unwrap()
+            << 10
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+// === impl Lines ===
+
+impl Lines {
+    fn of(pipe: impl Read + Send + 'static) -> Self {
+        let (sender, coming) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        Self {
+            coming,
+            seen: RefCell::default(),
+        }
+    }
+
+    /// The first line, past or coming, that is wanted; `None` when the pipe ends or patience does.
+    pub fn find(&self, wanted: impl Fn(&str) -> bool) -> Option<String> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = self.seen.borrow_mut();
+        if let Some(line) = seen.iter().find(|line| wanted(line)) {
+            return Some(line.clone());
+        }
+        while let Ok(line) = self.coming.recv_timeout(deadline - Instant::now()) {
+            seen.push(line);
+            if let Some(line) = seen.last().filter(|line| wanted(line)) {
+                return Some(line.clone());
+            }
+        }
+        None
+    }
+
+    /// All lines, once the process has closed the pipe.
+    pub fn to_end(&self) -> String {
+        self.find(|_| false);
+        self.seen.borrow().join("\n")
+    }
+
+    /// The address in a line such as `proxy  http://127.0.0.1:41234 -> …`.
+    fn listener(&self, name: &str) -> Option<SocketAddr> {
+        let line = self.find(|line| line.split_whitespace().next() == Some(name))?;
+        let url = line.split_whitespace().nth(1)?;
+        url.strip_prefix("http://")?.parse().ok()
+    }
+}
+
+fn lines(child: &mut Child) -> (Lines, Lines) {
+    (
+        Lines::of(child.stdout.take().unwrap()),
+        Lines::of(child.stderr.take().unwrap()),
+    )
+}

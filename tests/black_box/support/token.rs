@@ -1,0 +1,91 @@
+//! Tokens as Kling documents them, in literals of our own: what the proxy signs is judged by this.
+
+use std::time::SystemTime;
+
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD as BASE64};
+use ring::hmac::{self, HMAC_SHA256};
+use serde_json::{Value, json};
+
+use super::Message;
+
+pub const ACCESS_KEY: &str = "AccessKeyOfTheBlackBoxTests00001";
+pub const SECRET_KEY: &str = "SecretKeyOfTheBlackBoxTests00001";
+
+/// What an upstream takes for authentication.
+#[derive(Clone, Copy, Debug)]
+pub enum Credential {
+    Pair(&'static str, &'static str),
+    ApiKey(&'static str),
+}
+
+// === impl Credential ===
+
+impl Credential {
+    /// Says what is wrong with the `Authorization` of a request.
+    pub fn judge(self, request: &Message) -> Result<(), String> {
+        let values = request.values("authorization");
+        let [authorization] = values[..] else {
+            return Err(format!("want one Authorization, got {}", values.len()));
+        };
+        let token = authorization
+            .strip_prefix("Bearer ")
+            .ok_or("want the prefix `Bearer `")?;
+        match self {
+            Self::Pair(access_key, secret_key) => verify(token, access_key, secret_key),
+            Self::ApiKey(key) if token == key => Ok(()),
+            Self::ApiKey(key) => Err(format!("want the key {key}, got {token}")),
+        }
+    }
+}
+
+/// Checks algorithm, signature, the exact set of claims, and that the token is valid now.
+pub fn verify(token: &str, access_key: &str, secret_key: &str) -> Result<(), String> {
+    let parts: Vec<_> = token.split('.').collect();
+    let [header, payload, signature] = parts[..] else {
+        return Err(format!("want three parts, got {}", parts.len()));
+    };
+    if decode(header)? != json!({ "alg": "HS256", "typ": "JWT" }) {
+        return Err(format!("wrong header {}", decode(header)?));
+    }
+    let key = hmac::Key::new(HMAC_SHA256, secret_key.as_bytes());
+    let signature = BASE64
+        .decode(signature)
+        .map_err(|error| error.to_string())?;
+    let signed = format!("{header}.{payload}");
+    hmac::verify(&key, signed.as_bytes(), &signature).map_err(|_| "wrong signature")?;
+    let claims = decode(payload)?;
+    let (exp, nbf) = (claims["exp"].as_u64(), claims["nbf"].as_u64());
+    if claims != json!({ "iss": access_key, "exp": exp, "nbf": nbf }) {
+        return Err(format!(
+            "want iss, and whole seconds in exp and nbf, got {claims}"
+        ));
+    }
+    if exp <= Some(now()) || nbf > Some(now()) {
+        return Err(format!("not valid at {}: {claims}", now()));
+    }
+    Ok(())
+}
+
+/// The claims of a token or of an `Authorization` value.
+pub fn claims(token: &str) -> Value {
+    decode(token.split('.').nth(1).expect("a token")).unwrap()
+}
+
+/// Signs by HMAC-SHA-256, whatever the header says.
+pub fn mint(header: &Value, claims: &Value, secret_key: &str) -> String {
+    let encode = |part: &Value| BASE64.encode(part.to_string());
+    let signed = format!("{}.{}", encode(header), encode(claims));
+    let key = hmac::Key::new(HMAC_SHA256, secret_key.as_bytes());
+    let signature = BASE64.encode(hmac::sign(&key, signed.as_bytes()));
+    format!("{signed}.{signature}")
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs()
+}
+
+fn decode(part: &str) -> Result<Value, String> {
+    let bytes = BASE64.decode(part).map_err(|error| error.to_string())?;
+    serde_json::from_slice(&bytes).map_err(|error| error.to_string())
+}

@@ -1,0 +1,346 @@
+//! A strict Kling: records every request, complains of what it may not see, answers by script.
+
+use std::{
+    collections::BTreeSet,
+    convert::Infallible,
+    fmt::Write as _,
+    fs,
+    io::{self, BufReader, Read, Write},
+    net::TcpListener,
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    thread,
+};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use tempfile::TempDir;
+use tokio_rustls::TlsAcceptor;
+
+use super::{ACCESS_KEY, Credential, Message, PATIENCE, SECRET_KEY, kling, reply};
+
+/// A success of Kling's.
+pub const SUCCESS: &str =
+    r#"{"code":0,"message":"SUCCEED","request_id":"up-1","data":{"task_id":"829836802793406551"}}"#;
+
+/// One step of an answer.
+pub enum Step {
+    Send(Vec<u8>),
+    Wait(Gate),
+    /// Says nothing more and keeps the connection until the proxy gives it up.
+    Hang,
+    Close,
+}
+
+/// Holds an upstream back until the test opens it.
+#[derive(Clone, Default)]
+pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+/// What an upstream has seen so far.
+#[derive(Clone, Default)]
+pub struct Seen {
+    pub connections: usize,
+    /// Connections that ended: idle, in the middle of a request or while we hung.
+    pub closed: usize,
+    /// Bytes of requests, framing included.
+    pub bytes: usize,
+    /// Whole requests only.
+    pub requests: Vec<Message>,
+    complaints: BTreeSet<String>,
+}
+
+/// Listens on a port of its own. Dropping it fails the test if any request was not as it must be.
+pub struct Upstream {
+    pub url: String,
+    /// The trust root of an upstream that speaks TLS.
+    pub ca_file: Option<PathBuf>,
+    shared: Arc<Shared>,
+    _folder: TempDir,
+}
+
+type Script = Arc<dyn Fn(&Message) -> Vec<Step> + Send + Sync>;
+
+struct Shared {
+    authority: String,
+    credential: Credential,
+    script: Mutex<Script>,
+    seen: Mutex<Seen>,
+    changed: Condvar,
+}
+
+/// Counts what is read while it is being read.
+struct Counted<'a, S>(S, &'a Shared);
+
+pub fn send(bytes: impl AsRef<[u8]>) -> Step {
+    Step::Send(bytes.as_ref().to_vec())
+}
+
+// === impl Gate ===
+
+impl Gate {
+    pub fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+
+    fn wait(&self) {
+        let (open, opened) = &*self.0;
+        let closed = open.lock().unwrap();
+        drop(
+            opened
+                .wait_timeout_while(closed, PATIENCE, |open| !*open)
+                .unwrap(),
+        );
+    }
+}
+
+// === impl Upstream ===
+
+impl Upstream {
+    /// Answers every request with Kling's success, until told otherwise.
+    pub fn ok() -> Self {
+        Self::expecting(Credential::Pair(ACCESS_KEY, SECRET_KEY))
+    }
+
+    pub fn expecting(credential: Credential) -> Self {
+        Self::start(credential, None)
+    }
+
+    /// As `localhost` over TLS, by `http/1.1` or `h2`; the latter knows no answer but success.
+    pub fn tls(protocol: &str) -> Self {
+        Self::start(Credential::Pair(ACCESS_KEY, SECRET_KEY), Some(protocol))
+    }
+
+    /// From now on answers every request with these bytes, HEAD with an empty success.
+    pub fn answer(&self, bytes: Vec<u8>) {
+        self.script(move |request| match request.method() {
+            "HEAD" => vec![send(reply(200, "", ""))],
+            _ => vec![send(&bytes)],
+        });
+    }
+
+    pub fn script(&self, script: impl Fn(&Message) -> Vec<Step> + Send + Sync + 'static) {
+        *self.shared.script.lock().unwrap() = Arc::new(script);
+    }
+
+    /// From now on every success waits for the gate.
+    pub fn hold(&self) -> Gate {
+        let gate = Gate::default();
+        let held = gate.clone();
+        self.script(move |_| vec![Step::Wait(held.clone()), send(kling(200, SUCCESS))]);
+        gate
+    }
+
+    /// What was seen once it was enough; fails the test if it never is.
+    pub fn wait(&self, enough: impl Fn(&Seen) -> bool) -> Seen {
+        let Shared { seen, changed, .. } = &*self.shared;
+        let seen = seen.lock().unwrap();
+        let waited = changed.wait_timeout_while(seen, PATIENCE, |seen| !enough(seen));
+        let (seen, timeout) = waited.unwrap();
+        assert!(
+            !timeout.timed_out(),
+            "waited in vain after {:?}",
+            seen.requests
+        );
+        seen.clone()
+    }
+
+    pub fn seen(&self) -> Seen {
+        self.shared.seen().clone()
+    }
+
+    /// The latest whole request.
+    pub fn last(&self) -> Message {
+        self.shared
+            .seen()
+            .requests
+            .last()
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    pub fn first_lines(&self) -> Vec<String> {
+        let seen = self.shared.seen();
+        seen.requests
+            .iter()
+            .map(|request| request.first_line().to_owned())
+            .collect()
+    }
+
+    fn start(credential: Credential, tls: Option<&str>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (scheme, host) = tls.map_or(("http", "127.0.0.1"), |_| ("https", "localhost"));
+        let authority = format!("{host}:{}", listener.local_addr().unwrap().port());
+        let url = format!("{scheme}://{authority}");
+        let shared = Arc::new(Shared {
+            authority,
+            credential,
+            script: Mutex::new(Arc::new(|_| Vec::new())),
+            seen: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let folder = TempDir::new().unwrap();
+        let config = tls.map(|protocol| {
+            let (root, config) = certificate(protocol);
+            fs::write(folder.path().join("ca.pem"), root).unwrap();
+            Arc::new(config)
+        });
+        let ca_file = config.is_some().then(|| folder.path().join("ca.pem"));
+        let accepting = Arc::clone(&shared);
+        thread::spawn(move || match config {
+            Some(config) if config.alpn_protocols == [b"h2"] => {
+                accepting.accept_http2(listener, &config);
+            }
+            config => accepting.accept(&listener, config.as_ref()),
+        });
+        let upstream = Self {
+            url,
+            ca_file,
+            shared,
+            _folder: folder,
+        };
+        upstream.answer(kling(200, SUCCESS));
+        upstream
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            let complaints = self.seen().complaints;
+            assert_eq!(complaints, BTreeSet::new(), "upstream refused a request");
+        }
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap()
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Seen)) {
+        change(&mut self.seen());
+        self.changed.notify_all();
+    }
+
+    fn accept(self: &Arc<Self>, listener: &TcpListener, tls: Option<&Arc<ServerConfig>>) {
+        while let Ok((stream, _)) = listener.accept() {
+            let (shared, tls) = (Arc::clone(self), tls.cloned());
+            shared.note(|seen| seen.connections += 1);
+            thread::spawn(move || {
+                // That the proxy went away is no complaint: tests look at what arrived.
+                let _ = if let Some(config) = tls {
+                    let session = ServerConnection::new(config).unwrap();
+                    shared.serve(StreamOwned::new(session, stream))
+                } else {
+                    shared.serve(stream)
+                };
+                shared.note(|seen| seen.closed += 1);
+            });
+        }
+    }
+
+    fn serve(&self, stream: impl Read + Write) -> io::Result<()> {
+        let mut wire = BufReader::new(Counted(stream, self));
+        while let Some(mut request) = Message::read_head(&mut wire)? {
+            request.read_body(&mut wire)?;
+            let script = Arc::clone(&self.script.lock().unwrap());
+            let steps = script(&request);
+            self.record(request);
+            for step in steps {
+                match step {
+                    Step::Send(bytes) => wire.get_mut().0.write_all(&bytes)?,
+                    Step::Wait(gate) => gate.wait(),
+                    Step::Hang => return wire.read(&mut [0]).map(drop),
+                    Step::Close => return Ok(()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// HTTP/2 is hyper's work; its requests are written down as if they had come by HTTP/1.
+    #[tokio::main(flavor = "current_thread")]
+    async fn accept_http2(self: Arc<Self>, listener: TcpListener, config: &Arc<ServerConfig>) {
+        listener.set_nonblocking(true).unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        let tls = TlsAcceptor::from(Arc::clone(config));
+        while let Ok((stream, _)) = listener.accept().await {
+            self.note(|seen| seen.connections += 1);
+            let Ok(stream) = tls.accept(stream).await else {
+                continue;
+            };
+            let shared = Arc::clone(&self);
+            let service = service_fn(move |request| Arc::clone(&shared).answer_http2(request));
+            let connection = http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(connection.serve_connection(TokioIo::new(stream), service));
+        }
+    }
+
+    async fn answer_http2(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+    ) -> Result<Response<Full<Bytes>>, Infallible> {
+        let (parts, body) = request.into_parts();
+        let target = parts.uri.path_and_query().unwrap();
+        let authority = parts.uri.authority().unwrap();
+        let mut head = format!("{} {target} HTTP/2\r\nhost: {authority}\r\n", parts.method);
+        for (name, value) in &parts.headers {
+            write!(head, "{name}: {}\r\n", value.to_str().unwrap()).unwrap();
+        }
+        let body = body.collect().await.unwrap().to_bytes().to_vec();
+        self.record(Message { head, body });
+        let answer = Response::builder().header("content-type", "application/json");
+        Ok(answer.body(SUCCESS.into()).unwrap())
+    }
+
+    fn record(&self, request: Message) {
+        let verdict = match request.values("host")[..] {
+            [host] if host == self.authority => self.credential.judge(&request),
+            ref hosts => Err(format!("want the host {}, got {hosts:?}", self.authority)),
+        };
+        self.note(|seen| {
+            if let Err(complaint) = verdict {
+                seen.complaints
+                    .insert(format!("{}: {complaint}", request.first_line()));
+            }
+            seen.requests.push(request);
+        });
+    }
+}
+
+// === impl Counted ===
+
+impl<S: Read> Read for Counted<'_, S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.0.read(buffer)?;
+        self.1.note(|seen| seen.bytes += count);
+        Ok(count)
+    }
+}
+
+/// A trust root of this test alone (PEM), and a server for `localhost` that it vouches for.
+fn certificate(protocol: &str) -> (String, ServerConfig) {
+    let mut root = CertificateParams::default();
+    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let root = CertifiedIssuer::self_signed(root, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let leaf = CertificateParams::new(["localhost".to_owned()]).unwrap();
+    let chain = vec![leaf.signed_by(&key, &root).unwrap().der().clone()];
+    let key = key.serialize_der().try_into().unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ServerConfig::builder_with_provider(provider);
+    let config = config
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth();
+    let mut config = config.with_single_cert(chain, key).unwrap();
+    config.alpn_protocols = vec![protocol.into()];
+    (root.pem(), config)
+}

@@ -1,0 +1,85 @@
+//! Nothing waits for ever: each silence has its limit and its answer.
+
+use std::net::TcpListener;
+
+use crate::support::{Proxy, SUCCESS, Step, Upstream, get, is_cut_off, kling, post, request, send};
+
+/// A proxy with this limit, to an upstream that answers everything but `/silent`.
+fn limited(key: &str) -> (Upstream, Proxy) {
+    let upstream = Upstream::ok();
+    upstream.script(|request| match request.target() {
+        "/silent" => vec![Step::Hang],
+        _ => vec![send(kling(200, SUCCESS))],
+    });
+    let proxy = Proxy::to(&upstream).setting(key, "500ms").start();
+    (upstream, proxy)
+}
+
+#[test]
+fn silent_upstream_is_a_timeout_that_only_a_read_may_repeat() {
+    let (upstream, proxy) = limited("upstream.response_timeout");
+    for (request, retry) in [(get("/silent"), "true"), (post("/silent", "{}"), "false")] {
+        let answer = proxy.send(&request);
+        assert_eq!(answer.refusal(), (504, 9102), "retry: {retry}");
+        assert_eq!(answer.header("x-should-retry"), Some(retry));
+    }
+    // Given up, not kept: each was asked on a connection that is closed by now.
+    upstream.wait(|seen| seen.closed == 2);
+}
+
+#[test]
+fn time_to_answer_counts_from_the_last_byte_of_the_request() {
+    let (_upstream, proxy) = limited("upstream.response_timeout");
+    let mut slow = proxy.connect();
+    slow.send(request("POST /v1/x", "content-length: 4", ""))
+        .send("ab");
+    // The timeout of another request is the clock: it ends later than ours would, were it running.
+    assert_eq!(proxy.get("/silent").status(), 504);
+    assert_eq!(slow.send("cd").answer().status(), 200);
+}
+
+#[test]
+fn download_that_falls_silent_is_cut_off() {
+    let (upstream, proxy) = limited("upstream.idle_timeout");
+    let start = "HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabcde";
+    upstream.script(move |_| vec![send(start), Step::Hang]);
+    let answer = proxy.connect().send(get("/video.mp4")).try_answer();
+    assert!(is_cut_off(&answer), "{answer:?}");
+    upstream.wait(|seen| seen.closed == 1);
+}
+
+#[test]
+fn upload_that_falls_silent_is_refused_and_never_arrives_whole() {
+    let (upstream, proxy) = limited("upstream.idle_timeout");
+    let head = request("POST /v1/x", "content-length: 10", "");
+    let answer = proxy.connect().send(head).send("abcde").answer();
+    assert_eq!(answer.refusal(), (408, 9008));
+    assert_eq!(upstream.first_lines(), [""; 0]);
+}
+
+#[test]
+fn handshake_that_never_ends_is_an_unreachable_upstream() {
+    // Listens, and says nothing: TCP succeeds, TLS does not.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    let proxy = Proxy::to(&Upstream::ok())
+        .setting("upstream.url", url)
+        .setting("upstream.connect_timeout", "300ms")
+        .start();
+    let answer = proxy.post("/v1/x", "{}");
+    assert_eq!(answer.refusal(), (502, 9101));
+    assert_eq!(answer.header("x-should-retry"), Some("true"));
+}
+
+#[test]
+fn silent_dribbling_or_idle_client_is_disconnected() {
+    let (_upstream, proxy) = limited("limits.header_timeout");
+    for start in ["", "GET / HTTP/1.1\r\nhost: loc"] {
+        let rest = proxy.connect().send(start).rest();
+        let told = rest.is_empty() || rest.starts_with(b"HTTP/1.1 408");
+        assert!(told, "{start}: {}", rest.escape_ascii());
+    }
+    let mut idle = proxy.connect();
+    assert_eq!(idle.send(get("/")).answer().status(), 200);
+    assert_eq!(idle.rest(), b"");
+}
