@@ -26,12 +26,15 @@ pub enum Error {
     #[error("host `{0}` is not in `access.allowed_hosts`")]
     HostNotAllowed(String),
     /// A web page sent the request.
-    #[error("requests from web pages of other origins are refused")]
+    #[error("requests of web pages are refused, unless `access.allowed_origins` has their origin")]
     OriginNotAllowed,
     /// No client token, or an unknown one: deliberately the same for both.
     #[error("a valid client token is required")]
     ClientTokenInvalid,
-    /// A method that is not forwarded.
+    /// A path that is not in the allow-list.
+    #[error("this path is not in `access.allowed_paths`")]
+    PathNotAllowed,
+    /// A method that is never forwarded, or not in the allow-list.
     #[error("this method is not forwarded")]
     MethodNotAllowed,
     /// The request body exceeds `limits.request_body`.
@@ -107,11 +110,6 @@ pub struct Failure {
     pub cause: String,
 }
 
-/// The type of a code that is not in the table.
-const UNKNOWN: &str = "unknown_service_code";
-/// How long to wait after a code that is not in the table: as little as the vendor advises.
-pub const UNKNOWN_WAIT: Duration = Duration::from_secs(1);
-
 // === impl Error ===
 
 impl Error {
@@ -122,6 +120,7 @@ impl Error {
             Self::HostNotAllowed(_) => 9001,
             Self::OriginNotAllowed => 9002,
             Self::ClientTokenInvalid => 9003,
+            Self::PathNotAllowed => 9004,
             Self::MethodNotAllowed => 9005,
             Self::BodyTooLarge { .. } => 9006,
             Self::NotFound => 9007,
@@ -137,31 +136,38 @@ impl Error {
         }
     }
 
-    /// What is known of the code; `None` for one that Kling has added since.
-    pub fn row(&self) -> Option<&'static Row> {
-        service_code::find(self.code())
+    /// What is known of the code.
+    pub fn row(&self) -> &'static Row {
+        match self {
+            Self::Service { envelope, .. } => service_code::sent_by_kling(envelope.code),
+            _ => service_code::find(self.code()).unwrap_or(&service_code::UNKNOWN),
+        }
     }
 
     /// A stable name of low cardinality: `error.type` in bodies and logs.
     pub fn kind(&self) -> &'static str {
-        self.row().map_or(UNKNOWN, |row| row.kind)
+        self.row().kind
     }
 
     /// The documented status; upstream's own where none is documented for what it sent.
     pub fn status(&self) -> StatusCode {
-        match (self, self.row()) {
-            (Self::Service { .. }, Some(row)) => row.status,
-            (Self::Service { answer, .. } | Self::BadResponse { answer, .. }, _) => {
-                let status = answer.head.status;
-                if is_error(status) {
-                    status
-                } else {
-                    StatusCode::BAD_GATEWAY
-                }
-            }
-            (_, Some(row)) => row.status,
-            (_, None) => StatusCode::INTERNAL_SERVER_ERROR,
-        }
+        self.bare_status().unwrap_or(self.row().status)
+    }
+
+    /// Upstream's status, where nothing else tells what its answer means.
+    fn bare_status(&self) -> Option<StatusCode> {
+        let answer = match self {
+            Self::BadResponse { answer, .. } => answer,
+            Self::Service { answer, .. } if *self.row() == service_code::UNKNOWN => answer,
+            _ => return None,
+        };
+        let status = answer.head.status;
+        let is_error = status.is_client_error() || status.is_server_error();
+        Some(if is_error {
+            status
+        } else {
+            StatusCode::BAD_GATEWAY
+        })
     }
 
     /// What upstream answered, where it did.
@@ -172,13 +178,20 @@ impl Error {
         }
     }
 
+    /// What upstream answered, where it did.
+    pub fn into_answer(self) -> Option<Answer> {
+        match self {
+            Self::Service { answer, .. } | Self::BadResponse { answer, .. } => Some(*answer),
+            _ => None,
+        }
+    }
+
     /// Whether the same request, with this effect, may be sent again as it is.
     pub fn retryable(&self, effect: Effect) -> bool {
-        let server_error = || self.status().is_server_error();
-        match (self, self.row()) {
-            // Only the status speaks here, and it cannot speak for a create.
-            (Self::BadResponse { .. }, _) | (_, None) => effect == Effect::Read && server_error(),
-            (_, Some(row)) => row.retry.allows(effect),
+        match self.bare_status() {
+            // A status alone cannot speak for a create.
+            Some(status) => effect == Effect::Read && status.is_server_error(),
+            None => self.row().retry.allows(effect),
         }
     }
 
@@ -196,10 +209,6 @@ impl Error {
                 | Self::Service { .. }
         )
     }
-}
-
-fn is_error(status: StatusCode) -> bool {
-    status.is_client_error() || status.is_server_error()
 }
 
 // === impl Failure ===

@@ -66,9 +66,10 @@ fn is_of_client(name: &HeaderName) -> bool {
         || text.contains('_')
 }
 
-/// What only this proxy may say to a client.
+/// What only this proxy may say to a client: its own headers, and which pages may read the answer.
 fn is_of_proxy(name: &HeaderName) -> bool {
-    name.as_str().starts_with("kling-proxy-")
+    let text = name.as_str();
+    text.starts_with("kling-proxy-") || text.starts_with("access-control-")
 }
 
 #[cfg(test)]

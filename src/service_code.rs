@@ -132,13 +132,16 @@ pub const TABLE: &[Row] = &[
         "Call the proxy by an allowed name, or add the name to `access.allowed_hosts`"),
     row(9002, FORBIDDEN, "origin_not_allowed", Retry::Never,
         "Refused by the proxy", "The request comes from a web page that may not use this proxy",
-        "Call the proxy from a program instead of a web page"),
+        "Call the proxy from a program instead, or add the page's origin to `access.allowed_origins`"),
     row(9003, UNAUTHORIZED, "client_token_invalid", Retry::Never,
         "Refused by the proxy", "The client token is missing or unknown",
         "Send a token of `access.client_tokens_file` in `kling-proxy-token` or as `Authorization: Bearer`"),
+    row(9004, FORBIDDEN, "path_not_allowed", Retry::Never,
+        "Refused by the proxy", "The path is not among those that this proxy forwards",
+        "Add a prefix of it to `access.allowed_paths`"),
     row(9005, StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", Retry::Never,
-        "Refused by the proxy", "The method is not forwarded",
-        "Use GET or POST, as the Kling API does"),
+        "Refused by the proxy", "The method is not among those that this proxy forwards",
+        "Use GET or POST, as the Kling API does, or see `access.allowed_methods`"),
     row(9006, StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", Retry::Never,
         "Refused by the proxy", "The request body is larger than the proxy allows",
         "Send less, or raise `limits.request_body`"),
@@ -171,7 +174,24 @@ pub const TABLE: &[Row] = &[
         "Try again when it has been started again"),
 ];
 
-/// Looks a code up; `None` for one that Kling has added since, which is never an error.
+/// Stands for every code that Kling has added since: never a reason to fail otherwise.
+pub static UNKNOWN: Row = row(
+    0,
+    BAD_GATEWAY,
+    "unknown_service_code",
+    Retry::Reads,
+    "Unknown service code",
+    "Kling sent a code that its table does not list",
+    "See the message, and Kling's documentation",
+);
+
+/// Looks up what a code that Kling sent means. Those of the proxy's own mean nothing from there.
+pub fn sent_by_kling(code: i64) -> &'static Row {
+    let known = find(code).filter(|row| row.code < Row::FIRST_OF_PROXY);
+    known.unwrap_or(&UNKNOWN)
+}
+
+/// Looks a code up.
 pub fn find(code: i64) -> Option<&'static Row> {
     let code = u16::try_from(code).ok()?;
     let index = TABLE.binary_search_by_key(&code, |row| row.code).ok()?;
@@ -190,7 +210,7 @@ const fn row(
 
 impl Row {
     /// The first code of the proxy's own.
-    pub const FIRST_OF_PROXY: u16 = 9000;
+    const FIRST_OF_PROXY: u16 = 9000;
 
     /// Who sends the code: `upstream` or `proxy`.
     pub fn source(&self) -> &'static str {
@@ -244,8 +264,19 @@ mod tests {
         for row in TABLE {
             assert_eq!(find(row.code.into()), Some(row));
         }
-        for code in [-1, 1, 999, 1005, 9004, 65_536 + 1303, i64::MAX] {
+        for code in [-1, 1, 999, 1005, 9009, 65_536 + 1303, i64::MAX] {
             assert_eq!(find(code), None, "{code}");
+        }
+    }
+
+    #[test]
+    fn upstream_cannot_speak_with_a_code_of_the_proxy() {
+        for (code, kind) in [
+            (1303, "concurrency_limited"),
+            (1999, "unknown_service_code"),
+            (9101, "unknown_service_code"),
+        ] {
+            assert_eq!(sent_by_kling(code).kind, kind, "{code}");
         }
     }
 }

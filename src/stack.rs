@@ -11,6 +11,7 @@ use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::error::Error;
 use crate::layer::authenticate::AuthenticateLayer;
+use crate::layer::cors::CorsLayer;
 use crate::layer::guard::{GuardLayer, Rules};
 use crate::layer::normalise::NormaliseLayer;
 use crate::layer::trace::TraceLayer;
@@ -46,7 +47,7 @@ impl Shared {
     /// The whole path of a request, for one thread: its connections to upstream are its own.
     ///
     /// ```text
-    /// listener -> trace -> normalise -> guard -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> guard -> authenticate -> upstream
     ///                                      \---> reserved: /_proxy is ours
     /// ```
     pub fn stack(&self) -> Router {
@@ -87,6 +88,7 @@ impl Shared {
     {
         ServiceBuilder::new()
             .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
+            .layer(CorsLayer::new(Arc::clone(&self.rules.allowed_origins))) // pages read errors too
             .layer(self.normalise) // inside, a request may fail; outside, it cannot
             .layer(GuardLayer::new(
                 Arc::clone(&self.rules),

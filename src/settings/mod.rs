@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use figment::value::Value;
+use http::{HeaderValue, Method};
 use tracing_subscriber::EnvFilter;
 
 pub use self::layers::Flags;
@@ -78,6 +79,12 @@ pub struct Upstream {
 pub struct Access {
     /// Host names without port.
     pub allowed_hosts: Vec<String>,
+    /// Web origins that may call.
+    pub allowed_origins: Vec<HeaderValue>,
+    /// Methods that are forwarded; all if empty.
+    pub allowed_methods: Vec<Method>,
+    /// Path prefixes that are forwarded; all if empty.
+    pub allowed_paths: Vec<String>,
     /// The tokens of clients.
     pub client_tokens_file: Option<PathBuf>,
 }
@@ -194,6 +201,9 @@ impl Settings {
             },
             access: Access {
                 allowed_hosts: from.get("access.allowed_hosts"),
+                allowed_origins: from.get("access.allowed_origins"),
+                allowed_methods: from.get("access.allowed_methods"),
+                allowed_paths: from.get("access.allowed_paths"),
                 client_tokens_file: from.get("access.client_tokens_file"),
             },
             limits: Limits {
@@ -283,6 +293,20 @@ impl Settings {
                 format!("want host names without scheme and port, got `{host}`"),
             );
         }
+        for origin in &self.access.allowed_origins {
+            require(
+                origin.to_str().is_ok_and(is_web_origin),
+                "access.allowed_origins",
+                format!("want origins such as \"http://localhost:3000\", got {origin:?}"),
+            );
+        }
+        for path in &self.access.allowed_paths {
+            require(
+                path.starts_with('/'),
+                "access.allowed_paths",
+                format!("want paths that begin with `/`, got `{path}`"),
+            );
+        }
         for (key, duration) in [
             ("upstream.connect_timeout", self.upstream.timeouts.connect),
             ("upstream.response_timeout", self.upstream.timeouts.response),
@@ -351,6 +375,14 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}`: {}", self.place, self.reason)
     }
+}
+
+/// Scheme, host and port as browsers send them, and nothing else. `null` is the origin of files and
+/// sandboxed frames, which anyone can be.
+fn is_web_origin(origin: &str) -> bool {
+    origin.split_once("://").is_some_and(|(scheme, host)| {
+        !scheme.is_empty() && !host.is_empty() && !host.contains(['/', '*', '?', '#', '@'])
+    })
 }
 
 fn rows(layers: &Layers) -> Vec<Row> {

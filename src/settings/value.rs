@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use figment::value::Value;
+use http::{HeaderValue, Method};
 use tracing_subscriber::EnvFilter;
 
 use crate::layer::normalise::{self, Statuses};
@@ -67,6 +68,8 @@ texts! {
         Ok(Offset(sign * i64::try_from(size.as_secs()).map_err(|_| None)?))
     };
     Origin, "a URL", |text: &str| text.parse::<Origin>().map_err(|error| Some(error.to_string()));
+    HeaderValue, "a header value", |text: &str| text.parse().map_err(|_| None);
+    Method, "a method such as \"GET\"", |text: &str| text.parse().map_err(|_| None);
     EnvFilter, "a filter as in RUST_LOG", |text: &str| EnvFilter::try_new(text).map_err(|_| None);
     Statuses, "\"documented\" or \"actionable\"", |text: &str| match text {
         "documented" => Ok(Statuses::Documented),

@@ -134,7 +134,7 @@ impl Service<Request> for Upstream {
         Box::pin(async move {
             let metrics = Arc::clone(&this.metrics);
             let result = this.forward(request).await;
-            metrics.attempted(result.as_ref().err());
+            metrics.attempted(result.as_ref().err().map(Error::kind));
             result
         })
     }

@@ -3,8 +3,8 @@
 use serde_json::json;
 
 use crate::support::{
-    Command, Message, Proxy, SUCCESS, Upstream, assert_has, get, mint, now, post, raw, request,
-    started, started_with,
+    Command, Message, Proxy, SUCCESS, Upstream, assert_has, get, mint, now, post, raw, reply,
+    request, started, started_with,
 };
 
 /// `{"alg":"none","typ":"JWT"}` and `{"exp":9999999999,"nbf":0}`, without a signature.
@@ -170,6 +170,92 @@ fn request_of_a_foreign_web_page_is_refused() {
     for header in ["sec-fetch-site: none", "sec-fetch-site: same-origin"] {
         let answer = proxy.send(request("GET /v1/x", header, ""));
         assert_eq!(answer.status(), 200, "{header}");
+    }
+}
+
+#[test]
+fn page_of_an_allowed_origin_may_call_and_read_errors_too() {
+    let origin = "http://localhost:3000";
+    let hosts = r#"["http://localhost:3000"]"#;
+    let (upstream, proxy) = started_with(&[("access.allowed_origins", hosts)]);
+    let cors = ["access-control-allow-origin", "vary"];
+    let headers = format!("origin: {origin}\nsec-fetch-site: cross-site");
+    let answer = proxy.send(request("GET /v1/x", &headers, ""));
+    assert_eq!(answer.status(), 200);
+    assert_eq!(answer.told(cors), [Some(origin), Some("Origin")]);
+    let exposed = answer.header("access-control-expose-headers");
+    assert_has(exposed.unwrap(), &["kling-proxy-error", "retry-after"]);
+
+    upstream.answer(reply(500, "access-control-allow-origin: *", ""));
+    let answer = proxy.send(request("POST /v1/x", &headers, ""));
+    assert_eq!(answer.refusal(), (500, 9103));
+    assert_eq!(answer.told(cors), [Some(origin), Some("Origin")]);
+
+    for foreign in ["http://localhost:3001", "https://localhost:3000", "null"] {
+        let header = format!("origin: {foreign}");
+        let answer = proxy.send(request("GET /v1/x", &header, ""));
+        assert_eq!(answer.refusal(), (403, 9002), "{foreign}");
+        assert_eq!(answer.told(cors), [None, Some("Origin")], "{foreign}");
+    }
+    let image = proxy.send(request("GET /v1/x", "sec-fetch-site: cross-site", ""));
+    assert_eq!(image.refusal(), (403, 9002), "no origin, no permission");
+}
+
+#[test]
+fn preflight_is_answered_here_and_only_for_an_allowed_origin() {
+    let hosts = r#"["http://localhost:3000"]"#;
+    let (upstream, proxy) = started_with(&[("access.allowed_origins", hosts)]);
+    let preflight = |origin: &str| {
+        let headers = "access-control-request-method: POST\n\
+            access-control-request-headers: content-type\n\
+            access-control-request-private-network: true";
+        let headers = format!("origin: {origin}\n{headers}");
+        refused(&upstream, &proxy, request("OPTIONS /v1/x", &headers, ""))
+    };
+    let answer = preflight("http://localhost:3000");
+    assert_eq!(answer.status(), 204);
+    let told = answer.told([
+        "access-control-allow-origin",
+        "access-control-allow-methods",
+        "access-control-allow-headers",
+        "access-control-allow-private-network",
+        "vary",
+    ]);
+    let origin = "http://localhost:3000";
+    assert_eq!(
+        told,
+        [origin, "POST", "content-type", "true", "Origin"].map(Some)
+    );
+    assert_eq!(preflight("http://evil.test").refusal(), (403, 9002));
+}
+
+#[test]
+fn only_listed_methods_and_paths_are_forwarded() {
+    let (upstream, proxy) = started_with(&[
+        ("access.allowed_methods", r#"["GET"]"#),
+        ("access.allowed_paths", r#"["/v1/videos", "/account"]"#),
+    ]);
+    for (line, outcome) in [
+        ("GET /v1/videos/text2video?x=/../y", None),
+        ("GET /account/costs", None),
+        ("POST /v1/videos/text2video", Some((405, 9005))),
+        ("GET /v1/images/generations", Some((403, 9004))),
+        ("GET /v1/videosx", Some((403, 9004))),
+        ("GET /v1/videos/../images", Some((403, 9004))),
+        ("GET /v1/videos/%2e%2e/images", Some((403, 9004))),
+        ("GET /v1/videos/..%2fimages", Some((403, 9004))),
+    ] {
+        let request = request(line, "", "");
+        match outcome {
+            None => assert_eq!(proxy.send(request).status(), 200, "{line}"),
+            Some(outcome) => {
+                assert_eq!(
+                    refused(&upstream, &proxy, request).refusal(),
+                    outcome,
+                    "{line}"
+                );
+            }
+        }
     }
 }
 

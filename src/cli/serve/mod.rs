@@ -352,6 +352,9 @@ fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules, Failure> 
     };
     Ok(Rules {
         allowed_hosts: settings.access.allowed_hosts.clone(),
+        allowed_origins: settings.access.allowed_origins.as_slice().into(),
+        allowed_methods: settings.access.allowed_methods.clone(),
+        allowed_paths: settings.access.allowed_paths.clone(),
         client_tokens: settings
             .access
             .client_tokens_file

@@ -1,0 +1,111 @@
+//! Lets web pages of allowed origins read the answers, errors included. The guard refuses all other
+//! pages, and answers preflights; this adds what each answer to an allowed page needs (Fetch
+//! Standard, section 3.2.3).
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use axum::extract::Request;
+use axum::response::Response;
+use http::header::{
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue, ORIGIN, VARY,
+};
+use pin_project_lite::pin_project;
+use tower::{Layer, Service};
+
+/// The headers of ours that a page may read.
+const EXPOSED: HeaderValue = HeaderValue::from_static(
+    "kling-proxy-error, kling-proxy-request-id, retry-after, x-should-retry",
+);
+
+/// Adds [`Cors`] to a service.
+#[derive(Clone)]
+pub struct CorsLayer {
+    allowed: Arc<[HeaderValue]>,
+}
+
+/// Adds CORS headers to answers.
+#[derive(Clone)]
+pub struct Cors<S> {
+    inner: S,
+    allowed: Arc<[HeaderValue]>,
+}
+
+pin_project! {
+    /// Waits for the answer.
+    pub struct CorsFuture<F> {
+        #[pin]
+        inner: F,
+        origin: Option<HeaderValue>,
+        varies: bool,
+    }
+}
+
+// === impl CorsLayer ===
+
+impl CorsLayer {
+    /// Answers pages of these origins (`access.allowed_origins`).
+    pub fn new(allowed: Arc<[HeaderValue]>) -> Self {
+        Self { allowed }
+    }
+}
+
+impl<S> Layer<S> for CorsLayer {
+    type Service = Cors<S>;
+
+    fn layer(&self, inner: S) -> Cors<S> {
+        let allowed = Arc::clone(&self.allowed);
+        Cors { inner, allowed }
+    }
+}
+
+// === impl Cors ===
+
+impl<S> Service<Request> for Cors<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = CorsFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let origin = request.headers().get(ORIGIN);
+        CorsFuture {
+            origin: origin
+                .filter(|origin| self.allowed.contains(origin))
+                .cloned(),
+            varies: !self.allowed.is_empty(),
+            inner: self.inner.call(request),
+        }
+    }
+}
+
+// === impl CorsFuture ===
+
+impl<F> Future for CorsFuture<F>
+where
+    F: Future<Output = Result<Response, Infallible>>,
+{
+    type Output = Result<Response, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let Ok(mut response) = ready!(this.inner.poll(cx));
+        let headers = response.headers_mut();
+        if *this.varies {
+            headers.append(VARY, HeaderValue::from_static("Origin"));
+        }
+        if let Some(origin) = this.origin.take() {
+            headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED);
+        }
+        Poll::Ready(Ok(response))
+    }
+}

@@ -1,0 +1,107 @@
+//! The body of `interface.md`, section 5.
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use crate::effect::Effect;
+use crate::error::{self, Error};
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    code: i64,
+    message: &'a str,
+    request_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<&'a RawValue>,
+    error: Detail<'a>,
+}
+
+#[derive(Serialize)]
+struct Detail<'a> {
+    r#type: &'static str,
+    source: &'static str,
+    upstream_status: Option<u16>,
+    definition: &'static str,
+    explanation: &'static str,
+    solution: &'static str,
+    retryable: bool,
+    attempts: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hint: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    excerpt: Option<&'a str>,
+}
+
+/// Renders an error of a request with this effect and this id.
+pub(super) fn render(error: &Error, effect: Effect, request_id: &str) -> Vec<u8> {
+    let row = error.row();
+    let said = match error {
+        Error::Service { envelope, .. } => Some(envelope),
+        _ => None,
+    };
+    let own_message = match said {
+        Some(_) => row.explanation.to_owned(),
+        None => error::chain(error),
+    };
+    let excerpt = match error {
+        Error::BadResponse { excerpt, .. } => excerpt.as_deref(),
+        _ => None,
+    };
+    let body = ErrorBody {
+        code: error.code(),
+        message: said
+            .and_then(|said| said.message.as_deref())
+            .unwrap_or(&own_message),
+        request_id: said
+            .and_then(|said| said.request_id.as_deref())
+            .unwrap_or(request_id),
+        data: said.and_then(|said| said.data.as_deref()),
+        error: Detail {
+            r#type: error.kind(),
+            source: row.source(),
+            upstream_status: error.answer().map(|answer| answer.head.status.as_u16()),
+            definition: row.definition,
+            explanation: row.explanation,
+            solution: row.solution,
+            retryable: error.retryable(effect),
+            attempts: u32::from(error.was_sent()),
+            hint: hint(error, effect),
+            excerpt,
+        },
+    };
+    // A struct of texts and numbers cannot fail to serialise.
+    serde_json::to_vec(&body).unwrap_or_default()
+}
+
+/// Advice where the proxy knows more than the table.
+fn hint(error: &Error, effect: Effect) -> Option<&'static str> {
+    let may_have_worked =
+        effect == Effect::Create && !error.retryable(effect) && error.retryable(Effect::Read);
+    if may_have_worked {
+        return Some(
+            "the task may exist and be billed: before sending again, look it up by its \
+             external_task_id or in the list of tasks",
+        );
+    }
+    let wants_api_key = |message: &str| message.contains("does not support AK/SK");
+    match error {
+        Error::Service { envelope, .. } => match envelope.code {
+            1002 if envelope.message.as_deref().is_some_and(wants_api_key) => Some(
+                "this path takes an API key only: set KLING_API_KEY for the proxy, or use the \
+                 path below /v1",
+            ),
+            1000..=1002 => Some(
+                "keys of one region are unknown in another: `upstream.url` must be the host of \
+                 the region that issued them",
+            ),
+            1003 | 1004 => Some("this machine's clock and upstream's differ: correct this one's"),
+            1303 => Some(
+                "all keys of the account share its slots, and a task holds one until it ends: \
+                 poll those that run, then send this again",
+            ),
+            1304 => Some("the account admits some addresses only: add this machine's public one"),
+            _ => None,
+        },
+        _ => None,
+    }
+}

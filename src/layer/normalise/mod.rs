@@ -1,0 +1,189 @@
+//! Turns every error into the one response of `interface.md`, section 5. Inside of this layer a
+//! request may fail; outside it cannot.
+
+mod body;
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use http::header::{
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER,
+};
+use http::{StatusCode, response};
+use hyper::ext::ReasonPhrase;
+use pin_project_lite::pin_project;
+use tower::{Layer, Service};
+
+use crate::effect::Effect;
+use crate::error::{Error, Failure};
+use crate::request_id::RequestId;
+
+const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// Which status an error has (`errors.status`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Statuses {
+    /// That of the vendor's table.
+    Documented,
+    /// Another than 429 where sending again cannot help, for clients that retry every 429.
+    Actionable,
+}
+
+/// Which body an error of upstream has (`errors.format`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Ours.
+    Kling,
+    /// Upstream's, untouched, with its status; our headers are added.
+    Upstream,
+}
+
+/// Adds [`Normalise`] to a service.
+#[derive(Clone, Copy, Debug)]
+pub struct NormaliseLayer {
+    /// See [`Statuses`].
+    pub statuses: Statuses,
+    /// See [`Format`].
+    pub format: Format,
+}
+
+/// Answers errors.
+#[derive(Clone)]
+pub struct Normalise<S> {
+    inner: S,
+    layer: NormaliseLayer,
+}
+
+pin_project! {
+    /// Waits for the answer or the error.
+    pub struct NormaliseFuture<F> {
+        #[pin]
+        inner: F,
+        layer: NormaliseLayer,
+        effect: Effect,
+        request_id: Option<RequestId>,
+    }
+}
+
+// === impl NormaliseLayer ===
+
+impl<S> Layer<S> for NormaliseLayer {
+    type Service = Normalise<S>;
+
+    fn layer(&self, inner: S) -> Normalise<S> {
+        Normalise {
+            inner,
+            layer: *self,
+        }
+    }
+}
+
+impl NormaliseLayer {
+    fn respond(self, error: Error, effect: Effect, request_id: &str) -> Response {
+        let failure = Failure::from(&error);
+        let retryable = error.retryable(effect);
+        let wait = error.row().wait();
+        let status = self.status(&error);
+        let json = body::render(&error, effect, request_id);
+        let (mut head, body) = match (self.format, error.into_answer()) {
+            (Format::Upstream, Some(answer)) => (answer.head, answer.body.into_inner()),
+            (_, Some(answer)) => (ours(answer.head, status), Body::from(json)),
+            (_, None) => (
+                ours(Response::new(()).into_parts().0, status),
+                Body::from(json),
+            ),
+        };
+        advise(&mut head, failure.kind, retryable, wait);
+        head.extensions.insert(failure);
+        Response::from_parts(head, body)
+    }
+
+    fn status(self, error: &Error) -> StatusCode {
+        match (self.statuses, error.code()) {
+            (Statuses::Actionable, 1100..=1102) => StatusCode::PAYMENT_REQUIRED,
+            (Statuses::Actionable, 1304) => StatusCode::FORBIDDEN,
+            _ => error.status(),
+        }
+    }
+}
+
+// === impl Normalise ===
+
+impl<S> Service<Request> for Normalise<S>
+where
+    S: Service<Request, Response = Response, Error = Error>,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = NormaliseFuture<S::Future>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        // Every layer inside is ready always: what limits requests answers them.
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        NormaliseFuture {
+            layer: self.layer,
+            effect: Effect::of(&request),
+            request_id: request.extensions().get().cloned(),
+            inner: self.inner.call(request),
+        }
+    }
+}
+
+// === impl NormaliseFuture ===
+
+impl<F> Future for NormaliseFuture<F>
+where
+    F: Future<Output = Result<Response, Error>>,
+{
+    type Output = Result<Response, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        Poll::Ready(Ok(match ready!(this.inner.poll(cx)) {
+            Ok(response) => response,
+            Err(error) => {
+                let request_id = this.request_id.as_ref().map_or("", RequestId::as_str);
+                this.layer.respond(error, *this.effect, request_id)
+            }
+        }))
+    }
+}
+
+/// Makes a head, upstream's or a new one, that of our body.
+fn ours(mut head: response::Parts, status: StatusCode) -> response::Parts {
+    head.status = status;
+    // Upstream's words for its own status.
+    head.extensions.remove::<ReasonPhrase>();
+    head.headers.remove(CONTENT_LENGTH);
+    head.headers.remove(CONTENT_ENCODING);
+    head.headers.insert(CONTENT_TYPE, JSON);
+    head
+}
+
+/// Says besides the body what failed, and whether and when to send again.
+fn advise(head: &mut response::Parts, kind: &'static str, retryable: bool, wait: Duration) {
+    let waits = [
+        StatusCode::TOO_MANY_REQUESTS,
+        StatusCode::SERVICE_UNAVAILABLE,
+    ];
+    let should_retry = HeaderValue::from_static(if retryable { "true" } else { "false" });
+    let headers = &mut head.headers;
+    headers.insert(ERROR_TYPE, HeaderValue::from_static(kind));
+    headers.insert(SHOULD_RETRY, should_retry);
+    if !retryable {
+        // Clients that obey it would send again whatever `x-should-retry` says.
+        headers.remove(RETRY_AFTER);
+    } else if waits.contains(&head.status) && !headers.contains_key(RETRY_AFTER) {
+        headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs()));
+    }
+}
