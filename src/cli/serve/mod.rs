@@ -60,6 +60,7 @@ pub(super) fn run(
     let (settings, _) = args.load(&environment)?;
     telemetry::init(settings.log.format, settings.log.filter.clone());
     raise_descriptor_limit();
+    hide_memory();
     let proxy = Proxy::set_up(settings, with_sandbox, environment)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -378,6 +379,17 @@ fn refuse_circle(origin: &Origin, listeners: &[TcpListener]) -> Result<(), Failu
         return Err(Failure::new(Exit::Settings, problem.to_string()));
     }
     Ok(())
+}
+
+/// No core file, and no `/proc/PID/environ` or memory for other processes of the same user: both
+/// hold keys.
+fn hide_memory() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) =
+        rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)
+    {
+        tracing::warn!(%error, "other processes of this user may read this one's memory");
+    }
 }
 
 /// A connection takes a descriptor on each side; the usual soft limit of 1024 is below
