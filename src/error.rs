@@ -45,6 +45,9 @@ pub enum Error {
         /// Whether upstream was sent some of it: of a body that did not declare its size.
         begun: bool,
     },
+    /// The client's connection ended inside of the body, or its chunks are malformed.
+    #[error("the request body was cut off or is malformed")]
+    BodyCutOff,
     /// Nothing is at this reserved path.
     #[error("nothing is at this reserved path")]
     NotFound,
@@ -116,7 +119,7 @@ impl Error {
     /// The number in the body's `code`.
     pub fn code(&self) -> i64 {
         match self {
-            Self::BadRequest(_) => 9000,
+            Self::BadRequest(_) | Self::BodyCutOff => Failure::MALFORMED,
             Self::HostNotAllowed(_) => 9001,
             Self::OriginNotAllowed => 9002,
             Self::ClientTokenInvalid => 9003,
@@ -205,6 +208,7 @@ impl Error {
                 | Self::NotHttp(_)
                 | Self::Disconnected(_)
                 | Self::ClientTooSlow(_)
+                | Self::BodyCutOff
                 | Self::BodyTooLarge { begun: true, .. }
                 | Self::Service { .. }
         )
@@ -212,6 +216,11 @@ impl Error {
 }
 
 // === impl Failure ===
+
+impl Failure {
+    /// The code of [`Error::BadRequest`].
+    pub const MALFORMED: i64 = 9000;
+}
 
 impl From<&Error> for Failure {
     fn from(error: &Error) -> Self {

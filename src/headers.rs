@@ -1,8 +1,8 @@
 //! Which headers pass: `interface.md`, section 6, in both directions.
 
 use http::header::{
-    AUTHORIZATION, CONNECTION, COOKIE, FORWARDED, HeaderMap, HeaderName, PROXY_AUTHENTICATE,
-    PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, FORWARDED, HeaderMap, HeaderName,
+    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 
 /// Where a client may show its token to the proxy.
@@ -15,6 +15,10 @@ pub fn strip_request(headers: &mut HeaderMap) {
 
 /// Removes what must not reach the client.
 pub fn strip_response(headers: &mut HeaderMap) {
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // The chunks tell where the body ends, and the length may lie (RFC 9112, section 6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
     strip(headers, |name| is_hop_by_hop(name) || is_of_proxy(name));
 }
 
@@ -124,6 +128,8 @@ mod tests {
             ("set-cookie", "a=b"),
             ("kling-proxy-error", "none"),
             ("upgrade", "h2c"),
+            ("transfer-encoding", "chunked"),
+            ("content-length", "5"),
             ("date", "today"),
         ]);
         strip_response(&mut headers);

@@ -8,16 +8,20 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
+use http::Method;
+use http::header::{CONNECTION, HeaderValue, UPGRADE};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 use tower::{Service, ServiceExt};
 
-use crate::error::BoxError;
+use crate::error::{BoxError, Failure};
 
 /// How many connections wait in the kernel's queue.
 const BACKLOG: u32 = 1024;
@@ -31,6 +35,8 @@ pub struct Limits {
     pub connections: Arc<Semaphore>,
     /// To receive a request head, and so how long a connection may be idle.
     pub header_timeout: Duration,
+    /// How long a peer may leave what was written to it unread.
+    pub idle: Duration,
     /// For what is in flight when told to stop.
     pub drain: Duration,
 }
@@ -69,71 +75,105 @@ where
     S::Error: Into<BoxError>,
     S::Future: Send,
 {
-    let graceful = GracefulShutdown::new();
     let mut accepting = JoinSet::new();
-    let (sender, mut accepted) = tokio::sync::mpsc::channel(1);
+    let (sender, mut accepted) = mpsc::channel(1);
     for listener in listeners {
         let listener = TcpListener::from_std(listener)?;
-        accepting.spawn(accept(
-            listener,
-            Arc::clone(&limits.connections),
-            sender.clone(),
-        ));
+        accepting.spawn(accept(listener, limits.clone(), sender.clone()));
     }
     drop(sender);
 
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout);
+        .header_read_timeout(limits.header_timeout)
+        // A client that says it sends no more still gets its answer; and a create is carried
+        // through although its client has closed.
+        .half_close(true);
+    let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
     let stopped = stop.wait_for(|stop| *stop);
     tokio::pin!(stopped);
     loop {
         let (stream, permit) = tokio::select! {
             _ = &mut stopped => break,
             Some(connection) = accepted.recv() => connection,
+            Some(_) = connections.join_next() => continue,
         };
-        let service = service
-            .clone()
-            .map_request(|request: hyper::Request<_>| request.map(Body::new));
-        let connection =
-            http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+        let service = service.clone();
+        let service = service_fn(move |request: hyper::Request<Incoming>| {
+            let last = ends_connection(&request);
+            let answer = service.clone().oneshot(request.map(Body::new));
+            async move {
+                let mut answer = answer.await?;
+                if last || is_malformed(&answer) {
+                    answer
+                        .headers_mut()
+                        .insert(CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, S::Error>(answer)
+            }
+        });
+        let connection = http.serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
-        tokio::spawn(async move {
+        connections.spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(error = %error, "connection ended early");
+                tracing::debug!(%error, "connection ended early");
             }
             drop(permit);
         });
     }
     accepting.shutdown().await;
-    let open = graceful.count();
-    let drained = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
-    Ok(if drained.is_ok() { 0 } else { open })
+    // Whether in time or not: what is left then is what is cut.
+    let _ = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
+    while connections.try_join_next().is_some() {}
+    Ok(connections.len())
 }
 
-/// Accepts for as long as somebody takes what was accepted. Over the limit connections wait in the
-/// kernel's queue.
+/// Whether what follows a request may be meant for another protocol: it asked for a tunnel or an
+/// upgrade, and neither is granted.
+fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
+    request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE)
+}
+
+/// Whether the guard found the request malformed, so that nobody can say where the next one begins.
+fn is_malformed(answer: &Response) -> bool {
+    let failure = answer.extensions().get::<Failure>();
+    failure.is_some_and(|failure| failure.code == Failure::MALFORMED)
+}
+
+/// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits
+/// here, and the others in the kernel's queue.
 async fn accept(
     listener: TcpListener,
-    permits: Arc<Semaphore>,
-    accepted: tokio::sync::mpsc::Sender<(TcpStream, OwnedSemaphorePermit)>,
+    limits: Limits,
+    accepted: mpsc::Sender<(TcpStream, OwnedSemaphorePermit)>,
 ) {
-    while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
-        let stream = loop {
-            match listener.accept().await {
-                Ok((stream, _)) => break stream,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+                continue;
             }
         };
-        // Without it a small answer may wait for the client's acknowledgement.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "cannot set TCP_NODELAY");
+        if let Err(error) = set_up(&stream, limits.idle) {
+            tracing::debug!(%error, "cannot set up a connection");
         }
+        let Ok(permit) = Arc::clone(&limits.connections).acquire_owned().await else {
+            return;
+        };
         if accepted.send((stream, permit)).await.is_err() {
             return;
         }
     }
+}
+
+fn set_up(stream: &TcpStream, idle: Duration) -> io::Result<()> {
+    // Without it a small answer may wait for the client's acknowledgement.
+    stream.set_nodelay(true)?;
+    // hyper has no timeout for a client that stops reading; the kernel has (tcp(7)).
+    #[cfg(target_os = "linux")]
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(idle))?;
+    Ok(())
 }

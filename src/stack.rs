@@ -9,6 +9,7 @@ use axum::response::Response;
 use axum::routing::any_service;
 use tower::{Service, ServiceBuilder, service_fn};
 
+use crate::clock::Clock;
 use crate::error::Error;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::cors::CorsLayer;
@@ -35,6 +36,8 @@ pub struct Shared {
     pub tls: rustls::ClientConfig,
     /// How long to wait there.
     pub timeouts: Timeouts,
+    /// What time it is.
+    pub clock: Arc<dyn Clock>,
     /// Whether to serve at all.
     pub lifecycle: Arc<Lifecycle>,
     /// What to count in.
@@ -60,6 +63,7 @@ impl Shared {
                 &self.origin,
                 self.tls.clone(),
                 self.timeouts,
+                Arc::clone(&self.clock),
                 Arc::clone(&self.metrics),
             ));
         let reserved = self.guarded(service_fn(|_| async { Err(Error::NotFound) }));

@@ -18,10 +18,10 @@ struct Shown {
     retryable: &'static str,
 }
 
-pub(super) fn run(code: Option<u16>, output: Output) -> Result<(), Failure> {
+pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
     let row = match code {
         None => None,
-        Some(code) => Some(service_code::find(code.into()).ok_or_else(|| {
+        Some(code) => Some(service_code::find(code).ok_or_else(|| {
             Failure::new(
                 Exit::Failed,
                 format!("{code} is not in the table; `explain` lists all"),

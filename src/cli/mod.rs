@@ -59,7 +59,8 @@ enum Command {
     /// Explain a service code, or list all
     Explain {
         /// The code, such as 1303
-        code: Option<u16>,
+        #[arg(allow_negative_numbers = true)]
+        code: Option<i64>,
         /// How to print
         #[arg(long, value_enum, default_value_t)]
         output: Output,

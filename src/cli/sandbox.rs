@@ -29,6 +29,7 @@ pub(super) fn run(
     let limits = Limits {
         connections: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
         header_timeout: settings.limits.header_timeout,
+        idle: settings.upstream.timeouts.idle,
         drain: settings.shutdown.drain,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 
 use super::{Failure, SettingsArgs, say};
 use crate::credentials::Places;
+use crate::error::chain;
 
 pub(super) fn run(
     args: &SettingsArgs,
@@ -31,7 +32,7 @@ pub(super) fn run(
                 found.credential.kind(),
                 found.source
             ),
-            Err(error) => format!("# credential: none: {error}"),
+            Err(error) => format!("# credential: none: {}", chain(&error)),
         },
     );
     Ok(())

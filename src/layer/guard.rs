@@ -14,7 +14,7 @@ use futures_util::future::{Either, ready};
 use http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_MAX_AGE,
     ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, HOST, HeaderMap, HeaderName,
-    HeaderValue, ORIGIN,
+    HeaderValue, ORIGIN, TRANSFER_ENCODING,
 };
 use http::{Method, StatusCode, Uri};
 use http_body::Body as _;
@@ -97,6 +97,7 @@ impl GuardLayer {
         }
         rules.check_method(request.method())?;
         check_target(request.uri(), headers)?;
+        check_framing(headers)?;
         rules.check_path(request.uri().path())?;
         if let Some(tokens) = &rules.client_tokens
             && !tokens.admit(headers)
@@ -293,6 +294,20 @@ fn check_target(target: &Uri, headers: &HeaderMap) -> Result<(), Error> {
         Ok(())
     } else {
         Err(Error::BadRequest("the request target names another host"))
+    }
+}
+
+/// R12: no coding but `chunked`, and that once. hyper reads `gzip, chunked` too, but what it hands on
+/// would have lost its `gzip`.
+fn check_framing(headers: &HeaderMap) -> Result<(), Error> {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();
+    let chunked = |coding: &HeaderValue| coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(coding), None) if chunked(coding) => Ok(()),
+        _ => Err(Error::BadRequest(
+            "the transfer coding is not `chunked` alone",
+        )),
     }
 }
 

@@ -1,6 +1,7 @@
 //! One id, one span, one outcome and one count for each request, refused ones included. It adds the
 //! id to the answer and changes nothing else.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -56,6 +57,7 @@ struct Traced {
     uri: Uri,
     effect: Effect,
     begun: Instant,
+    /// Goes to the body with the answer.
     in_flight: Option<InFlight>,
 }
 
@@ -141,19 +143,14 @@ where
         this.request.log(&response);
         drop(entered);
 
-        let Traced {
-            id,
-            method,
-            begun,
-            in_flight,
-            ..
-        } = this.request;
+        let request = this.request;
+        let after = request.begun.elapsed();
         this.metrics
-            .answered(method, response.status(), begun.elapsed());
+            .answered(&request.method, response.status(), after);
         response
             .headers_mut()
-            .insert(REQUEST_ID, id.clone().into_value());
-        let in_flight = in_flight.take();
+            .insert(REQUEST_ID, request.id.clone().into_value());
+        let in_flight = request.in_flight.take();
         Poll::Ready(Ok(
             response.map(|body| Body::new(Counted { body, in_flight }))
         ))
@@ -171,7 +168,7 @@ impl Traced {
                 tracing::$level!(
                     request_id = self.id.as_str(),
                     http.request.method = self.method.as_str(),
-                    url.path = self.uri.path(),
+                    url.path = &*printable(self.uri.path()),
                     http.response.status_code = response.status().as_u16(),
                     duration_seconds = self.begun.elapsed().as_secs_f64(),
                     $($more)*
@@ -180,12 +177,49 @@ impl Traced {
         }
         match (response.extensions().get::<Failure>(), self.effect) {
             (Some(Failure { code, kind, cause }), _) => {
-                event!(warn, error.type = kind, error.code = code, error.cause = cause, "failed");
+                event!(warn, error.type = kind, error.code = code, error.cause = &*printable(cause), "failed");
             }
             (None, Effect::Create) => event!(info, "answered"),
             (None, Effect::Read) => event!(debug, "answered"),
         }
     }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        if self.in_flight.is_none() {
+            return;
+        }
+        let id = self.id.as_str();
+        let path = &*printable(self.uri.path());
+        match self.effect {
+            Effect::Create => tracing::warn!(
+                request_id = id,
+                url.path = path,
+                "the client has gone before its answer; a task may exist and be billed"
+            ),
+            Effect::Read => {
+                tracing::debug!(request_id = id, url.path = path, "the client has gone");
+            }
+        }
+    }
+}
+
+/// A text without control characters: JSON leaves those of U+0080 to U+009F as they are, and some
+/// terminals obey them.
+fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            escaped.extend(c.escape_unicode());
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped.into()
 }
 
 // === impl Counted ===

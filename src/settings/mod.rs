@@ -145,6 +145,9 @@ const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
 const LIFETIMES: std::ops::RangeInclusive<Duration> =
     Duration::from_mins(1)..=Duration::from_mins(30);
 
+/// Longer is a mistake, and would overflow a deadline in the end.
+const LONGEST_WAIT: Duration = Duration::from_hours(24);
+
 // === impl Settings ===
 
 impl Settings {
@@ -313,7 +316,16 @@ impl Settings {
             ("upstream.idle_timeout", self.upstream.timeouts.idle),
             ("limits.header_timeout", self.limits.header_timeout),
         ] {
-            require(!duration.is_zero(), key, "want more than 0s".to_owned());
+            let fits = !duration.is_zero() && duration <= LONGEST_WAIT;
+            require(fits, key, "want more than 0s and at most 24h".to_owned());
+        }
+        for (key, duration) in [
+            ("shutdown.delay", self.shutdown.delay),
+            ("shutdown.drain", self.shutdown.drain),
+            ("sandbox.task_time", self.sandbox.task_time),
+            ("token.not_before_leeway", self.token.not_before_leeway),
+        ] {
+            require(duration <= LONGEST_WAIT, key, "want at most 24h".to_owned());
         }
         for (key, number) in [
             ("limits.connections", self.limits.connections),
@@ -399,8 +411,10 @@ fn rows(layers: &Layers) -> Vec<Row> {
 
 /// A value as TOML writes it.
 fn shown(key: &str, value: &Value) -> String {
-    let empty = value.as_str() == Some("");
-    if SECRETS.contains(&key) && !empty {
+    let text = value.as_str();
+    // A URL that says too much is refused; what it says may be a password.
+    let more_than_origin = || text.is_some_and(|text| text.contains(['@', '?']));
+    if SECRETS.contains(&key) && text != Some("") || key == "upstream.url" && more_than_origin() {
         return "[redacted]".to_owned();
     }
     serde_json::to_string(value).unwrap_or_default()

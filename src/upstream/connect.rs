@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
-use http::header::HOST;
+use http::header::{HOST, TRANSFER_ENCODING};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Uri, Version};
+use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -151,11 +152,14 @@ fn is_loopback(host: &str) -> bool {
 // === impl Connector ===
 
 impl Connector {
-    pub(super) fn new(origin: &Origin, tls: ClientConfig) -> Self {
+    pub(super) fn new(origin: &Origin, tls: ClientConfig, idle: Duration) -> Self {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_keepalive(Some(KEEP_ALIVE));
+        // Nobody else notices that an upstream has answered and reads no further.
+        #[cfg(target_os = "linux")]
+        tcp.set_tcp_user_timeout(Some(idle));
         let tls = HttpsConnectorBuilder::new().with_tls_config(tls);
         let inner = tls
             .https_or_http()
@@ -203,7 +207,11 @@ impl Connection {
             Self::Http1(sender) => {
                 *request.version_mut() = Version::HTTP_11;
                 *request.uri_mut() = Uri::from(path_and_query(&request));
-                sender.ready().await.ok();
+                if request.body().size_hint().exact().is_none() {
+                    // hyper would send a GET without its body otherwise.
+                    let chunked = HeaderValue::from_static("chunked");
+                    request.headers_mut().insert(TRANSFER_ENCODING, chunked);
+                }
                 sender.try_send_request(request).await
             }
             Self::Http2(sender, origin) => {

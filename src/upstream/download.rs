@@ -28,12 +28,14 @@ pub(super) struct Download {
     idle: Duration,
     silence: Option<Pin<Box<Sleep>>>,
     moved: bool,
+    flushed: bool,
 }
 
-/// The connection that a body comes over; it goes back to its pool when the body has ended.
+/// The connection that a body comes over. It goes back to its pool when the exchange is over, and is
+/// closed when the exchange ends in any other way.
 pub(super) struct Lease {
     pool: Arc<Pool>,
-    connection: Connection,
+    connection: Option<Connection>,
     upload: Arc<Progress>,
 }
 
@@ -43,15 +45,26 @@ impl Lease {
     pub(super) fn new(pool: Arc<Pool>, connection: Connection, upload: &Arc<Progress>) -> Self {
         Self {
             pool,
-            connection,
+            connection: Some(connection),
             upload: Arc::clone(upload),
         }
     }
 
-    fn end(self) {
+    /// The answer has ended.
+    fn end(mut self) {
         // After an answer that came early the request's rest would still have to be sent.
-        if self.upload.is_done() {
-            self.pool.checkin(self.connection);
+        if self.upload.is_done()
+            && let Some(connection) = self.connection.take()
+        {
+            self.pool.checkin(connection);
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if !self.upload.is_done() {
+            self.upload.abandon();
         }
     }
 }
@@ -68,6 +81,7 @@ impl Download {
             idle,
             silence: None,
             moved: false,
+            flushed: false,
         };
         this.end_lease();
         this
@@ -106,6 +120,13 @@ impl Body for Download {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Step>> {
         let this = self.get_mut();
+        if let Some(Err(_)) = this.ahead.front()
+            && !std::mem::replace(&mut this.flushed, true)
+        {
+            // hyper writes what came before only when it has to wait.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         if let Some(step) = this.ahead.pop_front() {
             return Poll::Ready(Some(step));
         }

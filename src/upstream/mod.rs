@@ -30,6 +30,7 @@ use self::connect::Connector;
 use self::download::{Download, Lease};
 use self::pool::Pool;
 use self::upload::{Progress, Upload};
+use crate::clock::Clock;
 use crate::error::Error;
 use crate::headers;
 use crate::metrics::Metrics;
@@ -61,11 +62,12 @@ impl Upstream {
         origin: &Origin,
         tls: rustls::ClientConfig,
         timeouts: Timeouts,
+        clock: Arc<dyn Clock>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let connector = Connector::new(origin, tls);
+        let connector = Connector::new(origin, tls, timeouts.idle);
         Self {
-            pool: Arc::new(Pool::new(connector, timeouts.connect)),
+            pool: Arc::new(Pool::new(connector, timeouts.connect, clock)),
             timeouts,
             metrics,
         }
@@ -96,7 +98,7 @@ impl Upstream {
         progress: &Arc<Progress>,
     ) -> Result<http::Response<Download>, Error> {
         loop {
-            let (mut connection, kept) = match self.pool.checkout().await {
+            let (mut connection, kept) = match self.pool.checkout() {
                 Some(connection) => (connection, true),
                 None => (
                     self.pool.connect().await.map_err(Error::Unreachable)?,

@@ -3,14 +3,14 @@
 //! hyper-util's composable pools were looked at first: their types cannot be named, and they give
 //! an idle connection to a waiting request without asking how long it was idle, which this needs.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use axum::body::Body;
 use hyper::client::conn::{http1, http2};
-use tokio::time::Instant;
 
 use super::connect::{Connection, Connector, Origin};
+use crate::clock::Clock;
 use crate::error::BoxError;
 
 /// An idle connection is not used again after this. Routers forget a silent connection without a
@@ -23,6 +23,7 @@ const MOST_IDLE: usize = 256;
 pub(super) struct Pool {
     connector: Connector,
     timeout: Duration,
+    clock: Arc<dyn Clock>,
     kept: Mutex<Kept>,
     /// Held while connecting, until upstream is known to want a connection for each request.
     turn: tokio::sync::Mutex<()>,
@@ -30,10 +31,10 @@ pub(super) struct Pool {
 
 #[derive(Default)]
 struct Kept {
-    /// The one used last is used next, so that a burst's connections can age out.
-    idle: Vec<(http1::SendRequest<Body>, Instant)>,
+    /// The one used last is used next, so that a burst's connections age. Sorted by time of use.
+    idle: Vec<(http1::SendRequest<Body>, SystemTime)>,
     /// One HTTP/2 connection serves all.
-    shared: Option<(http2::SendRequest<Body>, Origin)>,
+    shared: Option<(http2::SendRequest<Body>, Origin, SystemTime)>,
     /// Whether upstream chose HTTP/1.1 last.
     one_at_a_time: bool,
 }
@@ -41,24 +42,28 @@ struct Kept {
 // === impl Pool ===
 
 impl Pool {
-    pub(super) fn new(connector: Connector, timeout: Duration) -> Self {
+    pub(super) fn new(connector: Connector, timeout: Duration, clock: Arc<dyn Clock>) -> Self {
         let turn = tokio::sync::Mutex::default();
+        let kept = Mutex::default();
         Self {
             connector,
             timeout,
-            kept: Mutex::default(),
+            clock,
+            kept,
             turn,
         }
     }
 
     /// A connection that was open a moment ago.
-    pub(super) async fn checkout(&self) -> Option<Connection> {
-        while let Some(connection) = self.next() {
-            let Connection::Http1(mut sender) = connection else {
-                return Some(connection);
-            };
-            // Its last exchange is over, so it is ready at once, or closed.
-            if sender.ready().await.is_ok() {
+    pub(super) fn checkout(&self) -> Option<Connection> {
+        let now = self.clock.now();
+        let mut kept = self.lock();
+        if let Some(shared) = kept.shared(now) {
+            return Some(shared);
+        }
+        while let Some((sender, since)) = kept.idle.pop() {
+            // One that is not ready is closed, or has not written all of its last request.
+            if is_young(since, now) && sender.is_ready() {
                 return Some(Connection::Http1(sender));
             }
         }
@@ -84,7 +89,7 @@ impl Pool {
             Some(self.turn.lock().await)
         };
         // Whoever had the turn before may have brought a connection for all.
-        if let Some(shared) = self.lock().shared() {
+        if let Some(shared) = self.lock().shared(self.clock.now()) {
             return Ok(shared);
         }
         let connection = self.connector.connect().await?;
@@ -93,7 +98,7 @@ impl Pool {
             Connection::Http1(_) => kept.one_at_a_time = true,
             Connection::Http2(sender, origin) => {
                 kept.one_at_a_time = false;
-                kept.shared = Some((sender.clone(), origin.clone()));
+                kept.shared = Some((sender.clone(), origin.clone(), self.clock.now()));
             }
         }
         drop((kept, turn));
@@ -105,28 +110,15 @@ impl Pool {
         let Connection::Http1(sender) = connection else {
             return;
         };
+        let now = self.clock.now();
         let mut kept = self.lock();
-        if kept.idle.len() >= MOST_IDLE {
-            kept.idle
-                .retain(|(sender, since)| !sender.is_closed() && is_young(*since));
-        }
+        let aged = kept
+            .idle
+            .partition_point(|(_, since)| !is_young(*since, now));
+        kept.idle.drain(..aged);
         if kept.idle.len() < MOST_IDLE {
-            kept.idle.push((sender, Instant::now()));
+            kept.idle.push((sender, now));
         }
-    }
-
-    fn next(&self) -> Option<Connection> {
-        let mut kept = self.lock();
-        if let Some(shared) = kept.shared() {
-            return Some(shared);
-        }
-        let (sender, since) = kept.idle.pop()?;
-        if is_young(since) {
-            return Some(Connection::Http1(sender));
-        }
-        // Those below it are older still.
-        kept.idle.clear();
-        None
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
@@ -137,16 +129,19 @@ impl Pool {
 // === impl Kept ===
 
 impl Kept {
-    fn shared(&mut self) -> Option<Connection> {
-        let open = self
-            .shared
-            .take_if(|(sender, _)| sender.is_closed())
-            .is_none();
-        let (sender, origin) = self.shared.as_ref().filter(|_| open)?;
+    fn shared(&mut self, now: SystemTime) -> Option<Connection> {
+        let (sender, origin, since) = self.shared.as_mut()?;
+        if sender.is_closed() || !is_young(*since, now) {
+            self.shared = None;
+            return None;
+        }
+        *since = now;
         Some(Connection::Http2(sender.clone(), origin.clone()))
     }
 }
 
-fn is_young(idle_since: Instant) -> bool {
-    idle_since.elapsed() < LONGEST_IDLE
+/// By the wall clock: others stand still while a laptop sleeps. One that went back says nothing.
+fn is_young(since: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(since)
+        .is_ok_and(|idle| idle < LONGEST_IDLE)
 }

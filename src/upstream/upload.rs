@@ -2,7 +2,7 @@
 
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -31,6 +31,10 @@ struct State {
     turn: Turn,
     since: Instant,
     fault: Option<Error>,
+    /// Nobody waits for the rest any more.
+    abandoned: bool,
+    /// Who waits for the client to send.
+    waiting: Option<Waker>,
 }
 
 /// Who has to do something next.
@@ -55,6 +59,8 @@ impl Upload {
             turn,
             since: Instant::now(),
             fault: None,
+            abandoned: false,
+            waiting: None,
         };
         let progress = Arc::new(Progress {
             state: Mutex::new(state),
@@ -85,6 +91,10 @@ impl http_body::Body for Upload {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
+        if this.progress.wait(cx) {
+            let error = axum::Error::new("the answer came before the end of the request");
+            return Poll::Ready(Some(Err(error)));
+        }
         let polled = Pin::new(&mut this.body).poll_frame(cx);
         match &polled {
             Poll::Pending => this.progress.enter(Turn::Client),
@@ -144,6 +154,23 @@ impl Progress {
         self.lock().fault.take()
     }
 
+    /// Ends the body: upstream has answered, or the client has gone. Otherwise a client that stalls
+    /// would keep both connections.
+    pub(super) fn abandon(&self) {
+        let mut state = self.lock();
+        state.abandoned = true;
+        if let Some(waiting) = state.waiting.take() {
+            waiting.wake();
+        }
+    }
+
+    /// Asks to be woken when the body is abandoned; tells whether it is already.
+    fn wait(&self, cx: &Context<'_>) -> bool {
+        let mut state = self.lock();
+        state.waiting = Some(cx.waker().clone());
+        state.abandoned
+    }
+
     /// Whether nothing is left to send.
     pub(super) fn is_done(&self) -> bool {
         self.lock().turn == Turn::Done
@@ -173,7 +200,7 @@ impl Progress {
     fn fail(&self, error: axum::Error) {
         let fault = match error.into_inner().downcast::<Error>() {
             Ok(error) => *error,
-            Err(_) => Error::BadRequest("the request body was cut off or is malformed"),
+            Err(_) => Error::BodyCutOff,
         };
         self.lock().fault = Some(fault);
     }

@@ -188,6 +188,21 @@ fn answer_loses_its_hop_by_hop_headers_and_no_others() {
 }
 
 #[test]
+fn length_of_an_answer_does_not_count_beside_its_chunks() {
+    let (upstream, proxy) = started();
+    for length in [2, 50] {
+        let framing = format!("content-length: {length}\r\ntransfer-encoding: chunked");
+        let answer = format!("HTTP/1.1 200 OK\r\n{framing}\r\n\r\n5\r\nabcde\r\n0\r\n\r\n");
+        upstream.answer(answer.into());
+        let answer = proxy.get("/");
+        assert_eq!(
+            (answer.text(), answer.header("content-length")),
+            ("abcde", None)
+        );
+    }
+}
+
+#[test]
 fn body_of_an_answer_and_its_framing_pass_as_they_came() {
     let (upstream, proxy) = started();
     let gzip = gzip(SUCCESS);

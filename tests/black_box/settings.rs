@@ -1,5 +1,7 @@
 //! Settings: which source wins, which key is wrong, and that no secret is printed.
 
+use std::net::TcpListener;
+
 use crate::support::{Command, Proxy, Signal, Upstream, assert_has};
 
 /// `kling-proxy settings` with these flags.
@@ -29,6 +31,20 @@ fn problems(command: Command) -> String {
     let finished = command.keys().run();
     assert_eq!(finished.code, Some(78), "{finished:?}");
     finished.stderr
+}
+
+#[test]
+fn proxy_that_would_call_itself_does_not_start() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    for key in ["listen.address", "admin.address"] {
+        let url = format!("http://{address}");
+        let command = Command::new([]).keys().setting(key, &address);
+        let told = command.setting("upstream.url", url).run();
+        assert_eq!(told.code, Some(78), "{key}: {}", told.stderr);
+        assert_has(&told.stderr, &["`upstream.url`", "this proxy itself"]);
+    }
 }
 
 #[test]
@@ -180,6 +196,16 @@ fn wrong_settings_never_print_the_value_of_a_secret() {
         ("[credentials]\nsecret_kay = \"canary\"\n", "", ""),
         ("[credentials]\nsecret_key = \"canary\n", "", ""),
         ("", "KLING_PROXY_CREDENTIALS__SECRET_KAY", "canary"),
+        (
+            "",
+            "KLING_PROXY_UPSTREAM__URL",
+            "https://user:canary@kling.test",
+        ),
+        (
+            "",
+            "KLING_PROXY_UPSTREAM__URL",
+            "https://kling.test/?key=canary",
+        ),
         ("", "KLING_PROXY_CREDENTIALS__SECRET_KEY", r#"["canary"]"#),
         ("", "KLING_PROXY_SECRET_KEY", "canary"),
         ("", "KLING_API_KEY", "canary\nof two lines"),

@@ -49,6 +49,16 @@ fn download_that_falls_silent_is_cut_off() {
 }
 
 #[test]
+fn client_that_stops_reading_is_given_up() {
+    let (upstream, proxy) = limited("upstream.idle_timeout");
+    let start = "HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n";
+    upstream.script(move |_| vec![send(start), send(vec![b'a'; 100_000_000]), Step::Hang]);
+    let mut idle = proxy.connect();
+    idle.send(get("/video.mp4")).head();
+    upstream.wait(|seen| seen.closed == 1);
+}
+
+#[test]
 fn upload_that_falls_silent_is_refused_and_never_arrives_whole() {
     let (upstream, proxy) = limited("upstream.idle_timeout");
     let head = request("POST /v1/x", "content-length: 10", "");

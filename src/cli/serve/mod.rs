@@ -103,9 +103,14 @@ impl Proxy {
         } else {
             (None, settings.upstream.origin)
         };
-        refuse_circle(&origin, &listeners)?;
+        refuse_circle(&origin, listeners.iter().chain(&admin))?;
 
-        let tokens = Tokens::new(credential, settings.token, clock, Arc::clone(&metrics));
+        let tokens = Tokens::new(
+            credential,
+            settings.token,
+            Arc::clone(&clock),
+            Arc::clone(&metrics),
+        );
         let shared = Shared {
             rules: Arc::new(rules),
             normalise: settings.errors,
@@ -113,6 +118,7 @@ impl Proxy {
             origin,
             tls,
             timeouts: settings.upstream.timeouts,
+            clock,
             lifecycle: Arc::default(),
             metrics,
         };
@@ -120,6 +126,7 @@ impl Proxy {
         let limits = Limits {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
             header_timeout: settings.limits.header_timeout,
+            idle: settings.upstream.timeouts.idle,
             drain: settings.shutdown.drain,
         };
         let delay = settings.shutdown.delay;
@@ -152,10 +159,11 @@ impl Proxy {
             ..
         } = shared.clone();
         let mut signals = Signals::new().map_err(failed)?;
-        announce(&listeners, &shared.origin, admin.as_ref(), sandbox.as_ref()).map_err(failed)?;
+        let hang_up = signal::hang_up().map_err(failed)?;
         tokens
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
+        announce(&listeners, &shared.origin, admin.as_ref(), sandbox.as_ref()).map_err(failed)?;
 
         let (stop, stopped) = latch::channel(false);
         let mut threads = start_threads(&listeners, &shared, &limits, &stopped).map_err(failed)?;
@@ -180,11 +188,7 @@ impl Proxy {
                 never,
             ));
         }
-        tokio::spawn(watch::credentials(
-            credentials,
-            tokens,
-            signal::hang_up().map_err(failed)?,
-        ));
+        tokio::spawn(watch::credentials(credentials, tokens, hang_up));
         lifecycle.enter(Phase::Ready);
 
         tokio::select! {
@@ -367,14 +371,18 @@ fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules, Failure> 
     })
 }
 
-/// A proxy whose upstream is itself would answer no request and fill up.
-fn refuse_circle(origin: &Origin, listeners: &[TcpListener]) -> Result<(), Failure> {
+/// A proxy whose upstream is itself would answer no request and fill up; if it were the admin
+/// listener, that would be reachable through the data listener.
+fn refuse_circle<'a>(
+    origin: &Origin,
+    mut listeners: impl Iterator<Item = &'a TcpListener>,
+) -> Result<(), Failure> {
     let own = |listener: &TcpListener| {
         listener
             .local_addr()
             .is_ok_and(|own| origin.loopback_port() == Some(own.port()))
     };
-    if listeners.iter().any(own) {
+    if listeners.any(own) {
         let problem = Problem::new("upstream.url", format!("{origin} is this proxy itself"));
         return Err(Failure::new(Exit::Settings, problem.to_string()));
     }

@@ -27,13 +27,16 @@ pub(super) async fn credentials(places: Option<Places>, tokens: Arc<Tokens>, mut
         };
         tokio::select! {
             () = due => {}
-            _ = hang_up.recv() => tracing::info!("SIGHUP: reading credential files again"),
+            _ = hang_up.recv() => tracing::info!("SIGHUP: credential files are read again"),
         }
         let Some(places) = &places else { continue };
         let warning = match places.find() {
             Ok(found) => {
                 if tokens.replace(found.credential) {
                     tracing::info!(source = found.source, "credential changed");
+                    for warning in found.warnings {
+                        tracing::warn!("{warning}");
+                    }
                 }
                 None
             }

@@ -2,10 +2,16 @@
 
 use std::{
     io::{self, BufReader, Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
+    time::Duration,
 };
 
+use tokio::time::Instant;
+
 use super::{Message, PATIENCE, http::read_chunk};
+
+/// The pace of a client that dribbles.
+const MOMENT: Duration = Duration::from_millis(20);
 
 /// One connection. Reading panics when nothing comes for too long.
 pub struct Connection(BufReader<TcpStream>);
@@ -24,6 +30,25 @@ impl Connection {
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
         let _ = self.0.get_mut().write_all(bytes.as_ref());
         self
+    }
+
+    /// Sends a byte a moment until the peer closes; panics if it never does.
+    pub fn dribble(&mut self, byte: u8) {
+        let deadline = Instant::now() + PATIENCE;
+        self.0.get_mut().set_read_timeout(Some(MOMENT)).unwrap();
+        loop {
+            assert!(Instant::now() < deadline, "not closed");
+            match self.send([byte]).0.read(&mut [0; 1024]) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Ok(0) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Says that no more will be sent.
+    pub fn half_close(&mut self) {
+        self.0.get_mut().shutdown(Shutdown::Write).unwrap();
     }
 
     /// One whole answer, or how it ended.

@@ -213,9 +213,14 @@ impl Proxy {
         (self.child.wait().unwrap().code(), self.stderr.to_end())
     }
 
+    /// A file of `/proc/PID`.
+    pub fn proc(&self, name: &str) -> String {
+        fs::read_to_string(format!("/proc/{}/{name}", self.child.id())).unwrap()
+    }
+
     /// A line of `/proc/PID/status` in bytes, such as `VmRSS` or `VmHWM`.
     pub fn memory(&self, line: &str) -> usize {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let status = self.proc("status");
         let line = status
             .lines()
             .find_map(|found| found.strip_prefix(line))
