@@ -6,6 +6,7 @@
 //! client ──> server      accepts connections, bounds them, drains them
 //!              │
 //!            trace       one id, span, outcome and count for each request
+//!            cors        lets pages of listed origins read the answers
 //!            normalise   errors become one body; outside of here nothing fails
 //!            guard       refuses before anything is spent
 //!            authenticate  strips the client's headers, adds token and host
