@@ -75,3 +75,65 @@ where
         Either::Right(self.inner.call(request))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use axum::body::Body;
+    use tower::{ServiceBuilder, ServiceExt, service_fn};
+
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::metrics::Metrics;
+    use crate::secret::Secret;
+    use crate::token::{Credential, Validity};
+
+    /// What the inner service sees of a request, or the code of the error.
+    async fn seen(api_key: &str, request: Request) -> Result<Vec<(String, String)>, i64> {
+        let validity = Validity {
+            lifetime: Duration::from_mins(30),
+            not_before_leeway: Duration::from_secs(5),
+            refresh_before: Duration::from_mins(5),
+        };
+        let credential = Credential::ApiKey(Secret::from(api_key.to_owned()));
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
+        let host = HeaderValue::from_static("kling.test");
+        let stack = ServiceBuilder::new()
+            .layer(AuthenticateLayer::new(Arc::new(tokens), host))
+            .service(service_fn(|request: Request| async move {
+                let mut answer = Response::new(Body::empty());
+                *answer.headers_mut() = request.into_parts().0.headers;
+                Ok::<_, Error>(answer)
+            }));
+        let answer = stack.oneshot(request).await.map_err(|error| error.code())?;
+        let text = |value: &HeaderValue| value.to_str().unwrap().to_owned();
+        Ok(answer
+            .headers()
+            .iter()
+            .map(|(name, value)| (name.to_string(), text(value)))
+            .collect())
+    }
+
+    fn request() -> Request {
+        let request = Request::builder()
+            .header("host", "localhost")
+            .header("connection", "authorization")
+            .header("authorization", "Bearer mine")
+            .header("authorization", "Bearer another");
+        request.body(Body::empty()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn ours_is_the_only_authorization_and_host() {
+        let ours = [("host", "kling.test"), ("authorization", "Bearer key")];
+        let ours = ours.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(seen("key", request()).await, Ok(ours.to_vec()));
+    }
+
+    #[tokio::test]
+    async fn without_a_token_nothing_is_sent() {
+        assert_eq!(seen("no\nheader", request()).await, Err(9201));
+    }
+}
