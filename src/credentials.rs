@@ -92,7 +92,7 @@ const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 // === impl Places ===
 
 impl Places {
-    /// Looks for a credential, in the order of `interface.md`, section 3.
+    /// Looks for a credential, in the order that the README gives.
     ///
     /// # Errors
     ///
@@ -101,46 +101,26 @@ impl Places {
         if let Some(key) = self.variable("KLING_API_KEY")? {
             return api_key(key);
         }
-        let directory = |name: &str| {
-            let path = PathBuf::from(self.get(DIRECTORY)?).join(name);
-            path.exists()
-                .then(|| from_file(format!("${DIRECTORY}/{name}"), &path))
-        };
-        let Configured {
-            access_key,
-            secret_key,
-            ..
-        } = &self.configured;
-        let pairs = [
-            pair(
-                ("KLING_ACCESS_KEY", self.variable("KLING_ACCESS_KEY")?),
-                ("KLING_SECRET_KEY", self.variable("KLING_SECRET_KEY")?),
-            ),
-            pair(
-                ("KLINGAI_ACCESS_KEY", self.variable("KLINGAI_ACCESS_KEY")?),
-                ("KLINGAI_SECRET_KEY", self.variable("KLINGAI_SECRET_KEY")?),
-            ),
-            pair(
-                (
-                    "kling_access_key",
-                    directory("kling_access_key").transpose()?,
-                ),
-                (
-                    "kling_secret_key",
-                    directory("kling_secret_key").transpose()?,
-                ),
-            ),
-        ];
-        for pair in pairs {
-            if let Some(found) = pair? {
+        for [access, secret] in [
+            ["KLING_ACCESS_KEY", "KLING_SECRET_KEY"],
+            ["KLINGAI_ACCESS_KEY", "KLINGAI_SECRET_KEY"],
+        ] {
+            let [access_key, secret_key] = [self.variable(access)?, self.variable(secret)?];
+            if let Some(found) = pair((access, access_key), (secret, secret_key))? {
                 return Ok(found);
             }
         }
+        let [access, secret] = ["kling_access_key", "kling_secret_key"];
+        let [access_key, secret_key] = [self.in_directory(access)?, self.in_directory(secret)?];
+        if let Some(found) = pair((access, access_key), (secret, secret_key))? {
+            return Ok(found);
+        }
         let Configured {
+            access_key,
+            secret_key,
             access_key_file,
             secret_key_file,
             api_key_file,
-            ..
         } = &self.configured;
         if let Some(path) = api_key_file {
             return api_key(from_file("credentials.api_key_file".to_owned(), path)?);
@@ -176,6 +156,16 @@ impl Places {
         self.get(&file)
             .map(Path::new)
             .map(|path| from_file(file.clone(), path))
+            .transpose()
+    }
+
+    /// A file of systemd's `LoadCredential`.
+    fn in_directory(&self, name: &str) -> Result<Option<Key>, Error> {
+        let path = self
+            .get(DIRECTORY)
+            .map(|directory| PathBuf::from(directory).join(name));
+        let path = path.filter(|path| path.exists());
+        path.map(|path| from_file(format!("${DIRECTORY}/{name}"), &path))
             .transpose()
     }
 
@@ -347,6 +337,10 @@ mod tests {
             "a1+s1 from KLING_ACCESS_KEY and KLING_SECRET_KEY"
         );
         variables.push(("KLING_API_KEY", "k"));
+        assert_eq!(find(&variables), "k from KLING_API_KEY");
+        // What stands behind the first is not even looked at.
+        variables.push(("KLINGAI_ACCESS_KEY_FILE", "/does/not/exist"));
+        variables.push(("KLING_ACCESS_KEY_FILE", "/does/not/exist"));
         assert_eq!(find(&variables), "k from KLING_API_KEY");
     }
 

@@ -11,7 +11,7 @@ pub enum Effect {
     Create,
 }
 
-/// `POST` paths that only read (`kling-api.md`, section 1a: cursor lists).
+/// `POST` paths that only read: cursor lists, in the vendor's documentation of 2026-11-22.
 const READ_PATHS: [&str; 2] = ["/tasks", "/solutions"];
 /// As [`READ_PATHS`], with one more segment behind.
 const READ_PARENT: &str = "/account/billing/";

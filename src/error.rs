@@ -84,7 +84,7 @@ pub enum Error {
     #[error("the proxy is shutting down")]
     Draining,
     /// Kling refused the request with a service code.
-    #[error("service code {}", .envelope.code)]
+    #[error("service code {}: {}", .envelope.code, .envelope.message.as_deref().unwrap_or("no message"))]
     Service {
         /// The answer as it came.
         answer: Box<Answer>,
@@ -111,15 +111,20 @@ pub struct Failure {
     pub kind: &'static str,
     /// The error and its causes.
     pub cause: String,
+    /// Kling's name for the request, which its support asks for.
+    pub upstream_request_id: Option<String>,
 }
 
 // === impl Error ===
 
 impl Error {
+    /// The code of a request that is not well formed.
+    pub const MALFORMED: i64 = 9000;
+
     /// The number in the body's `code`.
     pub fn code(&self) -> i64 {
         match self {
-            Self::BadRequest(_) | Self::BodyCutOff => Failure::MALFORMED,
+            Self::BadRequest(_) | Self::BodyCutOff => Self::MALFORMED,
             Self::HostNotAllowed(_) => 9001,
             Self::OriginNotAllowed => 9002,
             Self::ClientTokenInvalid => 9003,
@@ -181,7 +186,7 @@ impl Error {
         }
     }
 
-    /// What upstream answered, where it did.
+    /// [`answer`](Self::answer), by value.
     pub fn into_answer(self) -> Option<Answer> {
         match self {
             Self::Service { answer, .. } | Self::BadResponse { answer, .. } => Some(*answer),
@@ -217,17 +222,17 @@ impl Error {
 
 // === impl Failure ===
 
-impl Failure {
-    /// The code of [`Error::BadRequest`].
-    pub const MALFORMED: i64 = 9000;
-}
-
 impl From<&Error> for Failure {
     fn from(error: &Error) -> Self {
+        let upstream_request_id = match error {
+            Error::Service { envelope, .. } => envelope.request_id.clone(),
+            _ => None,
+        };
         Self {
             code: error.code(),
             kind: error.kind(),
             cause: chain(error),
+            upstream_request_id,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Which headers pass: `interface.md`, section 6, in both directions.
+//! Which headers pass, in both directions.
 
 use http::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, FORWARDED, HeaderMap, HeaderName,

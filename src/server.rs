@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tower::{Service, ServiceExt};
 
-use crate::error::{BoxError, Failure};
+use crate::error::{BoxError, Error, Failure};
 
 /// How many connections wait in the kernel's queue.
 const BACKLOG: u32 = 1024;
@@ -138,7 +138,7 @@ fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
 /// Whether the guard found the request malformed, so that nobody can say where the next one begins.
 fn is_malformed(answer: &Response) -> bool {
     let failure = answer.extensions().get::<Failure>();
-    failure.is_some_and(|failure| failure.code == Failure::MALFORMED)
+    failure.is_some_and(|failure| failure.code == Error::MALFORMED)
 }
 
 /// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits

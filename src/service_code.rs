@@ -1,8 +1,7 @@
 //! Every code an error can carry, as rows: Kling's service codes and the proxy's own.
 //!
 //! Rows below 9000 are the vendor's table, word for word ("General Information", error codes, read
-//! 2026-11-22); rows from 9000 on are made by the proxy. `interface.md`, section 5, fixes codes,
-//! statuses and types.
+//! 2026-11-22); rows from 9000 on are made by the proxy.
 
 use std::time::Duration;
 

@@ -106,7 +106,7 @@ fn retryable(retry: Retry) -> &'static str {
 
 fn treatment(retry: Retry) -> &'static str {
     match retry {
-        Retry::Never => "no: sending it again fails again",
+        Retry::Never => "no: something has to change first",
         Retry::Reads => "a read, yes; a create, no: its task may exist, look it up first",
         Retry::Any => "yes: nothing was done, send it again later",
     }

@@ -90,7 +90,7 @@ struct SettingsArgs {
     /// Where health and metrics are, or "off" [default: 127.0.0.1:5547]
     #[arg(long, global = true, value_name = "ADDRESS")]
     admin: Option<String>,
-    /// The API [default: `https://api-singapore.klingai.com`]
+    /// The API [default: api-singapore.klingai.com]
     #[arg(long, global = true, value_name = "URL")]
     upstream: Option<String>,
     /// Log lines: auto, pretty or json
@@ -124,7 +124,7 @@ struct Failure {
     lines: Vec<String>,
 }
 
-/// The exit codes of `interface.md`, section 2.
+/// The exit codes, as the README lists them.
 #[derive(Clone, Copy, Debug)]
 enum Exit {
     /// Failed while running.

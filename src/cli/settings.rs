@@ -32,7 +32,7 @@ pub(super) fn run(
                 found.credential.kind(),
                 found.source
             ),
-            Err(error) => format!("# credential: none: {}", chain(&error)),
+            Err(error) => format!("# {}", chain(&error)),
         },
     );
     Ok(())

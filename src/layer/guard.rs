@@ -1,7 +1,5 @@
-//! Refuses what may not be forwarded, before anything is spent: no token is read, no connection
-//! made, no byte of a body taken.
-//!
-//! The checks stand in the order of `security-requirements.md`; the first that fails answers.
+//! Refuses what may not be forwarded, before anything is spent: no token of ours is minted, no
+//! connection made, no byte of a body taken. The first check that fails answers.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -164,7 +162,7 @@ where
 // === impl Rules ===
 
 impl Rules {
-    /// R1, R2, R4: exactly one `Host`, and one of ours. Nothing else says which host is meant.
+    /// Exactly one `Host`, and one of ours. Nothing else says which host is meant.
     fn check_host(&self, headers: &HeaderMap) -> Result<(), Error> {
         let mut hosts = headers.get_all(HOST).into_iter();
         let refusal = |host: &[u8]| {
@@ -183,7 +181,7 @@ impl Rules {
         }
     }
 
-    /// R3: only browsers send these headers, and they do not let a page forge them.
+    /// Only browsers send these headers, and they do not let a page forge them.
     fn check_origin(&self, headers: &HeaderMap) -> Result<(), Error> {
         let from_this_site =
             |site: &HeaderValue| [&b"none"[..], b"same-origin"].contains(&site.as_bytes());
@@ -209,7 +207,7 @@ impl Rules {
         }
     }
 
-    /// R15: judges the very bytes that are forwarded. What a server might resolve to another path
+    /// Judges the very bytes that are forwarded. What a server might resolve to another path
     /// is in no list.
     fn check_path(&self, path: &str) -> Result<(), Error> {
         let listed = |prefix: &String| {
@@ -278,7 +276,7 @@ fn is_ambiguous(segment: &str) -> bool {
             .any(|separator| decoded.contains(separator))
 }
 
-/// R7: a path on this proxy. An absolute target may name it by the same name as `Host`.
+/// A path on this proxy. An absolute target may name it by the same name as `Host`.
 fn check_target(target: &Uri, headers: &HeaderMap) -> Result<(), Error> {
     if !target.path().starts_with('/') {
         return Err(Error::BadRequest("the request target is not a path"));
@@ -297,7 +295,7 @@ fn check_target(target: &Uri, headers: &HeaderMap) -> Result<(), Error> {
     }
 }
 
-/// R12: no coding but `chunked`, and that once. hyper reads `gzip, chunked` too, but what it hands on
+/// No coding but `chunked`, and that once. hyper reads `gzip, chunked` too, but what it hands on
 /// would have lost its `gzip`.
 fn check_framing(headers: &HeaderMap) -> Result<(), Error> {
     let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();

@@ -107,8 +107,9 @@ where
     fn call(&mut self, mut request: Request) -> Self::Future {
         let id = RequestId::of(request.headers());
         let effect = Effect::of(&request);
-        // A span costs as much as the guard, so it is there for those who look for details.
-        let span = tracing::debug_span!("request", request_id = id.as_str());
+        // Formatting a span for each poll would cost more than the guard, so it is there for those
+        // who look for details; the outcome names the request itself.
+        let span = tracing::debug_span!("request", id = id.as_str());
         let traced = Traced {
             id: id.clone(),
             span,
@@ -176,8 +177,17 @@ impl Traced {
             };
         }
         match (response.extensions().get::<Failure>(), self.effect) {
-            (Some(Failure { code, kind, cause }), _) => {
-                event!(warn, error.type = kind, error.code = code, error.cause = &*printable(cause), "failed");
+            (
+                Some(Failure {
+                    code,
+                    kind,
+                    cause,
+                    upstream_request_id,
+                }),
+                _,
+            ) => {
+                event!(warn, error.type = kind, error.code = code, error.cause = &*printable(cause),
+                    upstream.request_id = upstream_request_id.as_deref().map(tracing::field::debug), "failed");
             }
             (None, Effect::Create) => event!(info, "answered"),
             (None, Effect::Read) => event!(debug, "answered"),

@@ -158,7 +158,12 @@ fn parse(text: &str) -> Result<Dict, String> {
             .span()
             .and_then(|span| text.get(..span.start))
             .unwrap_or_default();
-        format!("line {}: not valid TOML", before.matches('\n').count() + 1)
+        let what = if error.message().contains("duplicate key") {
+            "a key is set twice"
+        } else {
+            "not valid TOML; texts need quotes"
+        };
+        format!("line {}: {what}", before.matches('\n').count() + 1)
     })
 }
 

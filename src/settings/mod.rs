@@ -21,7 +21,7 @@ pub use self::layers::Flags;
 use self::layers::Layers;
 use self::value::{Offset, OrOff, Setting};
 use crate::credentials::Configured;
-use crate::layer::normalise::NormaliseLayer;
+use crate::layer::normalise::{Format, NormaliseLayer, Statuses};
 use crate::sandbox;
 use crate::telemetry;
 use crate::token::Validity;
@@ -141,7 +141,7 @@ pub struct Row {
 
 /// Keys whose value is never shown.
 const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
-/// Kling refuses tokens that live longer (`kling-general-information.txt`); shorter is of no use.
+/// Kling documents 30 minutes ("General Information", read 2026-11-22); shorter is of no use.
 const LIFETIMES: std::ops::RangeInclusive<Duration> =
     Duration::from_mins(1)..=Duration::from_mins(30);
 
@@ -286,30 +286,12 @@ impl Settings {
                 ),
             );
         }
-        for host in &self.access.allowed_hosts {
-            let has_port = host
-                .rsplit_once(':')
-                .is_some_and(|(_, port)| !port.ends_with(']'));
-            require(
-                !host.is_empty() && !has_port && !host.contains('/'),
-                "access.allowed_hosts",
-                format!("want host names without scheme and port, got `{host}`"),
-            );
-        }
-        for origin in &self.access.allowed_origins {
-            require(
-                origin.to_str().is_ok_and(is_web_origin),
-                "access.allowed_origins",
-                format!("want origins such as \"http://localhost:3000\", got {origin:?}"),
-            );
-        }
-        for path in &self.access.allowed_paths {
-            require(
-                path.starts_with('/'),
-                "access.allowed_paths",
-                format!("want paths that begin with `/`, got `{path}`"),
-            );
-        }
+        self.access.check(&mut require);
+        require(
+            self.errors.format == Format::Kling || self.errors.statuses == Statuses::Documented,
+            "errors.status",
+            "has no effect with errors.format = \"upstream\"".to_owned(),
+        );
         for (key, duration) in [
             ("upstream.connect_timeout", self.upstream.timeouts.connect),
             ("upstream.response_timeout", self.upstream.timeouts.response),
@@ -334,6 +316,47 @@ impl Settings {
             require(number > 0, key, "want more than 0".to_owned());
         }
         problems
+    }
+}
+
+// === impl Access ===
+
+impl Access {
+    /// Finds entries that could never match a request.
+    fn check(&self, require: &mut impl FnMut(bool, &str, String)) {
+        require(
+            !self.allowed_hosts.is_empty(),
+            "access.allowed_hosts",
+            "want a host: without one every request is refused".to_owned(),
+        );
+        for host in &self.allowed_hosts {
+            require(
+                is_host(host),
+                "access.allowed_hosts",
+                format!("want host names without scheme and port, got `{host}`"),
+            );
+        }
+        for origin in &self.allowed_origins {
+            require(
+                origin.to_str().is_ok_and(is_web_origin),
+                "access.allowed_origins",
+                format!("want origins such as \"http://localhost:3000\", got {origin:?}"),
+            );
+        }
+        for method in &self.allowed_methods {
+            require(
+                !method.as_str().contains(|c: char| c.is_ascii_lowercase()),
+                "access.allowed_methods",
+                format!("methods are upper case, got `{method}`"),
+            );
+        }
+        for path in &self.allowed_paths {
+            require(
+                path.starts_with('/') && !path.contains([',', '"', '?', '#']),
+                "access.allowed_paths",
+                format!("want paths that begin with `/`, got `{path}`"),
+            );
+        }
     }
 }
 
@@ -389,11 +412,21 @@ impl fmt::Display for Problem {
     }
 }
 
+/// A name or an address, as a `Host` header has it before the port.
+fn is_host(host: &str) -> bool {
+    let port = host
+        .rsplit_once(':')
+        .is_some_and(|(_, port)| !port.ends_with(']'));
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._[]:".contains(&b);
+    !host.is_empty() && !port && host.bytes().all(plain)
+}
+
 /// Scheme, host and port as browsers send them, and nothing else. `null` is the origin of files and
 /// sandboxed frames, which anyone can be.
 fn is_web_origin(origin: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-._[]:".contains(&b);
     origin.split_once("://").is_some_and(|(scheme, host)| {
-        !scheme.is_empty() && !host.is_empty() && !host.contains(['/', '*', '?', '#', '@'])
+        !scheme.is_empty() && !host.is_empty() && scheme.bytes().chain(host.bytes()).all(plain)
     })
 }
 

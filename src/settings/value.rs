@@ -53,10 +53,13 @@ texts! {
     Secret, "a text", |text: &str| Ok(Secret::from(text.to_owned()));
     Duration, "a duration with its unit, such as \"30s\"",
         |text: &str| humantime::parse_duration(text).map_err(|_| None);
-    ByteSize, "a size with its unit, such as \"64MiB\"", |text: &str| text.parse().map_err(|_| None);
-    SocketAddr, "an address with its port, such as \"127.0.0.1:5546\"",
+    ByteSize, "a size with its unit, such as \"64MiB\"", |text: &str| {
+        let unit = text.ends_with(['B', 'b']);
+        unit.then(|| text.parse().ok()).flatten().ok_or(None)
+    };
+    SocketAddr, "an IP address with its port, such as \"127.0.0.1:5546\"",
         |text: &str| text.parse().map_err(|_| None);
-    OrOff, "an address with its port, such as \"127.0.0.1:5547\", or \"off\"", |text: &str| {
+    OrOff, "an IP address with its port, such as \"127.0.0.1:5547\", or \"off\"", |text: &str| {
         match text {
             "off" => Ok(OrOff(None)),
             address => address.parse().map(|address| OrOff(Some(address))).map_err(|_| None),
@@ -130,7 +133,7 @@ impl<T: Setting> Setting for Option<T> {
 /// One may stand for a list of one.
 impl<T: Setting> Setting for Vec<T> {
     fn want() -> String {
-        format!("a list; each: {}", T::want())
+        format!("{}, or a list of such", T::want())
     }
 
     fn read(value: &Value) -> Result<Self, Option<String>> {

@@ -59,6 +59,9 @@ pub(super) fn run(
 ) -> Result<(), Failure> {
     let (settings, _) = args.load(&environment)?;
     telemetry::init(settings.log.format, settings.log.filter.clone());
+    if settings.listen.unsafe_allow_remote && settings.access.client_tokens_file.is_none() {
+        tracing::warn!("listen.unsafe_allow_remote: whoever can connect can spend your key");
+    }
     raise_descriptor_limit();
     hide_memory();
     let proxy = Proxy::set_up(settings, with_sandbox, environment)?;
@@ -349,9 +352,12 @@ fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules, Failure> 
         Failure::new(Exit::Settings, problem.to_string())
     };
     let read = |path: &PathBuf| {
-        let file = secret_file::read(path).map_err(|error| wrong(chain(&error)))?;
+        let unreadable =
+            |error| wrong(format!("cannot read {}: {}", path.display(), chain(&error)));
+        let file = secret_file::read(path).map_err(unreadable)?;
         if file.exposed {
-            tracing::warn!("{}: every user can read it: chmod 600", path.display());
+            let path = path.display();
+            tracing::warn!("access.client_tokens_file: every user can read {path}: chmod 600");
         }
         ClientTokens::parse(&file.text, Arc::clone(clock)).map_err(|error| wrong(chain(&error)))
     };

@@ -27,7 +27,7 @@ pub(super) async fn credentials(places: Option<Places>, tokens: Arc<Tokens>, mut
         };
         tokio::select! {
             () = due => {}
-            _ = hang_up.recv() => tracing::info!("SIGHUP: credential files are read again"),
+            _ = hang_up.recv() => tracing::info!(files = places.is_some(), "SIGHUP"),
         }
         let Some(places) = &places else { continue };
         let warning = match places.find() {

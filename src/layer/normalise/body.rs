@@ -1,4 +1,4 @@
-//! The body of `interface.md`, section 5.
+//! The body of an error, as the README describes it.
 
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -91,8 +91,8 @@ fn hint(error: &Error, effect: Effect) -> Option<&'static str> {
                  path below /v1",
             ),
             1000..=1002 => Some(
-                "keys of one region are unknown in another: `upstream.url` must be the host of \
-                 the region that issued them",
+                "the proxy's credential was refused, not what the client sent: check the keys of \
+                 the proxy, and that `upstream.url` is the region that issued them",
             ),
             1003 | 1004 => Some("this machine's clock and upstream's differ: correct this one's"),
             1303 => Some(
