@@ -5,12 +5,12 @@
 //! ```text
 //! client ──> server      accepts connections, bounds them, drains them
 //!              │
-//!            trace       one id, span, outcome and count for each request
-//!            cors        lets pages of listed origins read the answers
-//!            normalise   errors become one body; outside of here nothing fails
-//!            guard       refuses before anything is spent
-//!            authenticate  strips the client's headers, adds token and host
-//!            upstream    sends; reads service codes; streams both ways
+//!            trace          one id, span, outcome and count for each request
+//!            cors           lets pages of listed origins read the answers
+//!            normalise      errors become one body; outside of here nothing fails
+//!            guard          refuses before anything is spent
+//!            authenticate   drops the client's credentials, adds token and host
+//!            upstream       sends; reads service codes; streams both ways
 //!              │
 //!              └──> https://api-singapore.klingai.com, or the embedded sandbox
 //! ```

@@ -10,6 +10,7 @@ mod health;
 mod sandbox;
 mod serve;
 mod settings;
+mod signal;
 mod token;
 
 use std::ffi::OsString;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, watch};
 
-use super::serve::signal::Signals;
+use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, say};
 use crate::clock::SystemClock;
 use crate::sandbox::{ACCESS_KEY, SECRET_KEY, Sandbox};

@@ -4,7 +4,6 @@
 //! connection, its requests and the connections that they use upstream stay on one thread. This
 //! thread keeps what is not a request: signals, the admin listener, the sandbox, changed files.
 
-pub(super) mod signal;
 mod watch;
 
 use std::ffi::OsString;
@@ -18,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch as latch};
 use tokio::task::JoinSet;
 
-use self::signal::Signals;
+use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, find_credential, say};
 use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};

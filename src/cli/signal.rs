@@ -5,7 +5,7 @@ use std::io;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// SIGINT and SIGTERM.
-pub(in crate::cli) struct Signals {
+pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
 }
@@ -14,7 +14,7 @@ pub(in crate::cli) struct Signals {
 
 impl Signals {
     /// Takes the signals over from now on.
-    pub(in crate::cli) fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let interrupt = signal(SignalKind::interrupt())?;
         let terminate = signal(SignalKind::terminate())?;
         Ok(Self {
@@ -24,7 +24,7 @@ impl Signals {
     }
 
     /// Waits for the next one.
-    pub(in crate::cli) async fn next(&mut self) {
+    pub(super) async fn next(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
@@ -33,6 +33,6 @@ impl Signals {
 }
 
 /// SIGHUP, which would end the process if nobody took it.
-pub(in crate::cli) fn hang_up() -> io::Result<Signal> {
+pub(super) fn hang_up() -> io::Result<Signal> {
     signal(SignalKind::hangup())
 }
