@@ -177,17 +177,16 @@ impl Traced {
             };
         }
         match (response.extensions().get::<Failure>(), self.effect) {
-            (
-                Some(Failure {
-                    code,
-                    kind,
-                    cause,
-                    upstream_request_id,
-                }),
-                _,
-            ) => {
-                event!(warn, error.type = kind, error.code = code, error.cause = &*printable(cause),
-                    upstream.request_id = upstream_request_id.as_deref().map(tracing::field::debug), "failed");
+            (Some(failure), _) => {
+                let upstream_id = failure.upstream_request_id.as_deref().map(printable);
+                event!(
+                    warn,
+                    error.type = failure.kind,
+                    error.code = failure.code,
+                    error.cause = &*printable(&failure.cause),
+                    upstream.request_id = upstream_id.as_deref(),
+                    "failed"
+                );
             }
             (None, Effect::Create) => event!(info, "answered"),
             (None, Effect::Read) => event!(debug, "answered"),
