@@ -3,6 +3,7 @@
 //! `config/default.toml` is the one place of keys and defaults. Reading opens no socket and no
 //! secret file.
 
+mod check;
 mod layers;
 mod value;
 
@@ -21,7 +22,7 @@ pub use self::layers::Flags;
 use self::layers::Layers;
 use self::value::{Offset, OrOff, Setting};
 use crate::credentials::Configured;
-use crate::layer::normalise::{Format, NormaliseLayer, Statuses};
+use crate::layer::normalise::NormaliseLayer;
 use crate::sandbox;
 use crate::telemetry;
 use crate::token::Validity;
@@ -141,12 +142,6 @@ pub struct Row {
 
 /// Keys whose value is never shown.
 const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
-/// Kling documents 30 minutes ("General Information", read 2026-11-22); shorter is of no use.
-const LIFETIMES: std::ops::RangeInclusive<Duration> =
-    Duration::from_mins(1)..=Duration::from_mins(30);
-
-/// Longer is a mistake, and would overflow a deadline in the end.
-const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
 // === impl Settings ===
 
@@ -239,125 +234,6 @@ impl Settings {
             },
         }
     }
-
-    /// What is wrong although each value is well formed.
-    fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        let mut require = |ok: bool, key: &str, reason: String| {
-            if !ok {
-                problems.push(Problem::new(key, reason));
-            }
-        };
-        let Validity {
-            lifetime,
-            refresh_before,
-            ..
-        } = self.token;
-        require(
-            LIFETIMES.contains(&lifetime),
-            "token.lifetime",
-            format!(
-                "want 1m to 30m, got {}",
-                humantime::format_duration(lifetime)
-            ),
-        );
-        require(
-            refresh_before < lifetime,
-            "token.refresh_before",
-            format!(
-                "want less than token.lifetime, {}",
-                humantime::format_duration(lifetime)
-            ),
-        );
-        require(
-            !self.listen.addresses.is_empty(),
-            "listen.address",
-            "want an address".to_owned(),
-        );
-        let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
-        for address in &self.listen.addresses {
-            require(
-                protected || address.ip().is_loopback(),
-                "listen.address",
-                format!(
-                    "{address} can be reached from other machines, which could spend your key: \
-                     set access.client_tokens_file, so that clients have to show a token, or \
-                     listen.unsafe_allow_remote = true"
-                ),
-            );
-        }
-        self.access.check(&mut require);
-        require(
-            self.errors.format == Format::Kling || self.errors.statuses == Statuses::Documented,
-            "errors.status",
-            "has no effect with errors.format = \"upstream\"".to_owned(),
-        );
-        for (key, duration) in [
-            ("upstream.connect_timeout", self.upstream.timeouts.connect),
-            ("upstream.response_timeout", self.upstream.timeouts.response),
-            ("upstream.idle_timeout", self.upstream.timeouts.idle),
-            ("limits.header_timeout", self.limits.header_timeout),
-        ] {
-            let fits = !duration.is_zero() && duration <= LONGEST_WAIT;
-            require(fits, key, "want more than 0s and at most 24h".to_owned());
-        }
-        for (key, duration) in [
-            ("shutdown.delay", self.shutdown.delay),
-            ("shutdown.drain", self.shutdown.drain),
-            ("sandbox.task_time", self.sandbox.task_time),
-            ("token.not_before_leeway", self.token.not_before_leeway),
-        ] {
-            require(duration <= LONGEST_WAIT, key, "want at most 24h".to_owned());
-        }
-        for (key, number) in [
-            ("limits.connections", self.limits.connections),
-            ("limits.in_flight", self.limits.in_flight),
-        ] {
-            require(number > 0, key, "want more than 0".to_owned());
-        }
-        problems
-    }
-}
-
-// === impl Access ===
-
-impl Access {
-    /// Finds entries that could never match a request.
-    fn check(&self, require: &mut impl FnMut(bool, &str, String)) {
-        require(
-            !self.allowed_hosts.is_empty(),
-            "access.allowed_hosts",
-            "want a host: without one every request is refused".to_owned(),
-        );
-        for host in &self.allowed_hosts {
-            require(
-                is_host(host),
-                "access.allowed_hosts",
-                format!("want host names without scheme and port, got `{host}`"),
-            );
-        }
-        for origin in &self.allowed_origins {
-            require(
-                origin.to_str().is_ok_and(is_web_origin),
-                "access.allowed_origins",
-                format!("want origins such as \"http://localhost:3000\", got {origin:?}"),
-            );
-        }
-        for method in &self.allowed_methods {
-            require(
-                !method.as_str().contains(|c: char| c.is_ascii_lowercase()),
-                "access.allowed_methods",
-                format!("methods are upper case, got `{method}`"),
-            );
-        }
-        for path in &self.allowed_paths {
-            require(
-                path.starts_with('/') && !path.contains([',', '"', '?', '#']),
-                "access.allowed_paths",
-                format!("want paths that begin with `/`, got `{path}`"),
-            );
-        }
-    }
 }
 
 /// Reads one key after the other.
@@ -410,24 +286,6 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}`: {}", self.place, self.reason)
     }
-}
-
-/// A name or an address, as a `Host` header has it before the port.
-fn is_host(host: &str) -> bool {
-    let port = host
-        .rsplit_once(':')
-        .is_some_and(|(_, port)| !port.ends_with(']'));
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._[]:".contains(&b);
-    !host.is_empty() && !port && host.bytes().all(plain)
-}
-
-/// Scheme, host and port as browsers send them, and nothing else. `null` is the origin of files and
-/// sandboxed frames, which anyone can be.
-fn is_web_origin(origin: &str) -> bool {
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-._[]:".contains(&b);
-    origin.split_once("://").is_some_and(|(scheme, host)| {
-        !scheme.is_empty() && !host.is_empty() && scheme.bytes().chain(host.bytes()).all(plain)
-    })
 }
 
 fn rows(layers: &Layers) -> Vec<Row> {
