@@ -1,6 +1,7 @@
 //! Who may call the proxy, where a file of client tokens says so (`access.client_tokens_file`).
 
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -8,30 +9,58 @@ use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use ring::hmac;
 use serde::Deserialize;
-use subtle::{Choice, ConstantTimeEq};
+use subtle::ConstantTimeEq;
 
 use crate::clock::Clock;
 use crate::headers::CLIENT_TOKEN;
 use crate::secret::Secret;
+use crate::secret_file::{self, SecretFileError};
 
 /// The tokens that are accepted.
 pub struct ClientTokens {
-    tokens: Vec<Secret>,
+    clients: Vec<Client>,
     clock: Arc<dyn Clock>,
+    /// What their owner should know.
+    pub warning: Option<String>,
 }
+
+/// What a line of the file says.
+#[derive(PartialEq, Eq)]
+struct Client {
+    name: ClientName,
+    token: Secret,
+}
+
+/// The name of a token, for logs and metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientName(Arc<str>);
+
+/// Who sent a request, once the guard has found out. All clones are one.
+#[derive(Clone, Default)]
+pub struct Caller(Arc<OnceLock<ClientName>>);
 
 /// Shortest token accepted: less could be guessed.
 const SHORTEST: usize = 16;
+/// Longest name, in bytes: it is a label of metrics.
+const LONGEST_NAME: usize = 64;
+/// What a token without a name is called.
+const UNNAMED: &str = "unnamed";
 
 /// What is wrong with a file of tokens. It shows none of them.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
+    /// It cannot be read, or others could have written it.
+    #[error("cannot read {}", .0.display())]
+    Unreadable(PathBuf, #[source] SecretFileError),
     /// It has no token.
     #[error("it holds no token")]
     Empty,
     /// A token is too short to be safe.
     #[error("line {0}: a token has at least {SHORTEST} characters")]
     Short(usize),
+    /// A name would not be safe in a log.
+    #[error("line {0}: a name has 1 to {LONGEST_NAME} letters, digits, `.`, `_` or `-`")]
+    Name(usize),
 }
 
 #[derive(Deserialize)]
@@ -43,70 +72,88 @@ struct Times {
 // === impl ClientTokens ===
 
 impl ClientTokens {
+    /// Reads a file of tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`FileError`] shows no token.
+    pub fn read(path: &Path, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
+        let file = secret_file::read(path)
+            .map_err(|error| FileError::Unreadable(path.to_owned(), error))?;
+        let mut tokens = Self::parse(&file.text, clock)?;
+        tokens.warning = file
+            .exposed
+            .then(|| format!("every user can read {}: chmod 600", path.display()));
+        Ok(tokens)
+    }
+
     /// Reads one token a line, `token` or `name:token`; empty lines and `#` comments do not count.
     ///
     /// # Errors
     ///
     /// [`FileError`] names the line.
-    pub fn parse(text: &str, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
-        let mut tokens = Vec::new();
+    fn parse(text: &str, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
+        let mut clients = Vec::new();
         for (index, line) in text.lines().map(str::trim).enumerate() {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let token = line
+            let (name, token) = line
                 .split_once(':')
-                .map_or(line, |(_name, token)| token.trim());
+                .map_or((UNNAMED, line), |(name, token)| (name.trim(), token.trim()));
             if token.len() < SHORTEST {
                 return Err(FileError::Short(index + 1));
             }
-            tokens.push(Secret::from(token.to_owned()));
+            clients.push(Client {
+                name: ClientName::new(name).ok_or(FileError::Name(index + 1))?,
+                token: Secret::from(token.to_owned()),
+            });
         }
-        if tokens.is_empty() {
+        if clients.is_empty() {
             Err(FileError::Empty)
         } else {
-            Ok(Self { tokens, clock })
+            Ok(Self {
+                clients,
+                clock,
+                warning: None,
+            })
         }
     }
 
-    /// Whether the request shows a token: in `kling-proxy-token`, as a bearer, or as the secret key
-    /// of a JWT, which is what an unchanged Kling client sends.
-    pub fn admit(&self, headers: &HeaderMap) -> bool {
+    /// Whose token the request shows: in `kling-proxy-token`, as a bearer, or as the secret key of a
+    /// JWT, which is what an unchanged Kling client sends.
+    pub fn admit(&self, headers: &HeaderMap) -> Option<ClientName> {
         let shown = headers.get(CLIENT_TOKEN).map(http::HeaderValue::as_bytes);
         let bearer = headers
             .get(AUTHORIZATION)
             .and_then(|value| value.as_bytes().split_at_checked("Bearer ".len()))
             .and_then(|(scheme, rest)| scheme.eq_ignore_ascii_case(b"Bearer ").then_some(rest));
-        shown.is_some_and(|shown| self.is_one(shown))
-            || bearer.is_some_and(|bearer| self.is_one(bearer) || self.signed(bearer))
+        let client = shown
+            .and_then(|shown| self.named_by(shown))
+            .or_else(|| self.named_by(bearer?))
+            .or_else(|| self.signer_of(bearer?));
+        client.map(|client| client.name.clone())
     }
 
-    /// Compares with every token, each in constant time.
-    fn is_one(&self, shown: &[u8]) -> bool {
-        let matches = self
-            .tokens
-            .iter()
-            .map(|token| token.expose().as_bytes().ct_eq(shown));
-        matches.fold(Choice::from(0), |any, this| any | this).into()
+    /// Compares with every token, each in constant time, also after one was found.
+    fn named_by(&self, shown: &[u8]) -> Option<&Client> {
+        self.clients.iter().fold(None, |found, client| {
+            let same = client.token.expose().as_bytes().ct_eq(shown);
+            if same.into() { Some(client) } else { found }
+        })
     }
 
-    /// Whether a JWT (HS256, `exp`, `nbf`) is signed with a token and valid now.
-    fn signed(&self, jwt: &[u8]) -> bool {
-        let Some((message, signature)) = jwt
-            .iter()
-            .rposition(|b| *b == b'.')
-            .map(|dot| (&jwt[..dot], &jwt[dot + 1..]))
-        else {
-            return false;
-        };
-        let Ok(signature) = URL_SAFE_NO_PAD.decode(signature) else {
-            return false;
-        };
-        let signed = self.tokens.iter().any(|token| {
-            let key = hmac::Key::new(hmac::HMAC_SHA256, token.expose().as_bytes());
+    /// Whose token signs a JWT (HS256, `exp`, `nbf`) that is valid now.
+    fn signer_of(&self, jwt: &[u8]) -> Option<&Client> {
+        let dot = jwt.iter().rposition(|b| *b == b'.')?;
+        let (message, signature) = (&jwt[..dot], &jwt[dot + 1..]);
+        let signature = URL_SAFE_NO_PAD.decode(signature).ok()?;
+        let signed = |client: &&Client| {
+            let key = hmac::Key::new(hmac::HMAC_SHA256, client.token.expose().as_bytes());
             hmac::verify(&key, message, &signature).is_ok()
-        });
-        signed && claims(message).is_some_and(|times| self.is_now(&times))
+        };
+        let client = self.clients.iter().find(signed)?;
+        self.is_now(&claims(message)?).then_some(client)
     }
 
     fn is_now(&self, times: &Times) -> bool {
@@ -117,6 +164,42 @@ impl ClientTokens {
             .unwrap_or_default();
         let now = i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX);
         times.nbf <= now && now < times.exp
+    }
+}
+
+impl PartialEq for ClientTokens {
+    fn eq(&self, other: &Self) -> bool {
+        self.clients == other.clients
+    }
+}
+
+// === impl ClientName ===
+
+impl ClientName {
+    fn new(name: &str) -> Option<Self> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        let fits = (1..=LONGEST_NAME).contains(&name.len()) && name.bytes().all(plain);
+        fits.then(|| Self(name.into()))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+// === impl Caller ===
+
+impl Caller {
+    /// It is this one.
+    pub fn is(&self, name: ClientName) {
+        // A request has one caller; the first word stands.
+        let _ = self.0.set(name);
+    }
+
+    /// The caller's name, where clients have to show a token.
+    pub fn name(&self) -> Option<&str> {
+        self.0.get().map(ClientName::as_str)
     }
 }
 
@@ -169,6 +252,14 @@ mod tests {
                 "line 2: a token has at least 16 characters",
             ),
             ("name:short", "line 1: a token has at least 16 characters"),
+            (
+                "a b:0123456789abcdef",
+                "line 1: a name has 1 to 64 letters, digits, `.`, `_` or `-`",
+            ),
+            (
+                ":0123456789abcdef",
+                "line 1: a name has 1 to 64 letters, digits, `.`, `_` or `-`",
+            ),
         ] {
             assert_eq!(
                 tokens(text).err().map(|e| e.to_string()).as_deref(),
@@ -219,7 +310,9 @@ mod tests {
         ] {
             let headers = HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
             let tokens = tokens(&format!("someone:{TOKEN}")).unwrap();
-            assert_eq!(tokens.admit(&headers), admitted, "{name}: {value}");
+            let client = tokens.admit(&headers);
+            let client = client.as_ref().map(ClientName::as_str);
+            assert_eq!(client, admitted.then_some("someone"), "{name}: {value}");
         }
     }
 }

@@ -23,12 +23,12 @@ pub struct Configured {
 }
 
 /// All places where a credential may be.
-#[derive(Clone, Debug)]
-pub struct Places {
+#[derive(Clone, Copy)]
+pub struct Places<'a> {
     /// The variables of the process, as they were at its start.
-    pub environment: Vec<(OsString, OsString)>,
+    pub environment: &'a [(OsString, OsString)],
     /// The lowest place.
-    pub configured: Configured,
+    pub configured: &'a Configured,
 }
 
 /// A credential and where it was found.
@@ -38,8 +38,6 @@ pub struct Found {
     pub credential: Credential,
     /// The variables, files or keys it came from.
     pub source: String,
-    /// Whether a file is among them, which may change.
-    pub from_file: bool,
     /// What its owner should know.
     pub warnings: Vec<String>,
 }
@@ -82,7 +80,6 @@ pub enum Error {
 struct Key {
     secret: Secret,
     place: String,
-    from_file: bool,
     warning: Option<String>,
 }
 
@@ -91,7 +88,7 @@ const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 
 // === impl Places ===
 
-impl Places {
+impl Places<'_> {
     /// Looks for a credential, in the order that the README gives.
     ///
     /// # Errors
@@ -121,7 +118,7 @@ impl Places {
             access_key_file,
             secret_key_file,
             api_key_file,
-        } = &self.configured;
+        } = self.configured;
         if let Some(path) = api_key_file {
             return api_key(from_file("credentials.api_key_file".to_owned(), path)?);
         }
@@ -198,7 +195,6 @@ fn from_file(place: String, path: &Path) -> Result<Key, Error> {
             let warning = format!("{place}: every user can read {}: chmod 600", path.display());
             let key = key(place, &text)?;
             Ok(Key {
-                from_file: true,
                 warning: exposed.then_some(warning),
                 ..key
             })
@@ -221,7 +217,6 @@ fn key(place: String, text: &str) -> Result<Key, Error> {
     Ok(Key {
         secret,
         place,
-        from_file: false,
         warning: None,
     })
 }
@@ -242,7 +237,6 @@ fn pair(
         }),
         (Some(access), Some(secret)) => Ok(Some(Found {
             source: format!("{} and {}", access.place, secret.place),
-            from_file: access.from_file || secret.from_file,
             warnings: access.warning.into_iter().chain(secret.warning).collect(),
             credential: Credential::Pair {
                 access_key: access.secret,
@@ -257,7 +251,6 @@ fn api_key(key: Key) -> Result<Found, Error> {
     let Key {
         secret,
         place,
-        from_file,
         warning,
     } = key;
     let mut warnings = Vec::from_iter(warning);
@@ -279,7 +272,6 @@ fn api_key(key: Key) -> Result<Found, Error> {
     Ok(Found {
         credential,
         source: place,
-        from_file,
         warnings,
     })
 }
@@ -294,8 +286,8 @@ mod tests {
             .iter()
             .map(|(name, value)| (name.into(), value.into()));
         let places = Places {
-            environment: environment.collect(),
-            configured: Configured::default(),
+            environment: &environment.collect::<Vec<_>>(),
+            configured: &Configured::default(),
         };
         match places.find() {
             Ok(Found {

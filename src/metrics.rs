@@ -37,6 +37,7 @@ pub struct Metrics {
     answers: IntCounter,
     attempts: IntCounterVec,
     refusals: IntCounterVec,
+    clients: IntCounterVec,
     minted: IntCounterVec,
     token_expiry: IntGauge,
 }
@@ -98,6 +99,11 @@ impl Metrics {
                 "Requests refused unsent.",
                 &["reason"],
             )?,
+            clients: counters(
+                "client_requests_total",
+                "Requests that showed a client token, by its name.",
+                &["client"],
+            )?,
             minted: counters("tokens_minted_total", "Tokens minted.", &["outcome"])?,
             token_expiry: gauge(
                 "token_expiry_timestamp_seconds",
@@ -153,6 +159,11 @@ impl Metrics {
     /// The guard refused a request with this type of error.
     pub fn refused(&self, kind: &'static str) {
         self.refusals.with_label_values(&[kind]).inc();
+    }
+
+    /// A client showed the token of this name.
+    pub fn admitted(&self, client: &str) {
+        self.clients.with_label_values(&[client]).inc();
     }
 
     /// A token was to be minted.

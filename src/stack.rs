@@ -13,11 +13,13 @@ use crate::clock::Clock;
 use crate::error::Error;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::cors::CorsLayer;
-use crate::layer::guard::{GuardLayer, Rules};
-use crate::layer::normalise::NormaliseLayer;
+use crate::layer::guard::GuardLayer;
+use crate::layer::normalise::{Look, NormaliseLayer};
 use crate::layer::trace::TraceLayer;
 use crate::lifecycle::Lifecycle;
+use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::rules::Rules;
 use crate::token::Tokens;
 use crate::upstream::{Origin, Timeouts, Upstream};
 
@@ -25,9 +27,9 @@ use crate::upstream::{Origin, Timeouts, Upstream};
 #[derive(Clone)]
 pub struct Shared {
     /// What may pass.
-    pub rules: Arc<Rules>,
+    pub rules: Live<Rules>,
     /// How errors look.
-    pub normalise: NormaliseLayer,
+    pub errors: Live<Look>,
     /// Where bearers come from.
     pub tokens: Arc<Tokens>,
     /// Where requests go.
@@ -92,10 +94,10 @@ impl Shared {
     {
         ServiceBuilder::new()
             .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
-            .layer(CorsLayer::new(Arc::clone(&self.rules.allowed_origins))) // pages read errors too
-            .layer(self.normalise) // inside, a request may fail; outside, it cannot
+            .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
+            .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
             .layer(GuardLayer::new(
-                Arc::clone(&self.rules),
+                self.rules.clone(),
                 Arc::clone(&self.lifecycle),
                 Arc::clone(&self.metrics),
             )) // refuses before anything is spent

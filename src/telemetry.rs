@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::reload::Handle;
 
 /// How log lines look (`log.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,22 +16,46 @@ pub enum Format {
     Json,
 }
 
+/// A hold on which lines are logged, to change that while running.
+pub struct Filter(Box<dyn Fn(EnvFilter) + Send>);
+
+// === impl Filter ===
+
+impl Filter {
+    fn of<S: 'static>(handle: Handle<EnvFilter, S>) -> Self {
+        Self(Box::new(move |filter| {
+            if let Err(error) = handle.reload(filter) {
+                tracing::warn!(%error, "cannot change what is logged");
+            }
+        }))
+    }
+
+    /// Logs what this filter lets through from now on.
+    pub fn set(&self, filter: EnvFilter) {
+        (self.0)(filter);
+    }
+}
+
 /// Logs to standard error from now on, as the first caller in the process says.
-pub fn init(format: Format, filter: EnvFilter) {
+pub fn init(format: Format, filter: EnvFilter) -> Filter {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
     let terminal = std::io::stderr().is_terminal();
-    let set = match (format, terminal) {
-        (Format::Json, _) | (Format::Auto, false) => builder
-            .json()
-            .flatten_event(true)
-            .with_span_list(false)
-            .try_init(),
-        (Format::Pretty, _) | (Format::Auto, true) => builder.with_ansi(terminal).try_init(),
+    let (filter, set) = match (format, terminal) {
+        (Format::Json, _) | (Format::Auto, false) => {
+            let builder = builder.json().flatten_event(true).with_span_list(false);
+            let builder = builder.with_filter_reloading();
+            (Filter::of(builder.reload_handle()), builder.try_init())
+        }
+        (Format::Pretty, _) | (Format::Auto, true) => {
+            let builder = builder.with_ansi(terminal).with_filter_reloading();
+            (Filter::of(builder.reload_handle()), builder.try_init())
+        }
     };
     // Only a test that sets up twice gets here; the first setting stands.
     if let Err(error) = set {
         tracing::debug!(error, "logging is set up already");
     }
+    filter
 }

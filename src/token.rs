@@ -3,10 +3,11 @@
 //! Form and claims are the vendor's ("General Information", API authentication, read 2026-11-22):
 //! HS256, header `alg` and `typ`, claims `iss`, `exp` and `nbf` as integers.
 
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
+use bytes::Bytes;
 use http::HeaderValue;
 use jsonwebtoken::crypto::{CryptoProvider, JwtSigner, KeyUtils};
 use jsonwebtoken::errors::{Error as JwtError, ErrorKind};
@@ -61,11 +62,16 @@ pub struct Claims {
 
 /// The one place that hands out bearers. Reading the current one takes no lock.
 pub struct Tokens {
-    credential: Mutex<Credential>,
-    validity: Validity,
+    source: Mutex<Source>,
     clock: Arc<dyn Clock>,
     current: ArcSwapOption<Bearer>,
     metrics: Arc<Metrics>,
+}
+
+/// What tokens are made of.
+struct Source {
+    credential: Credential,
+    validity: Validity,
 }
 
 /// Why there is no bearer.
@@ -82,8 +88,17 @@ pub enum MintError {
 /// An `Authorization` value and the time it is good for.
 struct Bearer {
     value: HeaderValue,
-    /// `nbf` and `exp`; `None` for an API key, which has no end.
-    bounds: Option<(u64, u64)>,
+    /// `None` for an API key, which has no end.
+    bounds: Option<Bounds>,
+}
+
+/// Points of time in a token's life, in seconds since the epoch.
+#[derive(Clone, Copy)]
+struct Bounds {
+    nbf: u64,
+    /// From here on it is replaced before use.
+    stale: u64,
+    exp: u64,
 }
 
 // === impl Credential ===
@@ -105,12 +120,19 @@ impl Credential {
             } => {
                 let claims = Claims::new(access_key, validity, now);
                 let token = Zeroizing::new(sign(&claims, secret_key)?);
-                (token, Some((claims.nbf, claims.exp)))
+                let bounds = Bounds {
+                    nbf: claims.nbf,
+                    stale: claims.exp.saturating_sub(validity.refresh_before.as_secs()),
+                    exp: claims.exp,
+                };
+                (token, Some(bounds))
             }
             Self::ApiKey(key) => (Zeroizing::new(key.expose().to_owned()), None),
         };
-        let text = Zeroizing::new(format!("Bearer {}", *token));
-        let mut value = HeaderValue::from_str(&text).map_err(|_| MintError::NotAHeader)?;
+        // The value owns these bytes and copies none of them; the last clone wipes them.
+        let text = Zeroizing::new(format!("Bearer {}", *token).into_bytes());
+        let text = Bytes::from_owner(text);
+        let mut value = HeaderValue::from_maybe_shared(text).map_err(|_| MintError::NotAHeader)?;
         value.set_sensitive(true);
         Ok(Bearer { value, bounds })
     }
@@ -140,13 +162,14 @@ impl Tokens {
         clock: Arc<dyn Clock>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let credential = Mutex::new(credential);
-        let current = ArcSwapOption::empty();
-        Self {
+        let source = Source {
             credential,
             validity,
+        };
+        Self {
+            source: Mutex::new(source),
             clock,
-            current,
+            current: ArcSwapOption::empty(),
             metrics,
         }
     }
@@ -163,42 +186,48 @@ impl Tokens {
         let now = self.clock.now();
         let current = self.current.load();
         let usable = match current.as_deref() {
-            Some(bearer) if bearer.is_fresh(now, self.validity) => return Ok(bearer.value.clone()),
+            Some(bearer) if bearer.is_fresh(now) => return Ok(bearer.value.clone()),
             Some(bearer) if bearer.is_valid(now) => Some(bearer),
             _ => None,
         };
-        let credential = match (self.credential.try_lock(), usable) {
-            (Ok(credential), _) => credential,
+        let source = match (self.source.try_lock(), usable) {
+            (Ok(source), _) => source,
             (Err(TryLockError::WouldBlock), Some(bearer)) => return Ok(bearer.value.clone()),
             (Err(TryLockError::WouldBlock), None) => self.lock(),
             (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
         };
         // Another caller may have minted while this one waited.
         if let Some(bearer) = self.current.load().as_deref()
-            && bearer.is_fresh(now, self.validity)
+            && bearer.is_fresh(now)
         {
             return Ok(bearer.value.clone());
         }
-        self.mint(&credential, now)
+        self.mint(&source, now)
     }
 
     /// Takes another credential from now on, and drops the token of the old one. Tells whether it
     /// is another.
     pub fn replace(&self, credential: Credential) -> bool {
-        let mut current = self.lock();
-        let changed = *current != credential;
+        let mut source = self.lock();
+        let changed = source.credential != credential;
         if changed {
-            *current = credential;
+            source.credential = credential;
             self.current.store(None);
         }
         changed
     }
 
-    fn mint(&self, credential: &Credential, now: SystemTime) -> Result<HeaderValue, MintError> {
-        let minted = credential.bearer(self.validity, now);
+    /// Lets tokens live so from now on, and drops the current one.
+    pub fn set_validity(&self, validity: Validity) {
+        self.lock().validity = validity;
+        self.current.store(None);
+    }
+
+    fn mint(&self, source: &Source, now: SystemTime) -> Result<HeaderValue, MintError> {
+        let minted = source.credential.bearer(source.validity, now);
         self.metrics.token_minted(minted.is_ok());
         let bearer = minted?;
-        if let Some((_, exp)) = bearer.bounds {
+        if let Some(Bounds { exp, .. }) = bearer.bounds {
             self.metrics.token_expires(exp);
             tracing::debug!(exp, "token minted");
         }
@@ -207,10 +236,8 @@ impl Tokens {
         Ok(value)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Credential> {
-        self.credential
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Source> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -219,11 +246,14 @@ impl Tokens {
 impl Bearer {
     fn is_valid(&self, now: SystemTime) -> bool {
         let now = unix_seconds(now);
-        self.bounds.is_none_or(|(nbf, exp)| nbf <= now && now < exp)
+        self.bounds
+            .is_none_or(|bounds| bounds.nbf <= now && now < bounds.exp)
     }
 
-    fn is_fresh(&self, now: SystemTime, validity: Validity) -> bool {
-        self.is_valid(now) && self.is_valid(now + validity.refresh_before)
+    fn is_fresh(&self, now: SystemTime) -> bool {
+        let now = unix_seconds(now);
+        self.bounds
+            .is_none_or(|bounds| bounds.nbf <= now && now < bounds.stale)
     }
 }
 

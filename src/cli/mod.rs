@@ -145,16 +145,16 @@ pub fn run() -> ExitCode {
     } = CommandLine::parse();
     let environment: Vec<_> = std::env::vars_os().collect();
     let done = match command {
-        None => serve::run(sandbox, &settings, environment),
-        Some(Command::Serve(with)) => serve::run(sandbox || with.sandbox, &settings, environment),
+        None => serve::run(sandbox, settings, environment),
+        Some(Command::Serve(with)) => serve::run(sandbox || with.sandbox, settings, environment),
         Some(_) if sandbox => Err(Failure::new(
             Exit::Usage,
             "--sandbox goes with `serve` only",
         )),
         Some(Command::Sandbox { address }) => sandbox::run(address, &settings, &environment),
-        Some(Command::Token { decode }) => token::run(decode, &settings, environment),
+        Some(Command::Token { decode }) => token::run(decode, &settings, &environment),
         Some(Command::Explain { code, output }) => explain::run(code, output),
-        Some(Command::Settings) => settings::run(&settings, environment),
+        Some(Command::Settings) => settings::run(&settings, &environment),
         Some(Command::Health) => health::run(&settings, &environment),
     };
     match done {

@@ -9,9 +9,9 @@ use crate::error::chain;
 
 pub(super) fn run(
     args: &SettingsArgs,
-    environment: Vec<(OsString, OsString)>,
+    environment: &[(OsString, OsString)],
 ) -> Result<(), Failure> {
-    let (settings, rows) = args.load(&environment)?;
+    let (settings, rows) = args.load(environment)?;
     let lines: Vec<_> = rows
         .iter()
         .map(|row| format!("{} = {}", row.key, row.value))
@@ -23,7 +23,7 @@ pub(super) fn run(
     say(
         match (Places {
             environment,
-            configured: settings.credentials,
+            configured: &settings.credentials,
         })
         .find()
         {

@@ -14,12 +14,12 @@ const SHOWN: usize = 4;
 pub(super) fn run(
     decode: bool,
     args: &SettingsArgs,
-    environment: Vec<(OsString, OsString)>,
+    environment: &[(OsString, OsString)],
 ) -> Result<(), Failure> {
-    let (settings, _) = args.load(&environment)?;
+    let (settings, _) = args.load(environment)?;
     let found = find_credential(&Places {
         environment,
-        configured: settings.credentials,
+        configured: &settings.credentials,
     })?;
     found.warnings.iter().for_each(complain);
     let Credential::Pair {

@@ -4,7 +4,6 @@
 
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use axum::extract::Request;
@@ -15,6 +14,9 @@ use http::header::{
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
+use crate::live::Live;
+use crate::rules::Rules;
+
 /// The headers of ours that a page may read.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
     "kling-proxy-error, kling-proxy-request-id, retry-after, x-should-retry",
@@ -23,14 +25,14 @@ const EXPOSED: HeaderValue = HeaderValue::from_static(
 /// Adds [`Cors`] to a service.
 #[derive(Clone)]
 pub struct CorsLayer {
-    allowed: Arc<[HeaderValue]>,
+    rules: Live<Rules>,
 }
 
 /// Adds CORS headers to answers.
 #[derive(Clone)]
 pub struct Cors<S> {
     inner: S,
-    allowed: Arc<[HeaderValue]>,
+    rules: Live<Rules>,
 }
 
 pin_project! {
@@ -46,9 +48,9 @@ pin_project! {
 // === impl CorsLayer ===
 
 impl CorsLayer {
-    /// Answers pages of these origins (`access.allowed_origins`).
-    pub fn new(allowed: Arc<[HeaderValue]>) -> Self {
-        Self { allowed }
+    /// Answers pages of the origins that `rules` allow.
+    pub fn new(rules: Live<Rules>) -> Self {
+        Self { rules }
     }
 }
 
@@ -56,8 +58,8 @@ impl<S> Layer<S> for CorsLayer {
     type Service = Cors<S>;
 
     fn layer(&self, inner: S) -> Cors<S> {
-        let allowed = Arc::clone(&self.allowed);
-        Cors { inner, allowed }
+        let rules = self.rules.clone();
+        Cors { inner, rules }
     }
 }
 
@@ -77,11 +79,11 @@ where
 
     fn call(&mut self, request: Request) -> Self::Future {
         let origin = request.headers().get(ORIGIN);
+        let rules = self.rules.load();
+        let allowed = &rules.allowed_origins;
         CorsFuture {
-            origin: origin
-                .filter(|origin| self.allowed.contains(origin))
-                .cloned(),
-            varies: !self.allowed.is_empty(),
+            origin: origin.filter(|origin| allowed.contains(origin)).cloned(),
+            varies: !allowed.is_empty(),
             inner: self.inner.call(request),
         }
     }

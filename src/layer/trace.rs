@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tower::{Layer, Service};
 use tracing::Span;
 
+use crate::client_token::Caller;
 use crate::effect::Effect;
 use crate::error::Failure;
 use crate::metrics::{InFlight, Metrics};
@@ -52,6 +53,7 @@ pin_project! {
 /// What is kept of a request until it is answered.
 struct Traced {
     id: RequestId,
+    caller: Caller,
     span: Span,
     method: Method,
     uri: Uri,
@@ -112,6 +114,7 @@ where
         let span = tracing::debug_span!("request", id = id.as_str());
         let traced = Traced {
             id: id.clone(),
+            caller: Caller::default(),
             span,
             method: request.method().clone(),
             uri: request.uri().clone(),
@@ -120,6 +123,7 @@ where
             in_flight: Some(self.metrics.enter()),
         };
         request.extensions_mut().insert(id);
+        request.extensions_mut().insert(traced.caller.clone());
         let inner = traced.span.in_scope(|| self.inner.call(request));
         TraceFuture {
             inner,
@@ -168,6 +172,7 @@ impl Traced {
             ($level:ident, $($more:tt)*) => {
                 tracing::$level!(
                     request_id = self.id.as_str(),
+                    client = self.caller.name(),
                     http.request.method = self.method.as_str(),
                     url.path = &*printable(self.uri.path()),
                     http.response.status_code = response.status().as_u16(),
@@ -204,6 +209,7 @@ impl Drop for Traced {
         match self.effect {
             Effect::Create => tracing::warn!(
                 request_id = id,
+                client = self.caller.name(),
                 url.path = path,
                 "the client has gone before its answer; a task may exist and be billed"
             ),

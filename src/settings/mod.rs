@@ -22,7 +22,7 @@ pub use self::layers::Flags;
 use self::layers::Layers;
 use self::value::{Offset, OrOff, Setting};
 use crate::credentials::Configured;
-use crate::layer::normalise::NormaliseLayer;
+use crate::layer::normalise::Look;
 use crate::sandbox;
 use crate::telemetry;
 use crate::token::Validity;
@@ -46,7 +46,7 @@ pub struct Settings {
     /// `limits.*`
     pub limits: Limits,
     /// `errors.*`
-    pub errors: NormaliseLayer,
+    pub errors: Look,
     /// `sandbox.*`
     pub sandbox: sandbox::Options,
     /// `shutdown.*`
@@ -210,7 +210,7 @@ impl Settings {
                 header_timeout: from.get("limits.header_timeout"),
                 in_flight: from.get("limits.in_flight"),
             },
-            errors: NormaliseLayer {
+            errors: Look {
                 statuses: from.get("errors.status"),
                 format: from.get("errors.format"),
             },

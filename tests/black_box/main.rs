@@ -12,6 +12,7 @@ mod forward;
 mod guard;
 mod normalise;
 mod protocol;
+mod reload;
 mod sandbox;
 mod secrets;
 mod server;

@@ -5,8 +5,8 @@
 //! thread keeps what is not a request: signals, the admin listener, the sandbox, changed files.
 
 mod process;
+mod reload;
 mod set_up;
-mod watch;
 
 use std::ffi::OsString;
 use std::io;
@@ -19,6 +19,7 @@ use tokio::sync::{Semaphore, mpsc, watch as latch};
 use tokio::task::JoinSet;
 
 use self::process::{hide_memory, raise_descriptor_limit};
+use self::reload::{Configuration, Reload};
 use self::set_up::Proxy;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, say};
@@ -36,29 +37,37 @@ const ADMIN_CONNECTIONS: usize = 64;
 
 pub(super) fn run(
     with_sandbox: bool,
-    args: &SettingsArgs,
+    args: SettingsArgs,
     environment: Vec<(OsString, OsString)>,
 ) -> Result<(), Failure> {
-    let (settings, _) = args.load(&environment)?;
-    telemetry::init(settings.log.format, settings.log.filter.clone());
+    let (settings, rows) = args.load(&environment)?;
+    let filter = telemetry::init(settings.log.format, settings.log.filter.clone());
     if settings.listen.unsafe_allow_remote && settings.access.client_tokens_file.is_none() {
         tracing::warn!("listen.unsafe_allow_remote: whoever can connect can spend your key");
     }
     raise_descriptor_limit();
     hide_memory();
-    let proxy = Proxy::set_up(settings, with_sandbox, environment)?;
+    let configuration = Configuration {
+        args,
+        environment,
+        settings,
+        rows,
+        filter,
+        sandboxed: with_sandbox,
+    };
+    let proxy = Proxy::set_up(&configuration)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     runtime
         .map_err(|error| Failure::because(Exit::Failed, &error))?
-        .block_on(proxy.run())
+        .block_on(proxy.run(configuration))
 }
 
 // === impl Proxy ===
 
 impl Proxy {
-    async fn run(self) -> Result<(), Failure> {
+    async fn run(self, configuration: Configuration) -> Result<(), Failure> {
         let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
         let Self {
             shared,
@@ -66,7 +75,6 @@ impl Proxy {
             listeners,
             admin,
             sandbox,
-            credentials,
             delay,
         } = self;
         let Shared {
@@ -105,7 +113,11 @@ impl Proxy {
                 never,
             ));
         }
-        tokio::spawn(watch::credentials(credentials, tokens, hang_up));
+        let reload = Reload {
+            configuration,
+            shared,
+        };
+        tokio::spawn(reload.run(hang_up));
         lifecycle.enter(Phase::Ready);
 
         tokio::select! {

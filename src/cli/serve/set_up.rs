@@ -1,6 +1,5 @@
 //! Puts the parts together: everything that can be wrong is found here, before the first request.
 
-use std::ffi::OsString;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,16 +7,17 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::reload::Configuration;
 use crate::cli::{Exit, Failure, find_credential};
 use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
-use crate::credentials::{Found, Places};
+use crate::credentials::Found;
 use crate::error::chain;
-use crate::layer::guard::Rules;
+use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::rules::Rules;
 use crate::sandbox::{self, Sandbox};
 use crate::secret::Secret;
-use crate::secret_file;
 use crate::server::{self, Limits};
 use crate::settings::{Problem, Settings};
 use crate::stack::Shared;
@@ -31,29 +31,22 @@ pub(super) struct Proxy {
     pub(super) listeners: Vec<TcpListener>,
     pub(super) admin: Option<TcpListener>,
     pub(super) sandbox: Option<(TcpListener, Sandbox)>,
-    pub(super) credentials: Option<Places>,
     pub(super) delay: Duration,
 }
 
 // === impl Proxy ===
 
 impl Proxy {
-    pub(super) fn set_up(
-        settings: Settings,
-        with_sandbox: bool,
-        environment: Vec<(OsString, OsString)>,
-    ) -> Result<Self, Failure> {
+    pub(super) fn set_up(configuration: &Configuration) -> Result<Self, Failure> {
+        let settings = &configuration.settings;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let places = Places {
-            environment,
-            configured: settings.credentials.clone(),
-        };
-        let (credential, credentials) = if with_sandbox {
-            (sandbox_credential(), None)
+        let credential = if configuration.sandboxed {
+            sandbox_credential()
         } else {
-            found(places)?
+            found(configuration)?
         };
-        let rules = rules(&settings, &clock)?;
+        let rules = rules(settings, &clock)?;
+        warn_of_clients(&rules);
         let tls = client_config(settings.upstream.ca_file.as_deref())
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
         let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
@@ -62,11 +55,11 @@ impl Proxy {
         let listeners = settings.listen.addresses.iter().copied().map(bind);
         let listeners = listeners.collect::<Result<Vec<_>, _>>()?;
         let admin = settings.admin.map(bind).transpose()?;
-        let (sandbox, origin) = if with_sandbox {
-            let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox, &clock)?;
+        let (sandbox, origin) = if configuration.sandboxed {
+            let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox.clone(), &clock)?;
             (Some((listener, sandbox)), origin)
         } else {
-            (None, settings.upstream.origin)
+            (None, settings.upstream.origin.clone())
         };
         refuse_circle(&origin, listeners.iter().chain(&admin))?;
 
@@ -77,8 +70,8 @@ impl Proxy {
             Arc::clone(&metrics),
         );
         let shared = Shared {
-            rules: Arc::new(rules),
-            normalise: settings.errors,
+            rules: Live::new(rules),
+            errors: Live::new(settings.errors),
             tokens: Arc::new(tokens),
             origin,
             tls,
@@ -101,7 +94,6 @@ impl Proxy {
             listeners,
             admin,
             sandbox,
-            credentials,
             delay,
         })
     }
@@ -112,19 +104,17 @@ fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         .map_err(|error| Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}")))
 }
 
-/// The credential, and the places to look again if it came from a file.
-fn found(places: Places) -> Result<(Credential, Option<Places>), Failure> {
+fn found(configuration: &Configuration) -> Result<Credential, Failure> {
     let Found {
         credential,
         source,
-        from_file,
         warnings,
-    } = find_credential(&places)?;
+    } = find_credential(&configuration.places())?;
     tracing::info!(kind = credential.kind(), source, "credential");
     for warning in warnings {
         tracing::warn!("{warning}");
     }
-    Ok((credential, from_file.then_some(places)))
+    Ok(credential)
 }
 
 fn sandbox_credential() -> Credential {
@@ -153,35 +143,31 @@ fn embedded_sandbox(
     ))
 }
 
-fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules, Failure> {
-    let wrong = |reason: String| {
-        let problem = Problem::new("access.client_tokens_file", reason);
+/// The rules of `access.*` and `limits.*`, with the client tokens of now.
+pub(super) fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules, Failure> {
+    let read = |path: &PathBuf| ClientTokens::read(path, Arc::clone(clock)).map(Arc::new);
+    let client_tokens = settings.access.client_tokens_file.as_ref().map(read);
+    let client_tokens = client_tokens.transpose().map_err(|error| {
+        let problem = Problem::new("access.client_tokens_file", chain(&error));
         Failure::new(Exit::Settings, problem.to_string())
-    };
-    let read = |path: &PathBuf| {
-        let unreadable =
-            |error| wrong(format!("cannot read {}: {}", path.display(), chain(&error)));
-        let file = secret_file::read(path).map_err(unreadable)?;
-        if file.exposed {
-            let path = path.display();
-            tracing::warn!("access.client_tokens_file: every user can read {path}: chmod 600");
-        }
-        ClientTokens::parse(&file.text, Arc::clone(clock)).map_err(|error| wrong(chain(&error)))
-    };
+    })?;
     Ok(Rules {
         allowed_hosts: settings.access.allowed_hosts.clone(),
-        allowed_origins: settings.access.allowed_origins.as_slice().into(),
+        allowed_origins: settings.access.allowed_origins.clone(),
         allowed_methods: settings.access.allowed_methods.clone(),
         allowed_paths: settings.access.allowed_paths.clone(),
-        client_tokens: settings
-            .access
-            .client_tokens_file
-            .as_ref()
-            .map(read)
-            .transpose()?,
+        client_tokens,
         request_body: settings.limits.request_body,
         in_flight: settings.limits.in_flight,
     })
+}
+
+/// Says what the owner of the client tokens should know.
+pub(super) fn warn_of_clients(rules: &Rules) {
+    let tokens = rules.client_tokens.as_ref();
+    if let Some(warning) = tokens.and_then(|tokens| tokens.warning.as_ref()) {
+        tracing::warn!("access.client_tokens_file: {warning}");
+    }
 }
 
 /// A proxy whose upstream is itself would answer no request and fill up; if it were the admin

@@ -21,6 +21,7 @@ use tower::{Layer, Service};
 
 use crate::effect::Effect;
 use crate::error::{Error, Failure};
+use crate::live::Live;
 use crate::request_id::RequestId;
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
@@ -45,20 +46,26 @@ pub enum Format {
     Upstream,
 }
 
-/// Adds [`Normalise`] to a service.
+/// How errors look (`errors.*`).
 #[derive(Clone, Copy, Debug)]
-pub struct NormaliseLayer {
+pub struct Look {
     /// See [`Statuses`].
     pub statuses: Statuses,
     /// See [`Format`].
     pub format: Format,
 }
 
+/// Adds [`Normalise`] to a service.
+#[derive(Clone)]
+pub struct NormaliseLayer {
+    look: Live<Look>,
+}
+
 /// Answers errors.
 #[derive(Clone)]
 pub struct Normalise<S> {
     inner: S,
-    layer: NormaliseLayer,
+    look: Live<Look>,
 }
 
 pin_project! {
@@ -66,7 +73,7 @@ pin_project! {
     pub struct NormaliseFuture<F> {
         #[pin]
         inner: F,
-        layer: NormaliseLayer,
+        look: Live<Look>,
         effect: Effect,
         request_id: Option<RequestId>,
     }
@@ -74,18 +81,27 @@ pin_project! {
 
 // === impl NormaliseLayer ===
 
+impl NormaliseLayer {
+    /// Makes errors look as `look` says when they are answered.
+    pub fn new(look: Live<Look>) -> Self {
+        Self { look }
+    }
+}
+
 impl<S> Layer<S> for NormaliseLayer {
     type Service = Normalise<S>;
 
     fn layer(&self, inner: S) -> Normalise<S> {
         Normalise {
             inner,
-            layer: *self,
+            look: self.look.clone(),
         }
     }
 }
 
-impl NormaliseLayer {
+// === impl Look ===
+
+impl Look {
     fn respond(self, error: Error, effect: Effect, request_id: &str) -> Response {
         let failure = Failure::from(&error);
         let retryable = error.retryable(effect);
@@ -131,7 +147,7 @@ where
 
     fn call(&mut self, request: Request) -> Self::Future {
         NormaliseFuture {
-            layer: self.layer,
+            look: self.look.clone(),
             effect: Effect::of(&request),
             request_id: request.extensions().get().cloned(),
             inner: self.inner.call(request),
@@ -153,7 +169,8 @@ where
             Ok(response) => response,
             Err(error) => {
                 let request_id = this.request_id.as_ref().map_or("", RequestId::as_str);
-                this.layer.respond(error, *this.effect, request_id)
+                let look = **this.look.load();
+                look.respond(error, *this.effect, request_id)
             }
         }))
     }

@@ -1,0 +1,197 @@
+//! Takes changes over while running: those of secret files within seconds, those of all settings on
+//! SIGHUP. What is wrong changes nothing, and the log says so.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::mem;
+use std::time::Duration;
+
+use tokio::signal::unix::Signal;
+use tokio::time::sleep;
+
+use super::set_up::{rules, warn_of_clients};
+use crate::cli::{Failure, SettingsArgs};
+use crate::credentials::Places;
+use crate::error::chain;
+use crate::settings::{Row, Settings};
+use crate::stack::Shared;
+use crate::telemetry::Filter;
+
+/// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Settings that change while running; for all others the process has to start again.
+const LIVE: [&str; 7] = [
+    "access.",
+    "credentials.",
+    "errors.",
+    "limits.in_flight",
+    "limits.request_body",
+    "log.filter",
+    "token.",
+];
+
+/// The settings in force, and where they came from.
+pub(super) struct Configuration {
+    pub(super) args: SettingsArgs,
+    pub(super) environment: Vec<(OsString, OsString)>,
+    pub(super) settings: Settings,
+    pub(super) rows: Vec<Row>,
+    /// What decides which lines are logged.
+    pub(super) filter: Filter,
+    /// Whether the embedded sandbox is upstream; its credential never changes.
+    pub(super) sandboxed: bool,
+}
+
+/// Keeps a running proxy up to date.
+pub(super) struct Reload {
+    pub(super) configuration: Configuration,
+    pub(super) shared: Shared,
+}
+
+/// A warning that is repeated only once it is another.
+#[derive(Default)]
+struct Warning(Option<String>);
+
+// === impl Configuration ===
+
+impl Configuration {
+    /// Where to look for a credential.
+    pub(super) fn places(&self) -> Places<'_> {
+        Places {
+            environment: &self.environment,
+            configured: &self.settings.credentials,
+        }
+    }
+
+    /// Whether other machines can connect.
+    fn is_exposed(&self) -> bool {
+        let mut addresses = self.settings.listen.addresses.iter();
+        addresses.any(|address| !address.ip().is_loopback())
+    }
+}
+
+// === impl Reload ===
+
+impl Reload {
+    /// Never ends.
+    pub(super) async fn run(mut self, mut hang_up: Signal) {
+        let (mut credential, mut clients) = (Warning::default(), Warning::default());
+        loop {
+            tokio::select! {
+                () = sleep(INTERVAL) => {}
+                _ = hang_up.recv() => {
+                    // Whoever asks wants an answer, be it the same one.
+                    (credential, clients) = Default::default();
+                    match self.settings() {
+                        Ok(()) => tracing::info!("settings reloaded"),
+                        Err(problem) => tracing::warn!(
+                            problem,
+                            "settings are wrong: keeping the old ones"
+                        ),
+                    }
+                }
+            }
+            credential.tell("credential", self.credential());
+            clients.tell("client tokens", self.clients());
+        }
+    }
+
+    /// Reads all settings again and takes over those that can change.
+    fn settings(&mut self) -> Result<(), String> {
+        let said = |failure: Failure| failure.lines.join("; ");
+        let Configuration {
+            args, environment, ..
+        } = &self.configuration;
+        let (settings, rows) = args.load(environment).map_err(said)?;
+        let protected = |settings: &Settings| settings.access.client_tokens_file.is_some();
+        if self.configuration.is_exposed()
+            && protected(&self.configuration.settings)
+            && !protected(&settings)
+        {
+            let reason =
+                "access.client_tokens_file cannot be taken away while other machines can connect";
+            return Err(reason.to_owned());
+        }
+        let rules = rules(&settings, &self.shared.clock).map_err(said)?;
+        for key in changed(&self.configuration.rows, &rows) {
+            if LIVE.iter().any(|live| key.starts_with(live)) {
+                tracing::info!(key, "setting changed");
+            } else {
+                tracing::warn!(key, "setting changed; it takes effect at the next start");
+            }
+        }
+        self.shared.rules.store(rules);
+        self.shared.errors.store(settings.errors);
+        self.shared.tokens.set_validity(settings.token);
+        let filter = settings.log.filter.clone();
+        self.configuration.filter.set(filter);
+        self.configuration.rows = rows;
+        let running = mem::replace(&mut self.configuration.settings, settings);
+        // The open listeners are still those.
+        self.configuration.settings.listen = running.listen;
+        Ok(())
+    }
+
+    /// Looks for a credential again, since it may have come from a file.
+    fn credential(&self) -> Result<(), String> {
+        if self.configuration.sandboxed {
+            return Ok(());
+        }
+        let found = self
+            .configuration
+            .places()
+            .find()
+            .map_err(|error| chain(&error))?;
+        if self.shared.tokens.replace(found.credential) {
+            tracing::info!(source = found.source, "credential changed");
+            for warning in found.warnings {
+                tracing::warn!("{warning}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the file of client tokens again.
+    fn clients(&self) -> Result<(), String> {
+        let settings = &self.configuration.settings;
+        if settings.access.client_tokens_file.is_none() {
+            return Ok(());
+        }
+        let rules = rules(settings, &self.shared.clock);
+        let rules = rules.map_err(|failure| failure.lines.join("; "))?;
+        if rules.client_tokens != self.shared.rules.load().client_tokens {
+            tracing::info!("client tokens changed");
+            warn_of_clients(&rules);
+            self.shared.rules.store(rules);
+        }
+        Ok(())
+    }
+}
+
+// === impl Warning ===
+
+impl Warning {
+    fn tell(&mut self, what: &str, outcome: Result<(), String>) {
+        let problem = outcome.err();
+        if let Some(problem) = &problem
+            && self.0.as_ref() != Some(problem)
+        {
+            tracing::warn!(problem, "{what}: keeping what there is");
+        }
+        self.0 = problem;
+    }
+}
+
+/// The keys that have another value now, or none any more.
+fn changed<'a>(before: &'a [Row], after: &'a [Row]) -> impl Iterator<Item = &'a str> {
+    let values = |rows: &'a [Row]| -> BTreeMap<&'a str, &'a str> {
+        let value = |row: &'a Row| (row.key.as_str(), row.value.as_str());
+        rows.iter().map(value).collect()
+    };
+    let (before, mut all) = (values(before), values(after));
+    let after = all.clone();
+    all.extend(&before);
+    all.into_keys()
+        .filter(move |key| before.get(key) != after.get(key))
+}

@@ -1,0 +1,261 @@
+//! What may pass: rules over the head of a request, in the order in which the guard asks them.
+
+use std::sync::Arc;
+
+use bytesize::ByteSize;
+use http::header::{HOST, HeaderMap, HeaderValue, ORIGIN, TRANSFER_ENCODING};
+use http::{Method, Uri};
+
+use crate::client_token::{ClientName, ClientTokens};
+use crate::error::Error;
+
+/// What may pass.
+#[derive(Clone)]
+pub struct Rules {
+    /// Accepted host names, without port (`access.allowed_hosts`).
+    pub allowed_hosts: Vec<String>,
+    /// Web origins that may call (`access.allowed_origins`).
+    pub allowed_origins: Vec<HeaderValue>,
+    /// Methods that pass; all if empty (`access.allowed_methods`).
+    pub allowed_methods: Vec<Method>,
+    /// Prefixes, on whole segments, of paths that pass; all if empty (`access.allowed_paths`).
+    pub allowed_paths: Vec<String>,
+    /// Who may call; `None` for anyone who can connect.
+    pub client_tokens: Option<Arc<ClientTokens>>,
+    /// Largest request body (`limits.request_body`).
+    pub request_body: ByteSize,
+    /// Most requests at once (`limits.in_flight`).
+    pub in_flight: u64,
+}
+
+/// As much of a refused host name as its sender is told.
+const LONGEST_QUOTE: usize = 255;
+
+// === impl Rules ===
+
+impl Rules {
+    /// Exactly one `Host`, and one of ours. Nothing else says which host is meant.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::HostNotAllowed`].
+    pub fn check_host(&self, headers: &HeaderMap) -> Result<(), Error> {
+        let mut hosts = headers.get_all(HOST).into_iter();
+        let refusal = |host: &[u8]| {
+            let host = String::from_utf8_lossy(host);
+            Err(Error::HostNotAllowed(
+                host.chars().take(LONGEST_QUOTE).collect(),
+            ))
+        };
+        match (hosts.next(), hosts.next()) {
+            (Some(host), None) => match host.to_str().ok().and_then(without_port) {
+                Some(name) if self.allows(name) => Ok(()),
+                _ => refusal(host.as_bytes()),
+            },
+            (None, _) => refusal(b""),
+            (Some(_), Some(second)) => refusal(second.as_bytes()),
+        }
+    }
+
+    /// Only browsers send these headers, and they do not let a page forge them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OriginNotAllowed`].
+    pub fn check_origin(&self, headers: &HeaderMap) -> Result<(), Error> {
+        let from_this_site =
+            |site: &HeaderValue| [&b"none"[..], b"same-origin"].contains(&site.as_bytes());
+        let allowed = match headers.get(ORIGIN) {
+            Some(origin) => self.allowed_origins.contains(origin),
+            None => headers.get("sec-fetch-site").is_none_or(from_this_site),
+        };
+        if allowed {
+            Ok(())
+        } else {
+            Err(Error::OriginNotAllowed)
+        }
+    }
+
+    /// A tunnel could lead anywhere, and a trace would show what we added.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MethodNotAllowed`].
+    pub fn check_method(&self, method: &Method) -> Result<(), Error> {
+        let never = [Method::CONNECT, Method::TRACE].contains(method);
+        let listed = self.allowed_methods.is_empty() || self.allowed_methods.contains(method);
+        if listed && !never {
+            Ok(())
+        } else {
+            Err(Error::MethodNotAllowed)
+        }
+    }
+
+    /// Judges the very bytes that are forwarded. What a server might resolve to another path
+    /// is in no list.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PathNotAllowed`].
+    pub fn check_path(&self, path: &str) -> Result<(), Error> {
+        let listed = |prefix: &String| {
+            let rest = path.strip_prefix(prefix.trim_end_matches('/'));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let all = self.allowed_paths.is_empty();
+        if all || !path.split('/').any(is_ambiguous) && self.allowed_paths.iter().any(listed) {
+            Ok(())
+        } else {
+            Err(Error::PathNotAllowed)
+        }
+    }
+
+    /// Whoever calls shows a token, if there are tokens to show. `None` where there are none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ClientTokenInvalid`].
+    pub fn check_client(&self, headers: &HeaderMap) -> Result<Option<ClientName>, Error> {
+        let Some(tokens) = &self.client_tokens else {
+            return Ok(None);
+        };
+        let name = tokens.admit(headers).ok_or(Error::ClientTokenInvalid)?;
+        Ok(Some(name))
+    }
+
+    fn allows(&self, name: &str) -> bool {
+        self.allowed_hosts
+            .iter()
+            .any(|allowed| allowed.eq_ignore_ascii_case(name))
+    }
+}
+
+/// The host of `host[:port]`; `None` if it is not of that form.
+fn without_port(authority: &str) -> Option<&str> {
+    let end = match authority.strip_prefix('[') {
+        Some(rest) => rest.find(']')? + 2,
+        None => authority.find(':').unwrap_or(authority.len()),
+    };
+    let (name, port) = authority.split_at(end);
+    let is_port = |port: &str| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
+    (port.is_empty() || port.strip_prefix(':').is_some_and(is_port)).then_some(name)
+}
+
+/// Whether a segment is one of dots, or holds a separator, once it is decoded.
+fn is_ambiguous(segment: &str) -> bool {
+    let decoded = segment.to_ascii_lowercase().replace("%2e", ".");
+    [".", ".."].contains(&&*decoded)
+        || ["\\", "%5c", "%2f"]
+            .iter()
+            .any(|separator| decoded.contains(separator))
+}
+
+/// A path on this proxy. An absolute target may name it by the same name as `Host`.
+///
+/// # Errors
+///
+/// [`Error::BadRequest`].
+pub fn check_target(target: &Uri, headers: &HeaderMap) -> Result<(), Error> {
+    if !target.path().starts_with('/') {
+        return Err(Error::BadRequest("the request target is not a path"));
+    }
+    let Some(authority) = target.authority() else {
+        return Ok(());
+    };
+    let same = headers.get(HOST).is_some_and(|host| {
+        host.as_bytes()
+            .eq_ignore_ascii_case(authority.as_str().as_bytes())
+    });
+    if same {
+        Ok(())
+    } else {
+        Err(Error::BadRequest("the request target names another host"))
+    }
+}
+
+/// No coding but `chunked`, and that once. hyper reads `gzip, chunked` too, but what it hands on
+/// would have lost its `gzip`.
+///
+/// # Errors
+///
+/// [`Error::BadRequest`].
+pub fn check_framing(headers: &HeaderMap) -> Result<(), Error> {
+    let mut codings = headers.get_all(TRANSFER_ENCODING).into_iter();
+    let chunked = |coding: &HeaderValue| coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(()),
+        (Some(coding), None) if chunked(coding) => Ok(()),
+        _ => Err(Error::BadRequest(
+            "the transfer coding is not `chunked` alone",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(allowed_paths: &[&str]) -> Rules {
+        Rules {
+            allowed_hosts: Vec::new(),
+            allowed_origins: Vec::new(),
+            allowed_methods: Vec::new(),
+            allowed_paths: allowed_paths.iter().map(ToString::to_string).collect(),
+            client_tokens: None,
+            request_body: ByteSize::mib(1),
+            in_flight: 1,
+        }
+    }
+
+    #[test]
+    fn a_path_is_judged_by_whole_segments_and_never_by_what_it_might_resolve_to() {
+        for (path, allowed) in [
+            ("/v1/videos", true),
+            ("/v1/videos/", true),
+            ("/v1/videos/text2video/1", true),
+            ("/v1/videos//text2video", true),
+            ("/v1/videos/a.b/..c", true),
+            ("/v1/videosx", false),
+            ("/v1", false),
+            ("/V1/videos", false),
+            ("//v1/videos", false),
+            ("/v1/videos/../images", false),
+            ("/v1/videos/./x", false),
+            ("/v1/videos/%2e%2E/images", false),
+            ("/v1/videos/.%2e", false),
+            ("/v1/videos/a%2fb", false),
+            ("/v1/videos/a%5Cb", false),
+            ("/v1/videos/a\\b", false),
+        ] {
+            for entry in ["/v1/videos", "/v1/videos/"] {
+                let outcome = rules(&["/account/costs", entry]).check_path(path);
+                assert_eq!(outcome.is_ok(), allowed, "{path} by {entry}");
+            }
+            assert!(rules(&[]).check_path(path).is_ok(), "{path} without a list");
+            let root = rules(&["/"]).check_path(path);
+            assert_eq!(
+                root.is_ok(),
+                !path.split('/').any(is_ambiguous),
+                "{path} by /"
+            );
+        }
+    }
+
+    #[test]
+    fn a_host_is_what_stands_before_the_port() {
+        for (authority, name) in [
+            ("localhost", Some("localhost")),
+            ("localhost:5546", Some("localhost")),
+            ("[::1]", Some("[::1]")),
+            ("[::1]:5546", Some("[::1]")),
+            ("localhost:", None),
+            ("localhost:x", None),
+            ("localhost:1:2", None),
+            ("[::1", None),
+            ("[::1]x", None),
+            ("", Some("")),
+        ] {
+            assert_eq!(without_port(authority), name, "{authority:?}");
+        }
+    }
+}

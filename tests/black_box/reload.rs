@@ -1,0 +1,142 @@
+//! What changes while the proxy runs: client tokens and settings, and who called.
+
+use std::fs;
+
+use crate::support::{
+    Connection, Proxy, Signal, Upstream, assert_has, eventually, get, kling, request,
+};
+
+/// The status of a request that shows this client token.
+fn status(proxy: &Proxy, token: &str) -> u16 {
+    let header = format!("kling-proxy-token: {token}");
+    proxy.send(request("GET /v1/x", &header, "")).status()
+}
+
+/// Waits for a line of the log with all these parts.
+fn logged(proxy: &Proxy, parts: &[&str]) {
+    let wanted = |line: &str| parts.iter().all(|part| line.contains(part));
+    let found = proxy.stderr.find(wanted);
+    assert!(found.is_some(), "no {parts:?} in {}", proxy.stderr.to_end());
+}
+
+#[test]
+fn name_of_a_client_token_stands_in_logs_and_metrics() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let tokens = "studio:first-token-01234\nsecond-token-01234\n";
+    let file = command.file("tokens", tokens);
+    let proxy = command
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .start();
+    for token in ["first-token-01234", "second-token-01234"] {
+        let header = format!("authorization: Bearer {token}");
+        let answer = proxy.send(request("POST /v1/x", &header, "{}"));
+        assert_eq!(answer.status(), 200, "{token}");
+    }
+    logged(&proxy, &["\"client\":\"studio\"", "answered"]);
+    logged(&proxy, &["\"client\":\"unnamed\"", "answered"]);
+    assert_has(
+        proxy.admin("/metrics").text(),
+        &[
+            "kling_proxy_client_requests_total{client=\"studio\"} 1",
+            "kling_proxy_client_requests_total{client=\"unnamed\"} 1",
+        ],
+    );
+}
+
+#[test]
+fn changed_client_tokens_are_noticed_and_a_broken_file_keeps_the_old_ones() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let file = command.file("tokens", "first-token-01234\n");
+    let proxy = command
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .start();
+    assert_eq!(status(&proxy, "first-token-01234"), 200);
+
+    // No signal: it is noticed by itself.
+    fs::write(&file, "second-token-01234\n").unwrap();
+    eventually("the new token is accepted", || {
+        status(&proxy, "second-token-01234") == 200
+    });
+    assert_eq!(status(&proxy, "first-token-01234"), 401);
+
+    fs::write(&file, "short\n").unwrap();
+    proxy.signal(Signal::HUP);
+    logged(&proxy, &["WARN", "line 1", "keeping"]);
+    assert_eq!(status(&proxy, "second-token-01234"), 200);
+    fs::remove_file(&file).unwrap();
+    proxy.signal(Signal::HUP);
+    logged(&proxy, &["WARN", "cannot read", "keeping"]);
+    assert_eq!(status(&proxy, "second-token-01234"), 200);
+}
+
+#[test]
+fn sighup_takes_over_what_can_change_and_names_what_cannot() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let file = command.file("settings.toml", "");
+    let proxy = command
+        .env("KLING_PROXY_CONFIG", file.to_str().unwrap())
+        .start();
+    assert_eq!(proxy.post("/v1/x", "{}").status(), 200);
+
+    let settings = "\
+        [access]\nallowed_methods = [\"GET\"]\nallowed_origins = [\"http://app.test\"]\n\
+        [log]\nfilter = \"kling_proxy=debug\"\n[upstream]\nresponse_timeout = \"7s\"\n\
+        [errors]\nstatus = \"actionable\"\n";
+    fs::write(&file, settings).unwrap();
+    proxy.signal(Signal::HUP);
+    logged(&proxy, &["WARN", "upstream.response_timeout", "next start"]);
+    logged(&proxy, &["settings reloaded"]);
+    assert_eq!(proxy.post("/v1/x", "{}").refusal(), (405, 9005));
+    let page = request("GET /v1/page", "origin: http://app.test", "");
+    let answer = proxy.send(page);
+    assert_eq!(
+        answer.header("access-control-allow-origin"),
+        Some("http://app.test")
+    );
+    logged(&proxy, &["DEBUG", "/v1/page"]);
+
+    upstream.answer(kling(429, r#"{"code":1102}"#));
+    assert_eq!(proxy.get("/v1/x").status(), 402);
+}
+
+#[test]
+fn settings_that_are_wrong_change_nothing() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let file = command.file("settings.toml", "");
+    let proxy = command
+        .env("KLING_PROXY_CONFIG", file.to_str().unwrap())
+        .start();
+    let settings = "[access]\nallowed_methods = [\"GET\"]\n[token]\nlifetime = \"5s\"\n";
+    fs::write(&file, settings).unwrap();
+    proxy.signal(Signal::HUP);
+    logged(&proxy, &["WARN", "token.lifetime", "keeping the old ones"]);
+    assert_eq!(proxy.post("/v1/x", "{}").status(), 200);
+}
+
+/// R5, also later.
+#[test]
+fn reload_does_not_open_a_proxy_that_other_machines_can_reach() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let tokens = command.file("tokens", "first-token-01234\n");
+    let protected = format!(
+        "[access]\nclient_tokens_file = \"{}\"\n",
+        tokens.to_str().unwrap()
+    );
+    let file = command.file("settings.toml", &protected);
+    let proxy = command
+        .setting("listen.address", "")
+        .env("KLING_PROXY_CONFIG", file.to_str().unwrap())
+        .argument("--listen=0.0.0.0:0")
+        .start();
+    fs::write(&file, "[listen]\nunsafe_allow_remote = true\n").unwrap();
+    proxy.signal(Signal::HUP);
+    logged(&proxy, &["WARN", "access.client_tokens_file", "keeping"]);
+    let address = ([127, 0, 0, 1], proxy.address.port()).into();
+    let answer = Connection::to(address).send(get("/v1/x")).answer();
+    assert_eq!(answer.refusal(), (401, 9003));
+}
