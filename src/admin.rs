@@ -1,24 +1,28 @@
-//! The admin listener: health and metrics, never reachable through the data listener.
+//! The admin listener: health, metrics and control, never reachable through the data listener.
 //!
-//! Probes and scrapers come by pod address, so these answer anyone who can connect; they show
-//! nothing of requests, keys or settings.
+//! Probes and scrapers come by pod address, so health and metrics answer anyone who can connect;
+//! they show nothing of requests, keys or settings.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use http::StatusCode;
 use http::header::CONTENT_TYPE;
+use http::{Method, StatusCode};
 use serde::Serialize;
+use tokio::sync::Notify;
 
+use crate::error::Error;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 
 /// How long a probe waits before it counts as failed.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Where the process is told to end.
+const QUIT: &str = "/quit";
 /// Where readiness is told.
 pub const READY: &str = "/health/ready";
 
@@ -29,6 +33,13 @@ struct Shown {
     metrics: Arc<Metrics>,
 }
 
+/// What changes the state of the process, for this machine alone.
+#[derive(Clone)]
+pub struct Control {
+    /// Told to end the process; `None` where that is not allowed (`admin.quit`).
+    pub quit: Option<Arc<Notify>>,
+}
+
 /// The body of a health endpoint.
 #[derive(Serialize)]
 struct Health {
@@ -37,7 +48,27 @@ struct Health {
     reasons: Vec<&'static str>,
 }
 
-/// All routes of the admin listener.
+// === impl Control ===
+
+impl Control {
+    /// Does what a request asks for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`] and [`Error::MethodNotAllowed`].
+    pub fn answer(&self, request: &Request) -> Result<Response, Error> {
+        match (&self.quit, request.uri().path(), request.method()) {
+            (Some(quit), QUIT, &Method::POST) => {
+                quit.notify_one();
+                Ok(health(Phase::Stopping, true))
+            }
+            (Some(_), QUIT, _) => Err(Error::MethodNotAllowed),
+            _ => Err(Error::NotFound),
+        }
+    }
+}
+
+/// The routes of health and metrics.
 pub fn router(lifecycle: Arc<Lifecycle>, metrics: Arc<Metrics>) -> Router {
     Router::new()
         .route("/health/startup", get(startup))

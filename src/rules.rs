@@ -34,6 +34,20 @@ const LONGEST_QUOTE: usize = 255;
 // === impl Rules ===
 
 impl Rules {
+    /// What may pass on the admin listener: the same hosts, and no page but its own.
+    #[must_use]
+    pub fn for_admin(&self) -> Self {
+        Self {
+            allowed_hosts: self.allowed_hosts.clone(),
+            allowed_origins: Vec::new(),
+            allowed_methods: Vec::new(),
+            allowed_paths: Vec::new(),
+            client_tokens: None,
+            request_body: ByteSize::b(0),
+            in_flight: u64::MAX,
+        }
+    }
+
     /// Exactly one `Host`, and one of ours. Nothing else says which host is meant.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! THE order of the layers: the only place that knows all of them.
 
 use std::convert::Infallible;
+use std::future::ready;
 use std::sync::Arc;
 
 use axum::Router;
@@ -9,6 +10,7 @@ use axum::response::Response;
 use axum::routing::any_service;
 use tower::{Service, ServiceBuilder, service_fn};
 
+use crate::admin::{self, Control};
 use crate::clock::Clock;
 use crate::error::Error;
 use crate::layer::authenticate::AuthenticateLayer;
@@ -28,6 +30,8 @@ use crate::upstream::{Origin, Timeouts, Upstream};
 pub struct Shared {
     /// What may pass.
     pub rules: Live<Rules>,
+    /// What may pass on the admin listener.
+    pub admin_rules: Live<Rules>,
     /// How errors look.
     pub errors: Live<Look>,
     /// Where bearers come from.
@@ -75,6 +79,24 @@ impl Shared {
             .route_service("/_proxy/", any_service(reserved.clone()))
             .route_service("/_proxy/{*rest}", any_service(reserved))
             .fallback_service(self.guarded(upstream))
+    }
+
+    /// What the admin listener serves. Health and metrics answer whoever can connect, since probes
+    /// and scrapers come by pod address. `control` is for this machine alone, behind the same guard.
+    pub fn admin(&self, control: Option<Control>) -> Router {
+        let open = admin::router(Arc::clone(&self.lifecycle), Arc::clone(&self.metrics));
+        let Some(control) = control else {
+            return open;
+        };
+        let guarded = ServiceBuilder::new()
+            .layer(NormaliseLayer::new(self.errors.clone()))
+            .layer(GuardLayer::new(
+                self.admin_rules.clone(),
+                Arc::default(), // it serves to the end, to tell how that goes
+                Arc::clone(&self.metrics),
+            ))
+            .service(service_fn(move |request| ready(control.answer(&request))));
+        open.fallback_service(guarded)
     }
 
     fn guarded<S>(

@@ -11,7 +11,7 @@ pub(super) fn run(
     environment: &[(OsString, OsString)],
 ) -> Result<(), Failure> {
     let (settings, _) = args.load(environment)?;
-    let Some(address) = settings.admin else {
+    let Some(address) = settings.admin.address else {
         return Err(Failure::new(
             Exit::Failed,
             "admin.address is off: there is nothing to ask",

@@ -62,6 +62,15 @@ impl Settings {
                 ),
             );
         }
+        let local = self
+            .admin
+            .address
+            .is_some_and(|address| address.ip().is_loopback());
+        require(
+            local || !self.admin.quit,
+            "admin.quit",
+            "has no effect unless admin.address is a loopback address".to_owned(),
+        );
         self.access.check(&mut require);
         require(
             self.errors.format == Format::Kling || self.errors.statuses == Statuses::Documented,

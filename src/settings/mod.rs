@@ -33,8 +33,8 @@ use crate::upstream::{Origin, Timeouts};
 pub struct Settings {
     /// `listen.*`
     pub listen: Listen,
-    /// `admin.address`; `None` for no admin listener.
-    pub admin: Option<SocketAddr>,
+    /// `admin.*`
+    pub admin: Admin,
     /// `upstream.*`
     pub upstream: Upstream,
     /// `credentials.*`
@@ -62,6 +62,15 @@ pub struct Listen {
     pub addresses: Vec<SocketAddr>,
     /// Whether anyone beyond this machine may call.
     pub unsafe_allow_remote: bool,
+}
+
+/// What the admin listener is and does.
+#[derive(Debug)]
+pub struct Admin {
+    /// `None` for no admin listener.
+    pub address: Option<SocketAddr>,
+    /// Whether it may end the proxy.
+    pub quit: bool,
 }
 
 /// Where requests go.
@@ -175,7 +184,10 @@ impl Settings {
                 addresses: from.get("listen.address"),
                 unsafe_allow_remote: from.get("listen.unsafe_allow_remote"),
             },
-            admin: from.get::<OrOff>("admin.address").0,
+            admin: Admin {
+                address: from.get::<OrOff>("admin.address").0,
+                quit: from.get("admin.quit"),
+            },
             upstream: Upstream {
                 origin: from.get("upstream.url"),
                 ca_file: from.get("upstream.ca_file"),

@@ -5,6 +5,7 @@
 
 mod support;
 
+mod admin;
 mod authenticate;
 mod cli;
 mod credentials;

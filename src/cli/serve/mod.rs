@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc, watch as latch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch as latch};
 use tokio::task::JoinSet;
 
 use self::process::{hide_memory, raise_descriptor_limit};
@@ -23,12 +23,13 @@ use self::reload::{Configuration, Reload};
 use self::set_up::Proxy;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, say};
+use crate::admin::Control;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::sandbox::Sandbox;
 use crate::server::{self, Limits};
 use crate::stack::Shared;
+use crate::telemetry;
 use crate::upstream::Origin;
-use crate::{admin, telemetry};
 
 /// More would not make the Kling API faster, and each keeps connections of its own.
 const MOST_THREADS: usize = 4;
@@ -78,10 +79,7 @@ impl Proxy {
             delay,
         } = self;
         let Shared {
-            tokens,
-            lifecycle,
-            metrics,
-            ..
+            tokens, lifecycle, ..
         } = shared.clone();
         let mut signals = Signals::new().map_err(failed)?;
         let hang_up = signal::hang_up().map_err(failed)?;
@@ -90,6 +88,7 @@ impl Proxy {
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
         announce(&listeners, &shared.origin, admin.as_ref(), sandbox.as_ref()).map_err(failed)?;
 
+        let quit = Arc::new(Notify::new());
         let (stop, stopped) = latch::channel(false);
         let mut threads = start_threads(&listeners, &shared, &limits, &stopped).map_err(failed)?;
         drop(listeners);
@@ -105,13 +104,12 @@ impl Proxy {
             others.spawn(server::run(vec![listener], sandbox, limits, never.clone()));
         }
         if let Some(listener) = admin {
-            let router = admin::router(Arc::clone(&lifecycle), metrics);
-            others.spawn(server::run(
-                vec![listener],
-                router,
-                own(ADMIN_CONNECTIONS),
-                never,
-            ));
+            let local = listener.local_addr().map_err(failed)?.ip().is_loopback();
+            let control = local.then(|| Control {
+                quit: configuration.settings.admin.quit.then(|| quit.clone()),
+            });
+            let (router, limits) = (shared.admin(control), own(ADMIN_CONNECTIONS));
+            others.spawn(server::run(vec![listener], router, limits, never));
         }
         let reload = Reload {
             configuration,
@@ -122,6 +120,7 @@ impl Proxy {
 
         tokio::select! {
             () = signals.next() => {}
+            () = quit.notified() => {}
             ended = threads.recv() => return Err(died(ended)),
             Some(ended) = others.join_next() => return Err(died(ended.ok())),
         }

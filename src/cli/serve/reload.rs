@@ -121,6 +121,7 @@ impl Reload {
                 tracing::warn!(key, "setting changed; it takes effect at the next start");
             }
         }
+        self.shared.admin_rules.store(rules.for_admin());
         self.shared.rules.store(rules);
         self.shared.errors.store(settings.errors);
         self.shared.tokens.set_validity(settings.token);

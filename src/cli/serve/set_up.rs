@@ -54,7 +54,7 @@ impl Proxy {
 
         let listeners = settings.listen.addresses.iter().copied().map(bind);
         let listeners = listeners.collect::<Result<Vec<_>, _>>()?;
-        let admin = settings.admin.map(bind).transpose()?;
+        let admin = settings.admin.address.map(bind).transpose()?;
         let (sandbox, origin) = if configuration.sandboxed {
             let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox.clone(), &clock)?;
             (Some((listener, sandbox)), origin)
@@ -70,6 +70,7 @@ impl Proxy {
             Arc::clone(&metrics),
         );
         let shared = Shared {
+            admin_rules: Live::new(rules.for_admin()),
             rules: Live::new(rules),
             errors: Live::new(settings.errors),
             tokens: Arc::new(tokens),
