@@ -1,7 +1,7 @@
 //! Who may call the proxy, where a file of client tokens says so (`access.client_tokens_file`).
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -34,10 +34,6 @@ struct Client {
 /// The name of a token, for logs and metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientName(Arc<str>);
-
-/// Who sent a request, once the guard has found out. All clones are one.
-#[derive(Clone, Default)]
-pub struct Caller(Arc<OnceLock<ClientName>>);
 
 /// Shortest token accepted: less could be guessed.
 const SHORTEST: usize = 16;
@@ -185,21 +181,6 @@ impl ClientName {
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
-    }
-}
-
-// === impl Caller ===
-
-impl Caller {
-    /// It is this one.
-    pub fn is(&self, name: ClientName) {
-        // A request has one caller; the first word stands.
-        let _ = self.0.set(name);
-    }
-
-    /// The caller's name, where clients have to show a token.
-    pub fn name(&self) -> Option<&str> {
-        self.0.get().map(ClientName::as_str)
     }
 }
 

@@ -202,22 +202,6 @@ impl Error {
             None => self.row().retry.allows(effect),
         }
     }
-
-    /// Whether upstream was asked at all.
-    pub fn was_sent(&self) -> bool {
-        matches!(
-            self,
-            Self::Unreachable(_)
-                | Self::UpstreamTimeout(_)
-                | Self::BadResponse { .. }
-                | Self::NotHttp(_)
-                | Self::Disconnected(_)
-                | Self::ClientTooSlow(_)
-                | Self::BodyCutOff
-                | Self::BodyTooLarge { begun: true, .. }
-                | Self::Service { .. }
-        )
-    }
 }
 
 // === impl Failure ===

@@ -28,6 +28,7 @@ pub mod credentials;
 pub mod effect;
 pub mod envelope;
 pub mod error;
+pub mod facts;
 pub mod headers;
 pub mod layer;
 pub mod lifecycle;

@@ -19,8 +19,8 @@ use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Layer, Service};
 
-use crate::client_token::Caller;
 use crate::error::{BoxError, Error};
+use crate::facts::Facts;
 use crate::layer::Refusable;
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
@@ -80,8 +80,8 @@ impl GuardLayer {
         rules.check_path(request.uri().path())?;
         if let Some(client) = rules.check_client(headers)? {
             self.metrics.admitted(client.as_str());
-            if let Some(caller) = request.extensions().get::<Caller>() {
-                caller.is(client);
+            if let Some(facts) = Facts::of(request.extensions()) {
+                facts.is_from(client);
             }
         }
         if request.body().size_hint().lower() > rules.request_body.as_u64() {

@@ -18,9 +18,9 @@ use tokio::time::Instant;
 use tower::{Layer, Service};
 use tracing::Span;
 
-use crate::client_token::Caller;
 use crate::effect::Effect;
 use crate::error::Failure;
+use crate::facts::Facts;
 use crate::metrics::{InFlight, Metrics};
 use crate::request_id::RequestId;
 
@@ -52,8 +52,7 @@ pin_project! {
 
 /// What is kept of a request until it is answered.
 struct Traced {
-    id: RequestId,
-    caller: Caller,
+    facts: Facts,
     span: Span,
     method: Method,
     uri: Uri,
@@ -107,14 +106,13 @@ where
     }
 
     fn call(&mut self, mut request: Request) -> Self::Future {
-        let id = RequestId::of(request.headers());
+        let facts = Facts::new(RequestId::of(request.headers()));
         let effect = Effect::of(&request);
         // Formatting a span for each poll would cost more than the guard, so it is there for those
         // who look for details; the outcome names the request itself.
-        let span = tracing::debug_span!("request", id = id.as_str());
+        let span = tracing::debug_span!("request", id = facts.id().as_str());
         let traced = Traced {
-            id: id.clone(),
-            caller: Caller::default(),
+            facts: facts.clone(),
             span,
             method: request.method().clone(),
             uri: request.uri().clone(),
@@ -122,8 +120,7 @@ where
             begun: Instant::now(),
             in_flight: Some(self.metrics.enter()),
         };
-        request.extensions_mut().insert(id);
-        request.extensions_mut().insert(traced.caller.clone());
+        request.extensions_mut().insert(facts);
         let inner = traced.span.in_scope(|| self.inner.call(request));
         TraceFuture {
             inner,
@@ -154,7 +151,7 @@ where
             .answered(&request.method, response.status(), after);
         response
             .headers_mut()
-            .insert(REQUEST_ID, request.id.clone().into_value());
+            .insert(REQUEST_ID, request.facts.id().clone().into_value());
         let in_flight = request.in_flight.take();
         Poll::Ready(Ok(
             response.map(|body| Body::new(Counted { body, in_flight }))
@@ -171,10 +168,11 @@ impl Traced {
         macro_rules! event {
             ($level:ident, $($more:tt)*) => {
                 tracing::$level!(
-                    request_id = self.id.as_str(),
-                    client = self.caller.name(),
+                    request_id = self.facts.id().as_str(),
+                    client = self.facts.client(),
                     http.request.method = self.method.as_str(),
                     url.path = &*printable(self.uri.path()),
+                    http.request.resend_count = self.facts.resend_count(),
                     http.response.status_code = response.status().as_u16(),
                     duration_seconds = self.begun.elapsed().as_secs_f64(),
                     $($more)*
@@ -204,12 +202,12 @@ impl Drop for Traced {
         if self.in_flight.is_none() {
             return;
         }
-        let id = self.id.as_str();
+        let id = self.facts.id().as_str();
         let path = &*printable(self.uri.path());
         match self.effect {
             Effect::Create => tracing::warn!(
                 request_id = id,
-                client = self.caller.name(),
+                client = self.facts.client(),
                 url.path = path,
                 "the client has gone before its answer; a task may exist and be billed"
             ),

@@ -32,6 +32,7 @@ use self::pool::Pool;
 use self::upload::{Progress, Upload};
 use crate::clock::Clock;
 use crate::error::Error;
+use crate::facts::Facts;
 use crate::headers;
 use crate::metrics::Metrics;
 
@@ -133,6 +134,9 @@ impl Service<Request> for Upstream {
 
     fn call(&mut self, request: Request) -> Self::Future {
         let this = self.clone();
+        if let Some(facts) = Facts::of(request.extensions()) {
+            facts.attempted();
+        }
         Box::pin(async move {
             let metrics = Arc::clone(&this.metrics);
             let result = this.forward(request).await;

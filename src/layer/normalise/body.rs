@@ -5,6 +5,7 @@ use serde_json::value::RawValue;
 
 use crate::effect::Effect;
 use crate::error::{self, Error};
+use crate::facts::Facts;
 
 #[derive(Serialize)]
 struct ErrorBody<'a> {
@@ -32,8 +33,9 @@ struct Detail<'a> {
     excerpt: Option<&'a str>,
 }
 
-/// Renders an error of a request with this effect and this id.
-pub(super) fn render(error: &Error, effect: Effect, request_id: &str) -> Vec<u8> {
+/// Renders an error of a request with this effect and these facts.
+pub(super) fn render(error: &Error, effect: Effect, facts: Option<&Facts>) -> Vec<u8> {
+    let request_id = facts.map_or("", |facts| facts.id().as_str());
     let row = error.row();
     let said = match error {
         Error::Service { envelope, .. } => Some(envelope),
@@ -64,7 +66,7 @@ pub(super) fn render(error: &Error, effect: Effect, request_id: &str) -> Vec<u8>
             explanation: row.explanation,
             solution: row.solution,
             retryable: error.retryable(effect),
-            attempts: u32::from(error.was_sent()),
+            attempts: facts.map_or(0, Facts::attempts),
             hint: hint(error, effect),
             excerpt,
         },

@@ -21,8 +21,8 @@ use tower::{Layer, Service};
 
 use crate::effect::Effect;
 use crate::error::{Error, Failure};
+use crate::facts::Facts;
 use crate::live::Live;
-use crate::request_id::RequestId;
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -75,7 +75,7 @@ pin_project! {
         inner: F,
         look: Live<Look>,
         effect: Effect,
-        request_id: Option<RequestId>,
+        facts: Option<Facts>,
     }
 }
 
@@ -102,12 +102,12 @@ impl<S> Layer<S> for NormaliseLayer {
 // === impl Look ===
 
 impl Look {
-    fn respond(self, error: Error, effect: Effect, request_id: &str) -> Response {
+    fn respond(self, error: Error, effect: Effect, facts: Option<&Facts>) -> Response {
         let failure = Failure::from(&error);
         let retryable = error.retryable(effect);
         let wait = error.row().wait();
         let status = self.status(&error);
-        let json = body::render(&error, effect, request_id);
+        let json = body::render(&error, effect, facts);
         let (mut head, body) = match (self.format, error.into_answer()) {
             (Format::Upstream, Some(answer)) => (answer.head, answer.body.into_inner()),
             (_, Some(answer)) => (ours(answer.head, status), Body::from(json)),
@@ -149,7 +149,7 @@ where
         NormaliseFuture {
             look: self.look.clone(),
             effect: Effect::of(&request),
-            request_id: request.extensions().get().cloned(),
+            facts: Facts::of(request.extensions()).cloned(),
             inner: self.inner.call(request),
         }
     }
@@ -168,9 +168,8 @@ where
         Poll::Ready(Ok(match ready!(this.inner.poll(cx)) {
             Ok(response) => response,
             Err(error) => {
-                let request_id = this.request_id.as_ref().map_or("", RequestId::as_str);
                 let look = **this.look.load();
-                look.respond(error, *this.effect, request_id)
+                look.respond(error, *this.effect, this.facts.as_ref())
             }
         }))
     }

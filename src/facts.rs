@@ -1,0 +1,68 @@
+//! What the layers find out about a request on its way; `trace` tells it when the request ends.
+
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+
+use http::Extensions;
+
+use crate::client_token::ClientName;
+use crate::request_id::RequestId;
+
+/// The facts of one request, among its extensions. All clones are one.
+#[derive(Clone)]
+pub struct Facts(Arc<Inner>);
+
+struct Inner {
+    id: RequestId,
+    client: OnceLock<ClientName>,
+    attempts: AtomicU32,
+}
+
+// === impl Facts ===
+
+impl Facts {
+    /// Begins with the request's name.
+    pub fn new(id: RequestId) -> Self {
+        Self(Arc::new(Inner {
+            id,
+            client: OnceLock::new(),
+            attempts: AtomicU32::new(0),
+        }))
+    }
+
+    /// Those of the request with these extensions; `trace` has put them there.
+    pub fn of(extensions: &Extensions) -> Option<&Self> {
+        extensions.get()
+    }
+
+    /// The request's name.
+    pub fn id(&self) -> &RequestId {
+        &self.0.id
+    }
+
+    /// The guard knows whose token was shown.
+    pub fn is_from(&self, client: ClientName) {
+        // A request has one client; the first word stands.
+        let _ = self.0.client.set(client);
+    }
+
+    /// The client's name, where clients have to show a token.
+    pub fn client(&self) -> Option<&str> {
+        self.0.client.get().map(ClientName::as_str)
+    }
+
+    /// Upstream was asked once more.
+    pub fn attempted(&self) {
+        self.0.attempts.fetch_add(1, Relaxed);
+    }
+
+    /// How often upstream was asked.
+    pub fn attempts(&self) -> u32 {
+        self.0.attempts.load(Relaxed)
+    }
+
+    /// How often the request was sent again; `None` if never.
+    pub fn resend_count(&self) -> Option<u32> {
+        self.attempts().checked_sub(1).filter(|resent| *resent > 0)
+    }
+}
