@@ -115,6 +115,21 @@ pub struct Failure {
     pub upstream_request_id: Option<String>,
 }
 
+/// What the proxy may do about a failed attempt: the table of resending in the README.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resend {
+    /// Nothing: it would fail again, or a second one would cost.
+    Never,
+    /// Send a read again. A create may have worked.
+    Reads,
+    /// Send anything again: nothing was sent.
+    Unsent,
+    /// Send anything again, later: it was refused before a task existed.
+    Refused,
+    /// Send anything again, once, with a token minted by the corrected clock.
+    NewToken,
+}
+
 // === impl Error ===
 
 impl Error {
@@ -200,6 +215,42 @@ impl Error {
             // A status alone cannot speak for a create.
             Some(status) => effect == Effect::Read && status.is_server_error(),
             None => self.row().retry.allows(effect),
+        }
+    }
+
+    /// Whether the proxy itself may send the same request again.
+    ///
+    /// Narrower than [`retryable`](Self::retryable), which advises clients.
+    pub fn resend(&self) -> Resend {
+        match self {
+            Self::Unreachable(_) => Resend::Unsent,
+            Self::UpstreamTimeout(_) | Self::Disconnected(_) => Resend::Reads,
+            Self::BadResponse { answer, .. } => match answer.head.status {
+                StatusCode::BAD_GATEWAY
+                | StatusCode::SERVICE_UNAVAILABLE
+                | StatusCode::GATEWAY_TIMEOUT => Resend::Reads,
+                _ => Resend::Never,
+            },
+            Self::Service { envelope, .. } => match envelope.code {
+                1003 | 1004 => Resend::NewToken,
+                1302 | 1303 => Resend::Refused,
+                5000..=5002 => Resend::Reads,
+                _ => Resend::Never,
+            },
+            Self::BadRequest(_)
+            | Self::HostNotAllowed(_)
+            | Self::OriginNotAllowed
+            | Self::ClientTokenInvalid
+            | Self::PathNotAllowed
+            | Self::MethodNotAllowed
+            | Self::BodyTooLarge { .. }
+            | Self::BodyCutOff
+            | Self::NotFound
+            | Self::ClientTooSlow(_)
+            | Self::NotHttp(_)
+            | Self::Credentials(_)
+            | Self::Overloaded(_)
+            | Self::Draining => Resend::Never,
         }
     }
 }

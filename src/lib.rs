@@ -9,6 +9,7 @@
 //!            cors           lets pages of listed origins read the answers
 //!            normalise      errors become one body; outside of here nothing fails
 //!            guard          refuses before anything is spent
+//!            retry          sends again what cannot have worked
 //!            authenticate   drops the client's credentials, adds token and host
 //!            upstream       sends; reads service codes; streams both ways
 //!              │
@@ -34,6 +35,7 @@ pub mod layer;
 pub mod lifecycle;
 pub mod live;
 pub mod metrics;
+pub mod replay;
 pub mod request_id;
 pub mod rules;
 pub mod sandbox;

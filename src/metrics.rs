@@ -38,6 +38,8 @@ pub struct Metrics {
     attempts: IntCounterVec,
     refusals: IntCounterVec,
     clients: IntCounterVec,
+    withheld: IntCounterVec,
+    not_kept: IntCounterVec,
     minted: IntCounterVec,
     token_expiry: IntGauge,
 }
@@ -104,6 +106,16 @@ impl Metrics {
                 "Requests that showed a client token, by its name.",
                 &["client"],
             )?,
+            withheld: counters(
+                "resends_withheld_total",
+                "Requests that could be sent again but were not, by what was exhausted.",
+                &["reason"],
+            )?,
+            not_kept: counters(
+                "request_bodies_not_kept_total",
+                "Request bodies that cannot be sent again, by the bound they exceeded.",
+                &["reason"],
+            )?,
             minted: counters("tokens_minted_total", "Tokens minted.", &["outcome"])?,
             token_expiry: gauge(
                 "token_expiry_timestamp_seconds",
@@ -164,6 +176,16 @@ impl Metrics {
     /// A client showed the token of this name.
     pub fn admitted(&self, client: &str) {
         self.clients.with_label_values(&[client]).inc();
+    }
+
+    /// A request could have been sent again, but for this.
+    pub fn resend_withheld(&self, reason: &'static str) {
+        self.withheld.with_label_values(&[reason]).inc();
+    }
+
+    /// A request body is not kept to be sent again, because of this bound.
+    pub fn body_not_kept(&self, bound: &'static str) {
+        self.not_kept.with_label_values(&[bound]).inc();
     }
 
     /// A token was to be minted.

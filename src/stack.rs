@@ -5,9 +5,11 @@ use std::future::ready;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
 use axum::routing::any_service;
+use tower::retry::RetryLayer;
 use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::admin::{self, Control};
@@ -17,10 +19,12 @@ use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::cors::CorsLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::normalise::{Look, NormaliseLayer};
+use crate::layer::retry::Resending;
 use crate::layer::trace::TraceLayer;
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::replay::{Keeper, Replay};
 use crate::rules::Rules;
 use crate::token::Tokens;
 use crate::upstream::{Origin, Timeouts, Upstream};
@@ -34,6 +38,10 @@ pub struct Shared {
     pub admin_rules: Live<Rules>,
     /// How errors look.
     pub errors: Live<Look>,
+    /// What is sent again.
+    pub resending: Resending,
+    /// What is kept to be sent again.
+    pub keeper: Arc<Keeper>,
     /// Where bearers come from.
     pub tokens: Arc<Tokens>,
     /// Where requests go.
@@ -56,11 +64,15 @@ impl Shared {
     /// The whole path of a request, for one thread: its connections to upstream are its own.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> guard -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> guard -> retry -> authenticate -> upstream
     ///                                      \---> reserved: /_proxy is ours
     /// ```
     pub fn stack(&self) -> Router {
+        let keeper = Arc::clone(&self.keeper);
         let upstream = ServiceBuilder::new()
+            .map_request(move |request: Request| request.map(|body| Replay::new(body, &keeper)))
+            .layer(RetryLayer::new(self.resending.clone())) // never a create that may have worked
+            .map_request(|request: http::Request<Replay>| request.map(Body::new))
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
                 self.origin.host(),

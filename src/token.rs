@@ -217,6 +217,14 @@ impl Tokens {
         changed
     }
 
+    /// Drops the current token, which upstream found too early or too late. Tells whether there can
+    /// be another: an API key stays what it is.
+    pub fn renew(&self) -> bool {
+        let source = self.lock();
+        self.current.store(None);
+        matches!(source.credential, Credential::Pair { .. })
+    }
+
     /// Lets tokens live so from now on, and drops the current one.
     pub fn set_validity(&self, validity: Validity) {
         self.lock().validity = validity;

@@ -4,6 +4,7 @@ pub mod authenticate;
 pub mod cors;
 pub mod guard;
 pub mod normalise;
+pub mod retry;
 pub mod trace;
 
 use axum::response::Response;

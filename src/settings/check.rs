@@ -10,6 +10,9 @@ use crate::token::Validity;
 const LIFETIMES: std::ops::RangeInclusive<Duration> =
     Duration::from_mins(1)..=Duration::from_mins(30);
 
+/// More would not be patience but an attack.
+const ATTEMPTS: std::ops::RangeInclusive<u64> = 1..=10;
+
 /// Longer is a mistake, and would overflow a deadline in the end.
 const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
@@ -89,11 +92,17 @@ impl Settings {
         for (key, duration) in [
             ("shutdown.delay", self.shutdown.delay),
             ("shutdown.drain", self.shutdown.drain),
+            ("retry.total_time", self.retry.total_time),
             ("sandbox.task_time", self.sandbox.task_time),
             ("token.not_before_leeway", self.token.not_before_leeway),
         ] {
             require(duration <= LONGEST_WAIT, key, "want at most 24h".to_owned());
         }
+        require(
+            ATTEMPTS.contains(&self.retry.attempts),
+            "retry.attempts",
+            format!("want 1 to 10, got {}", self.retry.attempts),
+        );
         for (key, number) in [
             ("limits.connections", self.limits.connections),
             ("limits.in_flight", self.limits.in_flight),

@@ -23,6 +23,8 @@ use self::layers::Layers;
 use self::value::{Offset, OrOff, Setting};
 use crate::credentials::Configured;
 use crate::layer::normalise::Look;
+use crate::layer::retry;
+use crate::replay;
 use crate::sandbox;
 use crate::telemetry;
 use crate::token::Validity;
@@ -45,6 +47,10 @@ pub struct Settings {
     pub access: Access,
     /// `limits.*`
     pub limits: Limits,
+    /// `retry.attempts` and `.total_time`
+    pub retry: retry::Limits,
+    /// `retry.replay_*`
+    pub replay: replay::Bounds,
     /// `errors.*`
     pub errors: Look,
     /// `sandbox.*`
@@ -221,6 +227,14 @@ impl Settings {
                 connections: from.get("limits.connections"),
                 header_timeout: from.get("limits.header_timeout"),
                 in_flight: from.get("limits.in_flight"),
+            },
+            retry: retry::Limits {
+                attempts: from.get("retry.attempts"),
+                total_time: from.get("retry.total_time"),
+            },
+            replay: replay::Bounds {
+                body: from.get("retry.replay_body"),
+                memory: from.get("retry.replay_memory"),
             },
             errors: Look {
                 statuses: from.get("errors.status"),

@@ -14,6 +14,7 @@ mod guard;
 mod normalise;
 mod protocol;
 mod reload;
+mod retry;
 mod sandbox;
 mod secrets;
 mod server;

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Message, Proxy, SUCCESS, Step, Upstream, get, gzip, kling, post, reply, request, send, started,
-    started_with,
+    started_with, started_without_retry,
 };
 
 /// May a request with this answer be sent again?
@@ -63,7 +63,7 @@ fn both() -> [(bool, Vec<u8>); 2] {
 
 #[test]
 fn service_code_has_its_row_whatever_the_status_it_came_with() {
-    let (upstream, proxy) = started();
+    let (upstream, proxy) = started_without_retry();
     for (code, status, kind, again, [definition, explanation, solution]) in TABLE {
         for (upstream_status, (read, request)) in [status, 200, 418]
             .into_iter()
@@ -270,7 +270,7 @@ fn reason_phrase_speaks_of_the_status_that_it_stands_beside() {
 
 #[test]
 fn error_that_is_no_envelope_becomes_one() {
-    let (upstream, proxy) = started();
+    let (upstream, proxy) = started_without_retry();
     let html = format!("<html><h1>502</h1>{}", "é".repeat(600));
     let start: String = html.chars().take(512).collect();
     let text = "content-type: text/html; charset=utf-8";
@@ -455,7 +455,7 @@ fn unreachable_upstream_is_told_and_may_be_asked_again() {
 
 #[test]
 fn lost_connection_is_told_and_only_a_read_may_be_asked_again() {
-    let (upstream, proxy) = started();
+    let (upstream, proxy) = started_without_retry();
     upstream.script(|_| vec![Step::Close]);
     for (read, request) in both() {
         let answer = proxy.send(request);

@@ -4,14 +4,17 @@ use std::net::TcpListener;
 
 use crate::support::{Proxy, SUCCESS, Step, Upstream, get, is_cut_off, kling, post, request, send};
 
-/// A proxy with this limit, to an upstream that answers everything but `/silent`.
+/// A proxy with this limit that sends nothing twice, to an upstream that answers everything but `/silent`.
 fn limited(key: &str) -> (Upstream, Proxy) {
     let upstream = Upstream::ok();
     upstream.script(|request| match request.target() {
         "/silent" => vec![Step::Hang],
         _ => vec![send(kling(200, SUCCESS))],
     });
-    let proxy = Proxy::to(&upstream).setting(key, "500ms").start();
+    let proxy = Proxy::to(&upstream)
+        .setting("retry.attempts", "1")
+        .setting(key, "500ms")
+        .start();
     (upstream, proxy)
 }
 

@@ -21,13 +21,14 @@ use crate::telemetry::Filter;
 const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Settings that change while running; for all others the process has to start again.
-const LIVE: [&str; 7] = [
+const LIVE: [&str; 8] = [
     "access.",
     "credentials.",
     "errors.",
     "limits.in_flight",
     "limits.request_body",
     "log.filter",
+    "retry.",
     "token.",
 ];
 
@@ -124,6 +125,8 @@ impl Reload {
         self.shared.admin_rules.store(rules.for_admin());
         self.shared.rules.store(rules);
         self.shared.errors.store(settings.errors);
+        self.shared.resending.set_limits(settings.retry);
+        self.shared.keeper.set_bounds(settings.replay);
         self.shared.tokens.set_validity(settings.token);
         let filter = settings.log.filter.clone();
         self.configuration.filter.set(filter);

@@ -13,8 +13,10 @@ use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
 use crate::credentials::Found;
 use crate::error::chain;
+use crate::layer::retry::Resending;
 use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::replay::Keeper;
 use crate::rules::Rules;
 use crate::sandbox::{self, Sandbox};
 use crate::secret::Secret;
@@ -69,11 +71,19 @@ impl Proxy {
             Arc::clone(&clock),
             Arc::clone(&metrics),
         );
+        let tokens = Arc::new(tokens);
         let shared = Shared {
+            resending: Resending::new(
+                settings.retry,
+                Arc::clone(&tokens),
+                Arc::clone(&clock),
+                Arc::clone(&metrics),
+            ),
+            keeper: Arc::new(Keeper::new(settings.replay, Arc::clone(&metrics))),
             admin_rules: Live::new(rules.for_admin()),
             rules: Live::new(rules),
             errors: Live::new(settings.errors),
-            tokens: Arc::new(tokens),
+            tokens,
             origin,
             tls,
             timeouts: settings.upstream.timeouts,

@@ -38,6 +38,11 @@ pub fn started_with(settings: &[(&str, &str)]) -> (Upstream, Proxy) {
     (upstream, proxy)
 }
 
+/// The same, sending nothing twice: for what a single attempt comes to.
+pub fn started_without_retry() -> (Upstream, Proxy) {
+    started_with(&[("retry.attempts", "1")])
+}
+
 /// Asks again until the answer is yes.
 pub fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;

@@ -1,0 +1,322 @@
+//! A request body that can be sent again: what was read of it is kept, within bounds, while the
+//! first attempt streams on.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use axum::body::Body;
+use bytes::Bytes;
+use bytesize::ByteSize;
+use http_body::{Body as _, Frame, SizeHint};
+
+use crate::error::BoxError;
+use crate::live::Live;
+use crate::metrics::Metrics;
+
+/// A request body. A clone of one that nobody has read yet begins at the first byte.
+///
+/// Only the latest clone is read; an older one that is read after it fails.
+#[derive(Clone)]
+pub struct Replay {
+    /// `None` for no body, which costs nothing to send again.
+    source: Option<Arc<Mutex<Source>>>,
+    /// How far this clone is.
+    at: u64,
+    /// Of the whole body, where it is declared.
+    length: Option<u64>,
+}
+
+/// Decides what is kept, for all requests together.
+pub struct Keeper {
+    bounds: Live<Bounds>,
+    used: AtomicU64,
+    metrics: Arc<Metrics>,
+}
+
+/// How much is kept (`retry.replay_body`, `retry.replay_memory`).
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Of one request.
+    pub body: ByteSize,
+    /// Of all requests together.
+    pub memory: ByteSize,
+}
+
+/// The one body behind all clones.
+struct Source {
+    body: Body,
+    /// Copied, since a slice of a read buffer would keep all of that, and the bounds would lie.
+    kept: Vec<u8>,
+    /// How much was read, kept or not.
+    read: u64,
+    ended: bool,
+    /// Whether what was read is not all there any more.
+    lost: bool,
+    keeper: Arc<Keeper>,
+}
+
+/// As much of what was kept as is sent in one piece.
+const PIECE: usize = 64 << 10;
+
+// === impl Replay ===
+
+impl Replay {
+    /// Keeps what is read of a body for as long as `keeper` lets it.
+    pub fn new(body: Body, keeper: &Arc<Keeper>) -> Self {
+        let length = body.size_hint().exact();
+        let source = (!body.is_end_stream()).then(|| {
+            Arc::new(Mutex::new(Source {
+                body,
+                kept: Vec::new(),
+                read: 0,
+                ended: false,
+                lost: false,
+                keeper: Arc::clone(keeper),
+            }))
+        });
+        Self {
+            source,
+            at: 0,
+            length,
+        }
+    }
+
+    /// Whether this clone can still deliver the whole body.
+    pub fn is_whole(&self) -> bool {
+        self.source
+            .as_ref()
+            .is_none_or(|source| self.at == 0 && !lock(source).lost)
+    }
+
+    /// Looks at what is kept of the body so far.
+    pub fn with_kept<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
+        match &self.source {
+            Some(source) => look(&lock(source).kept),
+            None => look(&[]),
+        }
+    }
+}
+
+impl http_body::Body for Replay {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.get_mut();
+        let Some(source) = &this.source else {
+            return Poll::Ready(None);
+        };
+        let mut source = lock(source);
+        if this.at < source.read {
+            let Some(piece) = source.piece(this.at) else {
+                return Poll::Ready(Some(Err("the beginning of the body is gone".into())));
+            };
+            this.at += piece.len() as u64;
+            return Poll::Ready(Some(Ok(Frame::data(piece))));
+        }
+        if source.ended {
+            return Poll::Ready(None);
+        }
+        let step = ready!(Pin::new(&mut source.body).poll_frame(cx));
+        Poll::Ready(match step {
+            Some(Ok(frame)) => {
+                match frame.data_ref() {
+                    Some(data) => {
+                        source.keep(data);
+                        this.at += data.len() as u64;
+                    }
+                    // Trailers are not kept.
+                    None => source.lose(),
+                }
+                Some(Ok(frame))
+            }
+            Some(Err(error)) => {
+                source.lose();
+                Some(Err(error.into_inner()))
+            }
+            None => {
+                source.ended = true;
+                None
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.source.as_ref().is_none_or(|source| {
+            let source = lock(source);
+            self.at == source.read && (source.ended || source.body.is_end_stream())
+        })
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self.length {
+            Some(length) => SizeHint::with_exact(length.saturating_sub(self.at)),
+            None => SizeHint::default(),
+        }
+    }
+}
+
+fn lock(source: &Mutex<Source>) -> MutexGuard<'_, Source> {
+    source.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// === impl Source ===
+
+impl Source {
+    fn keep(&mut self, data: &[u8]) {
+        self.read += data.len() as u64;
+        if self.lost {
+            return;
+        }
+        if self.keeper.take(self.read, data.len()) {
+            self.kept.extend_from_slice(data);
+        } else {
+            self.lose();
+        }
+    }
+
+    fn lose(&mut self) {
+        self.lost = true;
+        self.keeper.give_back(self.kept.len());
+        self.kept = Vec::new();
+    }
+
+    /// What is kept from here on, in part.
+    fn piece(&self, at: u64) -> Option<Bytes> {
+        let rest = self.kept.get(usize::try_from(at).ok()?..)?;
+        let piece = &rest[..rest.len().min(PIECE)];
+        (!piece.is_empty()).then(|| Bytes::copy_from_slice(piece))
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.keeper.give_back(self.kept.len());
+    }
+}
+
+// === impl Keeper ===
+
+impl Keeper {
+    /// Keeps within `bounds`, and counts in `metrics` what does not fit.
+    pub fn new(bounds: Bounds, metrics: Arc<Metrics>) -> Self {
+        Self {
+            bounds: Live::new(bounds),
+            used: AtomicU64::new(0),
+            metrics,
+        }
+    }
+
+    /// Keeps within other bounds from now on.
+    pub fn set_bounds(&self, bounds: Bounds) {
+        self.bounds.store(bounds);
+    }
+
+    /// Whether `more` bytes may be kept, which make `all` of one body.
+    fn take(&self, all: u64, more: usize) -> bool {
+        let bounds = **self.bounds.load();
+        let more = more as u64;
+        let reason = if all > bounds.body.as_u64() {
+            "body"
+        } else if self.used.fetch_add(more, Relaxed) + more > bounds.memory.as_u64() {
+            self.used.fetch_sub(more, Relaxed);
+            "memory"
+        } else {
+            return true;
+        };
+        self.metrics.body_not_kept(reason);
+        false
+    }
+
+    fn give_back(&self, size: usize) {
+        self.used.fetch_sub(size as u64, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    fn keeper(body: u64, memory: u64) -> Arc<Keeper> {
+        let bounds = Bounds {
+            body: ByteSize::b(body),
+            memory: ByteSize::b(memory),
+        };
+        Arc::new(Keeper::new(bounds, Arc::new(Metrics::new().unwrap())))
+    }
+
+    fn chunks(chunks: &'static [&str]) -> Body {
+        Body::from_stream(stream::iter(chunks.iter().copied().map(Ok::<_, BoxError>)))
+    }
+
+    async fn rest(body: Replay) -> Result<String, String> {
+        let bytes = body.collect().await.map_err(|error| error.to_string())?;
+        Ok(String::from_utf8(bytes.to_bytes().to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_clone_delivers_what_was_read_and_then_what_was_not() {
+        let mut first = Replay::new(chunks(&["ab", "cd", "ef"]), &keeper(10, 10));
+        let (second, third) = (first.clone(), first.clone());
+        assert_eq!(
+            *first.frame().await.unwrap().unwrap().data_ref().unwrap(),
+            "ab"
+        );
+        assert!(second.is_whole() && !second.is_end_stream());
+        second.with_kept(|kept| assert_eq!(kept, b"ab"));
+        assert_eq!(rest(second).await, Ok("abcdef".to_owned()));
+        assert!(third.is_whole());
+        assert_eq!(rest(third).await, Ok("abcdef".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn over_a_bound_the_body_streams_on_but_only_once() {
+        for (body, memory) in [(5, 10), (10, 5)] {
+            let keeper = keeper(body, memory);
+            let first = Replay::new(chunks(&["abc", "def"]), &keeper);
+            let second = first.clone();
+            assert_eq!(rest(first).await, Ok("abcdef".to_owned()));
+            assert!(!second.is_whole());
+            assert!(rest(second).await.is_err());
+            assert_eq!(keeper.used.load(Relaxed), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn memory_is_given_back_with_the_last_clone() {
+        let keeper = keeper(10, 10);
+        let first = Replay::new(chunks(&["abc"]), &keeper);
+        let second = first.clone();
+        rest(first).await.unwrap();
+        assert_eq!(keeper.used.load(Relaxed), 3);
+        drop(second);
+        assert_eq!(keeper.used.load(Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn the_length_that_is_left_is_told_where_it_is_known() {
+        let mut body = Replay::new(Body::from("abcd"), &keeper(10, 10));
+        let again = body.clone();
+        assert_eq!(body.size_hint().exact(), Some(4));
+        body.frame().await.unwrap().unwrap();
+        assert_eq!(
+            (body.size_hint().exact(), body.is_end_stream()),
+            (Some(0), true)
+        );
+        assert_eq!(
+            (again.size_hint().exact(), again.is_end_stream()),
+            (Some(4), false)
+        );
+        let unknown = Replay::new(chunks(&["a"]), &keeper(10, 10));
+        assert_eq!(unknown.size_hint().exact(), None);
+        assert!(Replay::new(Body::empty(), &keeper(0, 0)).is_end_stream());
+    }
+}
