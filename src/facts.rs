@@ -7,6 +7,7 @@ use http::Extensions;
 
 use crate::client_token::ClientName;
 use crate::request_id::RequestId;
+use crate::task::Task;
 
 /// The facts of one request, among its extensions. All clones are one.
 #[derive(Clone)]
@@ -16,6 +17,7 @@ struct Inner {
     id: RequestId,
     client: OnceLock<ClientName>,
     attempts: AtomicU32,
+    task: OnceLock<Task>,
 }
 
 // === impl Facts ===
@@ -27,6 +29,7 @@ impl Facts {
             id,
             client: OnceLock::new(),
             attempts: AtomicU32::new(0),
+            task: OnceLock::new(),
         }))
     }
 
@@ -49,6 +52,17 @@ impl Facts {
     /// The client's name, where clients have to show a token.
     pub fn client(&self) -> Option<&str> {
         self.0.client.get().map(ClientName::as_str)
+    }
+
+    /// Upstream answered that there is a task now.
+    pub fn created(&self, task: Task) {
+        // A request creates one task, and upstream answers once that it did.
+        let _ = self.0.task.set(task);
+    }
+
+    /// The task that was created, if any.
+    pub fn task(&self) -> Option<&Task> {
+        self.0.task.get()
     }
 
     /// Upstream was asked once more.

@@ -9,6 +9,7 @@
 //!            cors           lets pages of listed origins read the answers
 //!            normalise      errors become one body; outside of here nothing fails
 //!            guard          refuses before anything is spent
+//!            carry          sees creates through whose clients have gone
 //!            retry          sends again what cannot have worked
 //!            authenticate   drops the client's credentials, adds token and host
 //!            upstream       sends; reads service codes; streams both ways
@@ -45,6 +46,7 @@ pub mod server;
 pub mod service_code;
 pub mod settings;
 pub mod stack;
+pub mod task;
 pub mod telemetry;
 pub mod token;
 pub mod upstream;

@@ -85,10 +85,7 @@ where
 
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
-        // A client that says it sends no more still gets its answer; and a create is carried
-        // through although its client has closed.
-        .half_close(true);
+        .header_read_timeout(limits.header_timeout);
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let stopped = stop.wait_for(|stop| *stop);

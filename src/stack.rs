@@ -9,6 +9,7 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
 use axum::routing::any_service;
+use tokio_util::task::TaskTracker;
 use tower::retry::RetryLayer;
 use tower::{Service, ServiceBuilder, service_fn};
 
@@ -16,6 +17,7 @@ use crate::admin::{self, Control};
 use crate::clock::Clock;
 use crate::error::Error;
 use crate::layer::authenticate::AuthenticateLayer;
+use crate::layer::carry::CarryLayer;
 use crate::layer::cors::CorsLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::normalise::{Look, NormaliseLayer};
@@ -62,15 +64,17 @@ pub struct Shared {
 
 impl Shared {
     /// The whole path of a request, for one thread: its connections to upstream are its own.
+    /// `carried` tracks what goes on after its client has gone.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> guard -> retry -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> guard -> carry -> retry -> authenticate -> upstream
     ///                                      \---> reserved: /_proxy is ours
     /// ```
-    pub fn stack(&self) -> Router {
+    pub fn stack(&self, carried: &TaskTracker) -> Router {
         let keeper = Arc::clone(&self.keeper);
         let upstream = ServiceBuilder::new()
             .map_request(move |request: Request| request.map(|body| Replay::new(body, &keeper)))
+            .layer(CarryLayer::new(carried.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.clone())) // never a create that may have worked
             .map_request(|request: http::Request<Replay>| request.map(Body::new))
             .layer(AuthenticateLayer::new(

@@ -1,5 +1,6 @@
 //! Sets up what is logged, where and how.
 
+use std::borrow::Cow;
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
@@ -58,4 +59,21 @@ pub fn init(format: Format, filter: EnvFilter) -> Filter {
         tracing::debug!(error, "logging is set up already");
     }
     filter
+}
+
+/// A text without control characters: JSON leaves those of U+0080 to U+009F as they are, and some
+/// terminals obey them.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            escaped.extend(c.escape_unicode());
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped.into()
 }

@@ -1,6 +1,7 @@
 //! The layers, one a file; `stack.rs` puts them in their order.
 
 pub mod authenticate;
+pub mod carry;
 pub mod cors;
 pub mod guard;
 pub mod normalise;

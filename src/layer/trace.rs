@@ -1,7 +1,6 @@
 //! One id, one span, one outcome and one count for each request, refused ones included. It adds the
 //! id to the answer and changes nothing else.
 
-use std::borrow::Cow;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -23,6 +22,7 @@ use crate::error::Failure;
 use crate::facts::Facts;
 use crate::metrics::{InFlight, Metrics};
 use crate::request_id::RequestId;
+use crate::telemetry::printable;
 
 /// Names the request in its answer.
 const REQUEST_ID: HeaderName = HeaderName::from_static("kling-proxy-request-id");
@@ -191,7 +191,17 @@ impl Traced {
                     "failed"
                 );
             }
-            (None, Effect::Create) => event!(info, "answered"),
+            (None, Effect::Create) => {
+                let task = self.facts.task();
+                event!(
+                    info,
+                    task.id = task
+                        .and_then(|task| task.id.as_deref())
+                        .map(printable)
+                        .as_deref(),
+                    "answered"
+                );
+            }
             (None, Effect::Read) => event!(debug, "answered"),
         }
     }
@@ -202,37 +212,14 @@ impl Drop for Traced {
         if self.in_flight.is_none() {
             return;
         }
-        let id = self.facts.id().as_str();
-        let path = &*printable(self.uri.path());
-        match self.effect {
-            Effect::Create => tracing::warn!(
-                request_id = id,
-                client = self.facts.client(),
-                url.path = path,
-                "the client has gone before its answer; a task may exist and be billed"
-            ),
-            Effect::Read => {
-                tracing::debug!(request_id = id, url.path = path, "the client has gone");
-            }
-        }
+        // `carry` tells what comes of a create.
+        tracing::debug!(
+            request_id = self.facts.id().as_str(),
+            client = self.facts.client(),
+            url.path = &*printable(self.uri.path()),
+            "the client has gone before its answer"
+        );
     }
-}
-
-/// A text without control characters: JSON leaves those of U+0080 to U+009F as they are, and some
-/// terminals obey them.
-fn printable(text: &str) -> Cow<'_, str> {
-    if !text.contains(char::is_control) {
-        return text.into();
-    }
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() {
-            escaped.extend(c.escape_unicode());
-        } else {
-            escaped.push(c);
-        }
-    }
-    escaped.into()
 }
 
 // === impl Counted ===

@@ -19,6 +19,8 @@ use super::download::{Download, Step};
 use super::text::Text;
 use crate::envelope::{self, Envelope, Peek};
 use crate::error::{Answer, Error};
+use crate::facts::Facts;
+use crate::task::Task;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
 const BOUND: usize = 64 << 10;
@@ -31,14 +33,20 @@ const EXCERPT: usize = 512;
 
 /// Passes a success, and makes an error of everything else that is one.
 ///
+/// Where it answers a create, `created` is told which task that made: the log names it.
+///
 /// # Errors
 ///
 /// [`Error::Service`] and [`Error::BadResponse`].
-pub(super) async fn judge(head: response::Parts, body: Download) -> Result<Response, Error> {
+pub(super) async fn judge(
+    head: response::Parts,
+    body: Download,
+    created: Option<&Facts>,
+) -> Result<Response, Error> {
     let status = head.status;
     if status.is_client_error() || status.is_server_error() {
         let mut reader = Reader::new(&head.headers, body);
-        reader.read_to_end().await;
+        reader.read_error().await;
         let envelope = reader.envelope().filter(|envelope| envelope.code != 0);
         let excerpt = excerpt(reader.text.seen());
         let answer = Box::new(Answer {
@@ -54,16 +62,22 @@ pub(super) async fn judge(head: response::Parts, body: Download) -> Result<Respo
         return Ok(Response::from_parts(head, Body::new(body)));
     }
     let mut reader = Reader::new(&head.headers, body);
-    if let Peek::Code(code) = reader.peek().await
-        && code != 0
-    {
-        reader.read_to_end().await;
-        if let Some(envelope) = reader.envelope() {
-            let answer = Box::new(Answer {
-                head,
-                body: SyncWrapper::new(reader.into_body()),
-            });
-            return Err(Error::Service { answer, envelope });
+    let deadline = Instant::now() + HOLD;
+    match (reader.peek(deadline).await, created) {
+        (Peek::Code(0), Some(facts)) => {
+            reader.read_until(deadline).await;
+            facts.created(Task::answered(reader.text.seen()));
+        }
+        (Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided, _) => {}
+        (Peek::Code(_), _) => {
+            reader.read_error().await;
+            if let Some(envelope) = reader.envelope() {
+                let answer = Box::new(Answer {
+                    head,
+                    body: SyncWrapper::new(reader.into_body()),
+                });
+                return Err(Error::Service { answer, envelope });
+            }
         }
     }
     Ok(Response::from_parts(head, reader.into_body()))
@@ -105,8 +119,7 @@ impl Reader {
     }
 
     /// Reads until the code is known, or cannot be known in time.
-    async fn peek(&mut self) -> Peek {
-        let deadline = Instant::now() + HOLD;
+    async fn peek(&mut self, deadline: Instant) -> Peek {
         let mut worth_a_look = 0;
         loop {
             let seen = self.text.seen();
@@ -124,14 +137,21 @@ impl Reader {
         }
     }
 
-    /// Reads what the bounds allow.
-    async fn read_to_end(&mut self) {
-        let deadline = Instant::now() + ERROR_BODY;
+    /// Reads an error's body as far as the bounds allow.
+    async fn read_error(&mut self) {
+        if !self.read_until(Instant::now() + ERROR_BODY).await {
+            self.end = End::Cut;
+        }
+    }
+
+    /// Reads as far as the bounds allow. Tells whether that was possible in time.
+    async fn read_until(&mut self, deadline: Instant) -> bool {
         while !self.is_over() {
             if timeout_at(deadline, self.read()).await.is_err() {
-                self.end = End::Cut;
+                return false;
             }
         }
+        true
     }
 
     async fn read(&mut self) {

@@ -31,6 +31,7 @@ use self::download::{Download, Lease};
 use self::pool::Pool;
 use self::upload::{Progress, Upload};
 use crate::clock::Clock;
+use crate::effect::Effect;
 use crate::error::Error;
 use crate::facts::Facts;
 use crate::headers;
@@ -75,6 +76,10 @@ impl Upstream {
     }
 
     async fn forward(self, request: Request) -> Result<Response, Error> {
+        let (effect, facts) = (
+            Effect::of(&request),
+            Facts::of(request.extensions()).cloned(),
+        );
         let (request, progress) = Upload::record(request);
         let response = match self.send(request, &progress).await {
             Ok(response) => response,
@@ -88,7 +93,8 @@ impl Upstream {
         headers::strip_response(&mut head.headers);
         // What upstream speaks is no concern of the client.
         head.version = Version::HTTP_11;
-        answer::judge(head, body).await
+        let created = facts.as_ref().filter(|_| effect == Effect::Create);
+        answer::judge(head, body, created).await
     }
 
     /// Sends on kept connections for as long as they hand the request back unsent, then on a new

@@ -7,6 +7,7 @@ mod support;
 
 mod admin;
 mod authenticate;
+mod carry;
 mod cli;
 mod credentials;
 mod forward;

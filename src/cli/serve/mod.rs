@@ -17,6 +17,8 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, mpsc, watch as latch};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::task::TaskTracker;
 
 use self::process::{hide_memory, raise_descriptor_limit};
 use self::reload::{Configuration, Reload};
@@ -121,8 +123,10 @@ impl Proxy {
         tokio::select! {
             () = signals.next() => {}
             () = quit.notified() => {}
-            ended = threads.recv() => return Err(died(ended)),
-            Some(ended) = others.join_next() => return Err(died(ended.ok())),
+            ended = threads.recv() => return Err(died(ended.and_then(Result::err))),
+            Some(ended) = others.join_next() => {
+                return Err(died(ended.ok().and_then(Result::err)));
+            }
         }
         tracing::info!("shutting down");
         tokio::select! {
@@ -156,8 +160,16 @@ fn announce(
     Ok(())
 }
 
-/// How a thread ended: how many connections it had to cut.
-type Ended = io::Result<usize>;
+/// How a thread ended.
+type Ended = io::Result<Cut>;
+
+/// What had to be cut in the end.
+#[derive(Default)]
+struct Cut {
+    connections: usize,
+    /// Many of them those of the connections.
+    creates: usize,
+}
 
 /// Starts the threads that serve requests. The channel closes when all have ended.
 fn start_threads(
@@ -181,8 +193,7 @@ fn start_threads(
         thread::Builder::new()
             .name(format!("requests-{index}"))
             .spawn(move || {
-                let serving = server::run(listeners, shared.stack(), limits, stopped);
-                let ended = runtime.block_on(serving);
+                let ended = runtime.block_on(serve(listeners, &shared, limits, stopped));
                 // A name that is still being resolved must not keep the process.
                 runtime.shutdown_background();
                 // Nobody listens any more after a second signal.
@@ -190,6 +201,32 @@ fn start_threads(
             })?;
     }
     Ok(ended)
+}
+
+/// What a thread does: serves connections, and after the word to stop waits for them, and for creates
+/// whose clients have gone. Tells what had to be cut.
+async fn serve(
+    listeners: Vec<TcpListener>,
+    shared: &Shared,
+    limits: Limits,
+    stopped: latch::Receiver<bool>,
+) -> Ended {
+    let carried = TaskTracker::new();
+    let (drain, mut told) = (limits.drain, stopped.clone());
+    let connections = server::run(listeners, shared.stack(&carried), limits, stopped);
+    let deadline = async {
+        // A sender that has gone is the word to stop too.
+        let _ = told.wait_for(|stop| *stop).await;
+        Ok(Instant::now() + drain)
+    };
+    let (connections, deadline) = tokio::try_join!(connections, deadline)?;
+    carried.close();
+    // Whether in time or not: what is left then is what is cut.
+    let _ = timeout_at(deadline, carried.wait()).await;
+    Ok(Cut {
+        connections,
+        creates: carried.len(),
+    })
 }
 
 /// Ends in order: not ready but serving, then nothing new, then what is in flight.
@@ -203,14 +240,17 @@ async fn end(
     tokio::time::sleep(delay).await;
     lifecycle.enter(Phase::Draining);
     stop.send_replace(true);
-    let mut cut = 0;
+    let mut cut = Cut::default();
     while let Some(ended) = threads.recv().await {
-        cut += ended.map_err(|error| Failure::because(Exit::Failed, &error))?;
+        let ended = ended.map_err(|error| Failure::because(Exit::Failed, &error))?;
+        cut.connections += ended.connections;
+        cut.creates += ended.creates;
     }
-    if cut > 0 {
+    if cut.connections + cut.creates > 0 {
         tracing::warn!(
-            connections = cut,
-            "shutdown.drain is over: connections were cut"
+            cut.connections,
+            cut.creates,
+            "shutdown.drain is over: what was in flight is cut"
         );
     }
     tracing::info!("shut down");
@@ -218,9 +258,9 @@ async fn end(
 }
 
 /// A thread or listener that ended although nobody told it to.
-fn died(ended: Option<Ended>) -> Failure {
-    match ended {
-        Some(Err(error)) => Failure::because(Exit::Failed, &error),
-        _ => Failure::new(Exit::Failed, "a listener ended unexpectedly"),
+fn died(error: Option<io::Error>) -> Failure {
+    match error {
+        Some(error) => Failure::because(Exit::Failed, &error),
+        None => Failure::new(Exit::Failed, "a listener ended unexpectedly"),
     }
 }

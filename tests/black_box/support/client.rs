@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, BufReader, Read as _, Write as _},
-    net::{Shutdown, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     time::Duration,
 };
 
@@ -44,11 +44,6 @@ impl Connection {
                 Ok(_) => {}
             }
         }
-    }
-
-    /// Says that no more will be sent.
-    pub fn half_close(&mut self) {
-        self.0.get_mut().shutdown(Shutdown::Write).unwrap();
     }
 
     /// One whole answer, or how it ended.

@@ -1,0 +1,153 @@
+//! Carries a create through although its client has gone. hyper drops a request's future then, and
+//! with it would go the only trace of a paid task: so a create runs on its own, and what came of it
+//! is logged if nobody is left to be told.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use axum::response::Response;
+use futures_util::future::Either;
+use http::{Request, Uri};
+use tokio::sync::oneshot;
+use tokio_util::task::TaskTracker;
+use tower::{Layer, Service};
+use tracing::Instrument;
+
+use crate::effect::Effect;
+use crate::error::{Error, chain};
+use crate::facts::Facts;
+use crate::replay::Replay;
+use crate::task::Task;
+use crate::telemetry::printable;
+
+/// Adds [`Carry`] to a service.
+#[derive(Clone)]
+pub struct CarryLayer {
+    carried: TaskTracker,
+}
+
+/// Runs creates on their own.
+#[derive(Clone)]
+pub struct Carry<S> {
+    inner: S,
+    carried: TaskTracker,
+}
+
+/// Waits for a create that runs on its own.
+pub struct Carried(oneshot::Receiver<Parcel>);
+
+/// An outcome on its way to the client. Dropped before it was taken, it is logged.
+struct Parcel {
+    outcome: Option<Result<Response, Error>>,
+    order: Order,
+}
+
+/// What is known of a create without its answer.
+struct Order {
+    uri: Uri,
+    facts: Option<Facts>,
+    body: Replay,
+}
+
+// === impl CarryLayer ===
+
+impl CarryLayer {
+    /// Has `carried` track what runs on its own, so that a shutdown can wait for it.
+    pub fn new(carried: TaskTracker) -> Self {
+        Self { carried }
+    }
+}
+
+impl<S> Layer<S> for CarryLayer {
+    type Service = Carry<S>;
+
+    fn layer(&self, inner: S) -> Carry<S> {
+        let carried = self.carried.clone();
+        Carry { inner, carried }
+    }
+}
+
+// === impl Carry ===
+
+impl<S> Service<Request<Replay>> for Carry<S>
+where
+    S: Service<Request<Replay>, Response = Response, Error = Error, Future: Send + 'static>,
+{
+    type Response = Response;
+    type Error = Error;
+    type Future = Either<S::Future, Carried>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Replay>) -> Self::Future {
+        if Effect::of(&request) == Effect::Read {
+            return Either::Left(self.inner.call(request));
+        }
+        let order = Order {
+            uri: request.uri().clone(),
+            facts: Facts::of(request.extensions()).cloned(),
+            body: request.body().clone(),
+        };
+        let exchange = self.inner.call(request);
+        let (sender, receiver) = oneshot::channel();
+        let running = async move {
+            let outcome = Some(exchange.await);
+            // A parcel that is not taken speaks for itself.
+            let _ = sender.send(Parcel { outcome, order });
+        };
+        self.carried.spawn(running.in_current_span());
+        Either::Right(Carried(receiver))
+    }
+}
+
+// === impl Carried ===
+
+impl Future for Carried {
+    type Output = Result<Response, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let parcel = ready!(Pin::new(&mut self.0).poll(cx));
+        let outcome = parcel.ok().and_then(|mut parcel| parcel.outcome.take());
+        // It panicked, which a bug in this program could make it do.
+        let lost = || Error::Disconnected("the exchange was aborted".into());
+        Poll::Ready(outcome.unwrap_or_else(|| Err(lost())))
+    }
+}
+
+// === impl Parcel ===
+
+impl Drop for Parcel {
+    fn drop(&mut self) {
+        if let Some(outcome) = &self.outcome {
+            self.order.tell(outcome.as_ref());
+        }
+    }
+}
+
+// === impl Order ===
+
+impl Order {
+    /// Logs what came of a create whose client has gone. It may be all that is left of a paid task.
+    fn tell(&self, outcome: Result<&Response, &Error>) {
+        let facts = self.facts.as_ref();
+        let task = facts.and_then(Facts::task);
+        let ordered = self.body.with_kept(Task::ordered);
+        let external_id = task.and_then(|task| task.external_id.as_ref());
+        let external_id = external_id.or(ordered.external_id.as_ref());
+        let cause = outcome.err().map(|error| chain(error));
+        tracing::warn!(
+            request_id = facts.map(|facts| facts.id().as_str()),
+            client = facts.and_then(Facts::client),
+            url.path = &*printable(self.uri.path()),
+            task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
+            task.external_id = external_id.map(|id| printable(id)).as_deref(),
+            http.response.status_code = outcome.ok().map(|answer| answer.status().as_u16()),
+            http.request.resend_count = facts.and_then(Facts::resend_count),
+            error.type = outcome.err().map(Error::kind),
+            error.cause = cause.as_deref().map(printable).as_deref(),
+            "the client has gone; its create was carried through"
+        );
+    }
+}
