@@ -10,7 +10,7 @@ use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, say};
 use crate::clock::SystemClock;
 use crate::sandbox::{ACCESS_KEY, SECRET_KEY, Sandbox};
-use crate::server::{self, Limits};
+use crate::server::{self, Limits, Listener};
 use crate::telemetry;
 
 pub(super) fn run(
@@ -42,7 +42,7 @@ pub(super) fn run(
         say(format_args!("secret key: {SECRET_KEY}"));
         let (_stop, stopped) = watch::channel(false);
         tokio::select! {
-            ended = server::run(vec![listener], sandbox, limits, stopped) => { ended.map_err(failed)?; }
+            ended = server::run(vec![Listener::Tcp(listener)], sandbox, limits, stopped) => { ended.map_err(failed)?; }
             // Nothing that it does is worth waiting for.
             () = signals.next() => {}
         }

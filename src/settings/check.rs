@@ -49,9 +49,9 @@ impl Settings {
             ),
         );
         require(
-            !self.listen.addresses.is_empty(),
+            !self.listen.addresses.is_empty() || self.listen.unix_socket.is_some(),
             "listen.address",
-            "want an address".to_owned(),
+            "want an address, where listen.unix_socket is not set".to_owned(),
         );
         let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
         for address in &self.listen.addresses {

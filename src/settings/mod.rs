@@ -64,8 +64,10 @@ pub struct Settings {
 /// Where clients connect.
 #[derive(Debug)]
 pub struct Listen {
-    /// At least one.
+    /// By TCP.
     pub addresses: Vec<SocketAddr>,
+    /// By a Unix socket.
+    pub unix_socket: Option<PathBuf>,
     /// Whether anyone beyond this machine may call.
     pub unsafe_allow_remote: bool,
 }
@@ -188,6 +190,7 @@ impl Settings {
         Self {
             listen: Listen {
                 addresses: from.get("listen.address"),
+                unix_socket: from.get("listen.unix_socket"),
                 unsafe_allow_remote: from.get("listen.unsafe_allow_remote"),
             },
             admin: Admin {

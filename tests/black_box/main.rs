@@ -22,3 +22,4 @@ mod server;
 mod settings;
 mod stream;
 mod timeouts;
+mod unix_socket;

@@ -4,13 +4,13 @@
 //! connection, its requests and the connections that they use upstream stay on one thread. This
 //! thread keeps what is not a request: signals, the admin listener, the sandbox, changed files.
 
+mod listeners;
 mod process;
 mod reload;
 mod set_up;
 
 use std::ffi::OsString;
 use std::io;
-use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
+use self::listeners::Listeners;
 use self::process::{hide_memory, raise_descriptor_limit};
 use self::reload::{Configuration, Reload};
 use self::set_up::Proxy;
@@ -28,7 +29,7 @@ use super::{Exit, Failure, SettingsArgs, say};
 use crate::admin::Control;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::sandbox::Sandbox;
-use crate::server::{self, Limits};
+use crate::server::{self, Limits, Listener, SocketFile};
 use crate::stack::Shared;
 use crate::telemetry;
 use crate::upstream::Origin;
@@ -76,7 +77,6 @@ impl Proxy {
             shared,
             limits,
             listeners,
-            admin,
             sandbox,
             delay,
         } = self;
@@ -88,12 +88,17 @@ impl Proxy {
         tokens
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
-        announce(&listeners, &shared.origin, admin.as_ref(), sandbox.as_ref()).map_err(failed)?;
+        announce(&listeners, &shared.origin, sandbox.as_ref());
+        let Listeners {
+            data,
+            admin,
+            socket_file,
+        } = listeners;
 
         let quit = Arc::new(Notify::new());
         let (stop, stopped) = latch::channel(false);
-        let mut threads = start_threads(&listeners, &shared, &limits, &stopped).map_err(failed)?;
-        drop(listeners);
+        let mut threads = start_threads(&data, &shared, &limits, &stopped).map_err(failed)?;
+        drop(data);
         // These serve until the last request has ended, so nobody tells them to stop.
         let (_serving, never) = latch::channel(false);
         let mut others = JoinSet::new();
@@ -106,7 +111,7 @@ impl Proxy {
             others.spawn(server::run(vec![listener], sandbox, limits, never.clone()));
         }
         if let Some(listener) = admin {
-            let local = listener.local_addr().map_err(failed)?.ip().is_loopback();
+            let local = listener.is_local();
             let control = local.then(|| Control {
                 quit: configuration.settings.admin.quit.then(|| quit.clone()),
             });
@@ -130,7 +135,7 @@ impl Proxy {
         }
         tracing::info!("shutting down");
         tokio::select! {
-            ended = end(&lifecycle, delay, &stop, threads) => ended,
+            ended = end(&lifecycle, delay, socket_file, &stop, threads) => ended,
             () = signals.next() => {
                 Err(Failure::new(Exit::Failed, "stopped at once by a second signal"))
             }
@@ -139,25 +144,16 @@ impl Proxy {
 }
 
 /// One line a listener, with the port that it got.
-fn announce(
-    listeners: &[TcpListener],
-    origin: &Origin,
-    admin: Option<&TcpListener>,
-    sandbox: Option<&(TcpListener, Sandbox)>,
-) -> io::Result<()> {
-    for listener in listeners {
-        say(format_args!(
-            "proxy    http://{} -> {origin}",
-            listener.local_addr()?
-        ));
+fn announce(listeners: &Listeners, origin: &Origin, sandbox: Option<&(Listener, Sandbox)>) {
+    for listener in &listeners.data {
+        say(format_args!("proxy    {listener} -> {origin}"));
     }
-    if let Some(listener) = admin {
-        say(format_args!("admin    http://{}", listener.local_addr()?));
+    if let Some(listener) = &listeners.admin {
+        say(format_args!("admin    {listener}"));
     }
     if let Some((listener, _)) = sandbox {
-        say(format_args!("sandbox  http://{}", listener.local_addr()?));
+        say(format_args!("sandbox  {listener}"));
     }
-    Ok(())
 }
 
 /// How a thread ended.
@@ -173,7 +169,7 @@ struct Cut {
 
 /// Starts the threads that serve requests. The channel closes when all have ended.
 fn start_threads(
-    listeners: &[TcpListener],
+    listeners: &[Listener],
     shared: &Shared,
     limits: &Limits,
     stopped: &latch::Receiver<bool>,
@@ -183,7 +179,7 @@ fn start_threads(
     for index in 0..cores.min(MOST_THREADS) {
         let listeners = listeners
             .iter()
-            .map(TcpListener::try_clone)
+            .map(Listener::try_clone)
             .collect::<io::Result<Vec<_>>>()?;
         let (shared, limits, stopped) = (shared.clone(), limits.clone(), stopped.clone());
         let sender = sender.clone();
@@ -233,12 +229,15 @@ async fn serve(
 async fn end(
     lifecycle: &Lifecycle,
     delay: Duration,
+    socket_file: Option<SocketFile>,
     stop: &latch::Sender<bool>,
     mut threads: mpsc::UnboundedReceiver<Ended>,
 ) -> Result<(), Failure> {
     lifecycle.enter(Phase::Stopping);
     tokio::time::sleep(delay).await;
     lifecycle.enter(Phase::Draining);
+    // Before the socket is closed: then nobody finds a file that does not answer.
+    drop(socket_file);
     stop.send_replace(true);
     let mut cut = Cut::default();
     while let Some(ended) = threads.recv().await {

@@ -1,12 +1,13 @@
 //! Puts the parts together: everything that can be wrong is found here, before the first request.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::listeners::{Listeners, bind};
 use super::reload::Configuration;
 use crate::cli::{Exit, Failure, find_credential};
 use crate::client_token::ClientTokens;
@@ -20,7 +21,7 @@ use crate::replay::Keeper;
 use crate::rules::Rules;
 use crate::sandbox::{self, Sandbox};
 use crate::secret::Secret;
-use crate::server::{self, Limits};
+use crate::server::{Limits, Listener};
 use crate::settings::{Problem, Settings};
 use crate::stack::Shared;
 use crate::token::{Credential, Tokens};
@@ -30,9 +31,8 @@ use crate::upstream::{Origin, client_config};
 pub(super) struct Proxy {
     pub(super) shared: Shared,
     pub(super) limits: Limits,
-    pub(super) listeners: Vec<TcpListener>,
-    pub(super) admin: Option<TcpListener>,
-    pub(super) sandbox: Option<(TcpListener, Sandbox)>,
+    pub(super) listeners: Listeners,
+    pub(super) sandbox: Option<(Listener, Sandbox)>,
     pub(super) delay: Duration,
 }
 
@@ -54,16 +54,14 @@ impl Proxy {
         let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
         let metrics = Arc::new(metrics);
 
-        let listeners = settings.listen.addresses.iter().copied().map(bind);
-        let listeners = listeners.collect::<Result<Vec<_>, _>>()?;
-        let admin = settings.admin.address.map(bind).transpose()?;
+        let listeners = Listeners::open(settings)?;
         let (sandbox, origin) = if configuration.sandboxed {
             let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox.clone(), &clock)?;
             (Some((listener, sandbox)), origin)
         } else {
             (None, settings.upstream.origin.clone())
         };
-        refuse_circle(&origin, listeners.iter().chain(&admin))?;
+        listeners.refuse_circle(&origin)?;
 
         let tokens = Tokens::new(
             credential,
@@ -103,16 +101,10 @@ impl Proxy {
             shared,
             limits,
             listeners,
-            admin,
             sandbox,
             delay,
         })
     }
-}
-
-fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
-    server::bind(address)
-        .map_err(|error| Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}")))
 }
 
 fn found(configuration: &Configuration) -> Result<Credential, Failure> {
@@ -140,7 +132,7 @@ fn sandbox_credential() -> Credential {
 fn embedded_sandbox(
     options: sandbox::Options,
     clock: &Arc<dyn Clock>,
-) -> Result<(TcpListener, Sandbox, Origin), Failure> {
+) -> Result<(Listener, Sandbox, Origin), Failure> {
     let listener = bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
     let address = listener
         .local_addr()
@@ -148,7 +140,7 @@ fn embedded_sandbox(
     let origin = format!("http://{address}").parse();
     let origin = origin.map_err(|error| Failure::because(Exit::Failed, &error))?;
     Ok((
-        listener,
+        Listener::Tcp(listener),
         Sandbox::new(options, address, Arc::clone(clock)),
         origin,
     ))
@@ -179,22 +171,4 @@ pub(super) fn warn_of_clients(rules: &Rules) {
     if let Some(warning) = tokens.and_then(|tokens| tokens.warning.as_ref()) {
         tracing::warn!("access.client_tokens_file: {warning}");
     }
-}
-
-/// A proxy whose upstream is itself would answer no request and fill up; if it were the admin
-/// listener, that would be reachable through the data listener.
-fn refuse_circle<'a>(
-    origin: &Origin,
-    mut listeners: impl Iterator<Item = &'a TcpListener>,
-) -> Result<(), Failure> {
-    let own = |listener: &TcpListener| {
-        listener
-            .local_addr()
-            .is_ok_and(|own| origin.loopback_port() == Some(own.port()))
-    };
-    if listeners.any(own) {
-        let problem = Problem::new("upstream.url", format!("{origin} is this proxy itself"));
-        return Err(Failure::new(Exit::Settings, problem.to_string()));
-    }
-    Ok(())
 }

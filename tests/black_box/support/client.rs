@@ -1,8 +1,10 @@
 //! A client that sends exactly the bytes it is given.
 
 use std::{
-    io::{self, BufReader, Read as _, Write as _},
+    io::{self, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
+    path::Path,
     time::Duration,
 };
 
@@ -14,7 +16,12 @@ use super::{Message, PATIENCE, http::read_chunk};
 const MOMENT: Duration = Duration::from_millis(20);
 
 /// One connection. Reading panics when nothing comes for too long.
-pub struct Connection(BufReader<TcpStream>);
+pub struct Connection(BufReader<Stream>);
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
 
 // === impl Connection ===
 
@@ -23,7 +30,13 @@ impl Connection {
         let stream = TcpStream::connect(address).expect("a listener");
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
-        Self(BufReader::new(stream))
+        Self(BufReader::new(Stream::Tcp(stream)))
+    }
+
+    pub fn unix(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).expect("a listener");
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(BufReader::new(Stream::Unix(stream)))
     }
 
     /// Sends; that the peer has had enough and closed is for the answer to tell.
@@ -35,7 +48,11 @@ impl Connection {
     /// Sends a byte a moment until the peer closes; panics if it never does.
     pub fn dribble(&mut self, byte: u8) {
         let deadline = Instant::now() + PATIENCE;
-        self.0.get_mut().set_read_timeout(Some(MOMENT)).unwrap();
+        self.0
+            .get_mut()
+            .tcp()
+            .set_read_timeout(Some(MOMENT))
+            .unwrap();
         loop {
             assert!(Instant::now() < deadline, "not closed");
             match self.send([byte]).0.read(&mut [0; 1024]) {
@@ -80,6 +97,42 @@ impl Connection {
             );
         }
         rest
+    }
+}
+
+// === impl Stream ===
+
+impl Stream {
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            Self::Tcp(stream) => stream,
+            Self::Unix(_) => panic!("for TCP only"),
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.read(into),
+            Self::Unix(stream) => stream.read(into),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.write(bytes),
+            Self::Unix(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.flush(),
+            Self::Unix(stream) => stream.flush(),
+        }
     }
 }
 

@@ -103,6 +103,22 @@ impl Command {
         self
     }
 
+    /// Runs it by a shell that does this first, in the same process.
+    pub fn after(mut self, first: &str) -> Self {
+        let script = format!(r#"{first} exec "$0" "$@""#);
+        let mut shell = std::process::Command::new("/bin/sh");
+        let variables = self.command.get_envs();
+        shell
+            .args(["-c", &script])
+            .arg(self.command.get_program())
+            .args(self.command.get_args())
+            .env_clear()
+            .envs(variables.filter_map(|(name, value)| Some((name, value?))))
+            .current_dir(self.home.path());
+        self.command = shell;
+        self
+    }
+
     /// Writes a file below the home folder.
     pub fn file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.home.path().join(name);

@@ -1,7 +1,9 @@
 //! Accepts connections and serves them; given its sockets, its service and the word to stop.
 
+mod listener;
+mod socket_file;
+
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,16 +17,16 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tower::{Service, ServiceExt};
 
+use self::listener::{Acceptor, Stream};
+pub use self::listener::{Listener, bind};
+pub use self::socket_file::{SocketFile, SocketFileError};
 use crate::error::{BoxError, Error, Failure};
 
-/// How many connections wait in the kernel's queue.
-const BACKLOG: u32 = 1024;
 /// How long to wait before accepting again when that failed, mostly for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -41,23 +43,6 @@ pub struct Limits {
     pub drain: Duration,
 }
 
-/// Opens a listening socket. It is not shared (`SO_REUSEPORT`): a second proxy on the same port
-/// must fail, not take half of the requests.
-///
-/// # Errors
-///
-/// The address is taken, or is not this machine's.
-pub fn bind(address: SocketAddr) -> io::Result<StdListener> {
-    let domain = socket2::Domain::for_address(address);
-    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
-    // A restart need not wait for connections of the last run to be forgotten.
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG.cast_signed())?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
-}
-
 /// Serves all listeners until told to stop, then lets what is in flight end within the limit.
 /// Returns how many connections had to be cut.
 ///
@@ -65,7 +50,7 @@ pub fn bind(address: SocketAddr) -> io::Result<StdListener> {
 ///
 /// A listener could not be registered with the runtime.
 pub async fn run<S>(
-    listeners: Vec<StdListener>,
+    listeners: Vec<Listener>,
     service: S,
     limits: Limits,
     mut stop: watch::Receiver<bool>,
@@ -78,8 +63,7 @@ where
     let mut accepting = JoinSet::new();
     let (sender, mut accepted) = mpsc::channel(1);
     for listener in listeners {
-        let listener = TcpListener::from_std(listener)?;
-        accepting.spawn(accept(listener, limits.clone(), sender.clone()));
+        accepting.spawn(accept(listener.register()?, limits.clone(), sender.clone()));
     }
     drop(sender);
 
@@ -141,22 +125,19 @@ fn is_malformed(answer: &Response) -> bool {
 /// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits
 /// here, and the others in the kernel's queue.
 async fn accept(
-    listener: TcpListener,
+    listener: Acceptor,
     limits: Limits,
-    accepted: mpsc::Sender<(TcpStream, OwnedSemaphorePermit)>,
+    accepted: mpsc::Sender<(Stream, OwnedSemaphorePermit)>,
 ) {
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let stream = match listener.accept(limits.idle).await {
+            Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        if let Err(error) = set_up(&stream, limits.idle) {
-            tracing::debug!(%error, "cannot set up a connection");
-        }
         let Ok(permit) = Arc::clone(&limits.connections).acquire_owned().await else {
             return;
         };
@@ -164,13 +145,4 @@ async fn accept(
             return;
         }
     }
-}
-
-fn set_up(stream: &TcpStream, idle: Duration) -> io::Result<()> {
-    // Without it a small answer may wait for the client's acknowledgement.
-    stream.set_nodelay(true)?;
-    // hyper has no timeout for a client that stops reading; the kernel has (tcp(7)).
-    #[cfg(target_os = "linux")]
-    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(idle))?;
-    Ok(())
 }

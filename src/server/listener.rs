@@ -1,0 +1,202 @@
+//! Listening sockets of every kind, and the connections that come from them.
+
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::net::{self, SocketAddr};
+use std::os::unix;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+/// How many connections wait in the kernel's queue.
+pub(super) const BACKLOG: i32 = 1024;
+
+/// A socket that clients connect to, not bound to a runtime yet.
+#[derive(Debug)]
+pub enum Listener {
+    /// By address and port.
+    Tcp(net::TcpListener),
+    /// By path.
+    Unix(unix::net::UnixListener),
+}
+
+/// A [`Listener`] in its runtime.
+pub(super) enum Acceptor {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// A connection. One type for all kinds, so that there is one copy of the HTTP code.
+pub(super) enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Opens a listening socket. It is not shared (`SO_REUSEPORT`): a second proxy on the same port
+/// must fail, not take half of the requests.
+///
+/// # Errors
+///
+/// The address is taken, or is not this machine's.
+pub fn bind(address: SocketAddr) -> io::Result<net::TcpListener> {
+    let domain = socket2::Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+    // A restart need not wait for connections of the last run to be forgotten.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+// === impl Listener ===
+
+impl Listener {
+    /// The same socket for another thread.
+    ///
+    /// # Errors
+    ///
+    /// There are too many open files.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
+            Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+        })
+    }
+
+    /// Where it listens, if that is an address.
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(socket) => socket.local_addr().ok(),
+            Self::Unix(_) => None,
+        }
+    }
+
+    /// Whether only this machine can connect.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(_) => self
+                .address()
+                .is_some_and(|address| address.ip().is_loopback()),
+            Self::Unix(_) => true,
+        }
+    }
+
+    /// Hands it over to the current runtime.
+    pub(super) fn register(self) -> io::Result<Acceptor> {
+        Ok(match self {
+            Self::Tcp(socket) => Acceptor::Tcp(TcpListener::from_std(socket)?),
+            Self::Unix(socket) => Acceptor::Unix(UnixListener::from_std(socket)?),
+        })
+    }
+}
+
+/// What a client is told to connect to.
+impl fmt::Display for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(socket) => match socket.local_addr() {
+                Ok(address) => write!(f, "http://{address}"),
+                Err(error) => write!(f, "http ({error})"),
+            },
+            Self::Unix(socket) => {
+                let address = socket.local_addr();
+                match address
+                    .as_ref()
+                    .ok()
+                    .and_then(|address| address.as_pathname())
+                {
+                    Some(path) => write!(f, "unix:{}", path.display()),
+                    None => f.write_str("unix (no path)"),
+                }
+            }
+        }
+    }
+}
+
+// === impl Acceptor ===
+
+impl Acceptor {
+    /// The next connection; `idle` is how long its peer may leave unread what was written to it.
+    pub(super) async fn accept(&self, idle: Duration) -> io::Result<Stream> {
+        match self {
+            Self::Tcp(socket) => {
+                let (stream, _) = socket.accept().await?;
+                if let Err(error) = set_up(&stream, idle) {
+                    tracing::debug!(%error, "cannot set up a connection");
+                }
+                Ok(Stream::Tcp(stream))
+            }
+            // The kernel has no timeout here for a client that stops reading; who may open the
+            // socket is trusted that far.
+            Self::Unix(socket) => Ok(Stream::Unix(socket.accept().await?.0)),
+        }
+    }
+}
+
+fn set_up(stream: &TcpStream, idle: Duration) -> io::Result<()> {
+    // Without it a small answer may wait for the client's acknowledgement.
+    stream.set_nodelay(true)?;
+    // hyper has no timeout for a client that stops reading; the kernel has (tcp(7)).
+    #[cfg(target_os = "linux")]
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(idle))?;
+    Ok(())
+}
+
+// === impl Stream ===
+
+/// Calls a method of the stream inside.
+macro_rules! inner {
+    ($stream:ident.$method:ident($($argument:expr),*)) => {
+        match $stream.get_mut() {
+            Stream::Tcp(stream) => Pin::new(stream).$method($($argument),*),
+            Stream::Unix(stream) => Pin::new(stream).$method($($argument),*),
+        }
+    };
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        inner!(self.poll_read(cx, into))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        inner!(self.poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        inner!(self.poll_write_vectored(cx, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Unix(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        inner!(self.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        inner!(self.poll_shutdown(cx))
+    }
+}
