@@ -5,11 +5,16 @@ use std::io::{self, IoSlice};
 use std::net::{self, SocketAddr};
 use std::os::unix;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio_rustls::server::TlsStream;
+
+use super::tls::Handshake;
 
 /// How many connections wait in the kernel's queue.
 pub(super) const BACKLOG: i32 = 1024;
@@ -19,6 +24,8 @@ pub(super) const BACKLOG: i32 = 1024;
 pub enum Listener {
     /// By address and port.
     Tcp(net::TcpListener),
+    /// The same, over TLS.
+    Tls(net::TcpListener, Arc<ServerConfig>),
     /// By path.
     Unix(unix::net::UnixListener),
 }
@@ -26,12 +33,22 @@ pub enum Listener {
 /// A [`Listener`] in its runtime.
 pub(super) enum Acceptor {
     Tcp(TcpListener),
+    Tls(TcpListener, Arc<ServerConfig>),
     Unix(UnixListener),
+}
+
+/// What a client that connected is to be given.
+pub(super) enum Accepted {
+    /// An answer to its request.
+    Ready(Stream),
+    /// First the proof of who we are, which takes as long as the client likes.
+    Shaking(Handshake),
 }
 
 /// A connection. One type for all kinds, so that there is one copy of the HTTP code.
 pub(super) enum Stream {
     Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
 }
 
@@ -63,6 +80,7 @@ impl Listener {
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
+            Self::Tls(socket, config) => Self::Tls(socket.try_clone()?, Arc::clone(config)),
             Self::Unix(socket) => Self::Unix(socket.try_clone()?),
         })
     }
@@ -70,7 +88,7 @@ impl Listener {
     /// Where it listens, if that is an address.
     pub fn address(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(socket) => socket.local_addr().ok(),
+            Self::Tcp(socket) | Self::Tls(socket, _) => socket.local_addr().ok(),
             Self::Unix(_) => None,
         }
     }
@@ -78,10 +96,10 @@ impl Listener {
     /// Whether only this machine can connect.
     pub fn is_local(&self) -> bool {
         match self {
-            Self::Tcp(_) => self
+            Self::Unix(_) => true,
+            Self::Tcp(_) | Self::Tls(..) => self
                 .address()
                 .is_some_and(|address| address.ip().is_loopback()),
-            Self::Unix(_) => true,
         }
     }
 
@@ -89,6 +107,7 @@ impl Listener {
     pub(super) fn register(self) -> io::Result<Acceptor> {
         Ok(match self {
             Self::Tcp(socket) => Acceptor::Tcp(TcpListener::from_std(socket)?),
+            Self::Tls(socket, config) => Acceptor::Tls(TcpListener::from_std(socket)?, config),
             Self::Unix(socket) => Acceptor::Unix(UnixListener::from_std(socket)?),
         })
     }
@@ -97,43 +116,43 @@ impl Listener {
 /// What a client is told to connect to.
 impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(socket) => match socket.local_addr() {
-                Ok(address) => write!(f, "http://{address}"),
-                Err(error) => write!(f, "http ({error})"),
-            },
-            Self::Unix(socket) => {
-                let address = socket.local_addr();
-                match address
-                    .as_ref()
-                    .ok()
-                    .and_then(|address| address.as_pathname())
-                {
-                    Some(path) => write!(f, "unix:{}", path.display()),
-                    None => f.write_str("unix (no path)"),
-                }
-            }
-        }
+        let (scheme, address) = match self {
+            Self::Tcp(socket) => ("http://", socket.local_addr().map(|a| a.to_string())),
+            Self::Tls(socket, _) => ("https://", socket.local_addr().map(|a| a.to_string())),
+            Self::Unix(socket) => ("unix:", socket.local_addr().map(|a| path(&a))),
+        };
+        let address = address.unwrap_or_else(|error| format!("({error})"));
+        write!(f, "{scheme}{address}")
     }
+}
+
+fn path(address: &unix::net::SocketAddr) -> String {
+    let path = address.as_pathname();
+    path.map_or("unnamed".to_owned(), |path| path.display().to_string())
 }
 
 // === impl Acceptor ===
 
 impl Acceptor {
     /// The next connection; `idle` is how long its peer may leave unread what was written to it.
-    pub(super) async fn accept(&self, idle: Duration) -> io::Result<Stream> {
-        match self {
-            Self::Tcp(socket) => {
-                let (stream, _) = socket.accept().await?;
-                if let Err(error) = set_up(&stream, idle) {
-                    tracing::debug!(%error, "cannot set up a connection");
-                }
-                Ok(Stream::Tcp(stream))
+    pub(super) async fn accept(&self, idle: Duration) -> io::Result<Accepted> {
+        let tcp = async |socket: &TcpListener| {
+            let (stream, _) = socket.accept().await?;
+            if let Err(error) = set_up(&stream, idle) {
+                tracing::debug!(%error, "cannot set up a connection");
             }
+            Ok::<_, io::Error>(stream)
+        };
+        Ok(match self {
+            Self::Tcp(socket) => Accepted::Ready(Stream::Tcp(tcp(socket).await?)),
+            Self::Tls(socket, config) => Accepted::Shaking(Handshake {
+                config: Arc::clone(config),
+                stream: tcp(socket).await?,
+            }),
             // The kernel has no timeout here for a client that stops reading; who may open the
             // socket is trusted that far.
-            Self::Unix(socket) => Ok(Stream::Unix(socket.accept().await?.0)),
-        }
+            Self::Unix(socket) => Accepted::Ready(Stream::Unix(socket.accept().await?.0)),
+        })
     }
 }
 
@@ -153,6 +172,7 @@ macro_rules! inner {
     ($stream:ident.$method:ident($($argument:expr),*)) => {
         match $stream.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).$method($($argument),*),
+            Stream::Tls(stream) => Pin::new(stream).$method($($argument),*),
             Stream::Unix(stream) => Pin::new(stream).$method($($argument),*),
         }
     };
@@ -188,6 +208,7 @@ impl AsyncWrite for Stream {
     fn is_write_vectored(&self) -> bool {
         match self {
             Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Tls(stream) => stream.is_write_vectored(),
             Self::Unix(stream) => stream.is_write_vectored(),
         }
     }

@@ -2,6 +2,7 @@
 
 mod listener;
 mod socket_file;
+mod tls;
 
 use std::io;
 use std::sync::Arc;
@@ -19,12 +20,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tower::{Service, ServiceExt};
 
-use self::listener::{Acceptor, Stream};
+use self::listener::{Accepted, Acceptor, Stream};
 pub use self::listener::{Listener, bind};
 pub use self::socket_file::{SocketFile, SocketFileError};
+pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::error::{BoxError, Error, Failure};
 
 /// How long to wait before accepting again when that failed, mostly for lack of descriptors.
@@ -127,11 +129,17 @@ fn is_malformed(answer: &Response) -> bool {
 async fn accept(
     listener: Acceptor,
     limits: Limits,
-    accepted: mpsc::Sender<(Stream, OwnedSemaphorePermit)>,
+    sender: mpsc::Sender<(Stream, OwnedSemaphorePermit)>,
 ) {
+    // Beside the loop: a silent client holds up nobody, and is dropped with the loop at the end.
+    let mut handshakes = JoinSet::new();
     loop {
-        let stream = match listener.accept(limits.idle).await {
-            Ok(stream) => stream,
+        let accepted = tokio::select! {
+            accepted = listener.accept(limits.idle) => accepted,
+            Some(_) = handshakes.join_next() => continue,
+        };
+        let accepted = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
@@ -141,8 +149,25 @@ async fn accept(
         let Ok(permit) = Arc::clone(&limits.connections).acquire_owned().await else {
             return;
         };
-        if accepted.send((stream, permit)).await.is_err() {
-            return;
+        match accepted {
+            Accepted::Ready(stream) => {
+                if sender.send((stream, permit)).await.is_err() {
+                    return;
+                }
+            }
+            Accepted::Shaking(handshake) => {
+                let (sender, limit) = (sender.clone(), limits.header_timeout);
+                handshakes.spawn(async move {
+                    match timeout(limit, handshake.finish()).await {
+                        Ok(Ok(stream)) => {
+                            // Nobody takes it any more when we end.
+                            let _ = sender.send((Stream::Tls(Box::new(stream)), permit)).await;
+                        }
+                        Ok(Err(error)) => tracing::debug!(%error, "no TLS connection"),
+                        Err(_) => tracing::debug!("no TLS connection: the client was too slow"),
+                    }
+                });
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Access, Problem, Settings};
+use super::{Access, Listen, Problem, Settings};
 use crate::layer::normalise::{Format, Statuses};
 use crate::token::Validity;
 
@@ -48,23 +48,8 @@ impl Settings {
                 humantime::format_duration(lifetime)
             ),
         );
-        require(
-            !self.listen.addresses.is_empty() || self.listen.unix_socket.is_some(),
-            "listen.address",
-            "want an address, where listen.unix_socket is not set".to_owned(),
-        );
         let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
-        for address in &self.listen.addresses {
-            require(
-                protected || address.ip().is_loopback(),
-                "listen.address",
-                format!(
-                    "{address} can be reached from other machines, which could spend your key: \
-                     set access.client_tokens_file, so that clients have to show a token, or \
-                     listen.unsafe_allow_remote = true"
-                ),
-            );
-        }
+        self.listen.check(protected, &mut require);
         let local = self
             .admin
             .address
@@ -110,6 +95,39 @@ impl Settings {
             require(number > 0, key, "want more than 0".to_owned());
         }
         problems
+    }
+}
+
+// === impl Listen ===
+
+impl Listen {
+    /// `protected`: those who can connect may call, or have to show a token.
+    fn check(&self, protected: bool, require: &mut impl FnMut(bool, &str, String)) {
+        require(
+            !self.addresses.is_empty() || self.unix_socket.is_some(),
+            "listen.address",
+            "want an address, where listen.unix_socket is not set".to_owned(),
+        );
+        for address in &self.addresses {
+            require(
+                protected || address.ip().is_loopback(),
+                "listen.address",
+                format!(
+                    "{address} can be reached from other machines, which could spend your key: \
+                     set access.client_tokens_file, so that clients have to show a token, or \
+                     listen.unsafe_allow_remote = true"
+                ),
+            );
+        }
+        let certificate = ("listen.tls.certificate_file", &self.certificate_file);
+        let key = ("listen.tls.key_file", &self.key_file);
+        for [(one, file), (other, other_file)] in [[certificate, key], [key, certificate]] {
+            require(
+                file.is_some() || other_file.is_none(),
+                one,
+                format!("want a file, since {other} is set"),
+            );
+        }
     }
 }
 

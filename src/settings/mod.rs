@@ -68,6 +68,10 @@ pub struct Listen {
     pub addresses: Vec<SocketAddr>,
     /// By a Unix socket.
     pub unix_socket: Option<PathBuf>,
+    /// The certificate of HTTPS (`listen.tls.certificate_file`).
+    pub certificate_file: Option<PathBuf>,
+    /// Its private key (`listen.tls.key_file`).
+    pub key_file: Option<PathBuf>,
     /// Whether anyone beyond this machine may call.
     pub unsafe_allow_remote: bool,
 }
@@ -191,6 +195,8 @@ impl Settings {
             listen: Listen {
                 addresses: from.get("listen.address"),
                 unix_socket: from.get("listen.unix_socket"),
+                certificate_file: from.get("listen.tls.certificate_file"),
+                key_file: from.get("listen.tls.key_file"),
                 unsafe_allow_remote: from.get("listen.unsafe_allow_remote"),
             },
             admin: Admin {

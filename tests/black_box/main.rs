@@ -12,6 +12,7 @@ mod cli;
 mod credentials;
 mod forward;
 mod guard;
+mod https;
 mod normalise;
 mod protocol;
 mod reload;

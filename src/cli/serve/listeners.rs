@@ -1,10 +1,11 @@
 //! The sockets that clients connect to.
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 
 use crate::cli::{Exit, Failure};
 use crate::error::chain;
-use crate::server::{self, Listener, SocketFile};
+use crate::server::{self, Certificate, CertificateFiles, Listener, SocketFile};
 use crate::settings::{Listen, Problem, Settings};
 use crate::upstream::Origin;
 
@@ -16,6 +17,8 @@ pub(super) struct Listeners {
     pub(super) admin: Option<Listener>,
     /// The file of a Unix socket that we made.
     pub(super) socket_file: Option<SocketFile>,
+    /// What clients are shown over TLS.
+    pub(super) certificate: Option<Arc<Certificate>>,
 }
 
 // === impl Listeners ===
@@ -29,9 +32,17 @@ impl Listeners {
             unix_socket,
             ..
         } = &settings.listen;
+        let certificate = load_certificate(&settings.listen)?;
+        let tls = certificate.clone().map(Certificate::server_config);
+        let tls = tls.transpose();
+        let tls = tls.map_err(|error| Failure::because(Exit::Failed, &error))?;
         let mut data = Vec::new();
         for address in addresses {
-            data.push(Listener::Tcp(bind(*address)?));
+            let socket = bind(*address)?;
+            data.push(match &tls {
+                Some(tls) => Listener::Tls(socket, Arc::clone(tls)),
+                None => Listener::Tcp(socket),
+            });
         }
         let admin = settings.admin.address.map(bind).transpose()?;
         let mut socket_file = None;
@@ -47,7 +58,13 @@ impl Listeners {
             data,
             admin: admin.map(Listener::Tcp),
             socket_file,
+            certificate,
         })
+    }
+
+    /// Whether other machines can connect.
+    pub(super) fn are_exposed(&self) -> bool {
+        !self.data.iter().all(Listener::is_local)
     }
 
     /// A proxy whose upstream is itself would answer no request and fill up; if it were the admin
@@ -67,4 +84,16 @@ impl Listeners {
 pub(super) fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
     server::bind(address)
         .map_err(|error| Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}")))
+}
+
+fn load_certificate(listen: &Listen) -> Result<Option<Arc<Certificate>>, Failure> {
+    let (Some(certificate), Some(key)) = (&listen.certificate_file, &listen.key_file) else {
+        return Ok(None);
+    };
+    let certificate = Certificate::load(CertificateFiles {
+        certificate: certificate.clone(),
+        key: key.clone(),
+    });
+    let certificate = certificate.map_err(|error| Failure::because(Exit::Settings, &error))?;
+    Ok(Some(Arc::new(certificate)))
 }

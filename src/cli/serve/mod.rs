@@ -89,10 +89,12 @@ impl Proxy {
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
         announce(&listeners, &shared.origin, sandbox.as_ref());
+        let exposed = listeners.are_exposed();
         let Listeners {
             data,
             admin,
             socket_file,
+            certificate,
         } = listeners;
 
         let quit = Arc::new(Notify::new());
@@ -121,6 +123,8 @@ impl Proxy {
         let reload = Reload {
             configuration,
             shared,
+            certificate,
+            exposed,
         };
         tokio::spawn(reload.run(hang_up));
         lifecycle.enter(Phase::Ready);

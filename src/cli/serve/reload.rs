@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::mem;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
@@ -13,6 +14,7 @@ use super::set_up::{rules, warn_of_clients};
 use crate::cli::{Failure, SettingsArgs};
 use crate::credentials::Places;
 use crate::error::chain;
+use crate::server::Certificate;
 use crate::settings::{Row, Settings};
 use crate::stack::Shared;
 use crate::telemetry::Filter;
@@ -48,6 +50,10 @@ pub(super) struct Configuration {
 pub(super) struct Reload {
     pub(super) configuration: Configuration,
     pub(super) shared: Shared,
+    /// What clients are shown over TLS.
+    pub(super) certificate: Option<Arc<Certificate>>,
+    /// Whether other machines can connect.
+    pub(super) exposed: bool,
 }
 
 /// A warning that is repeated only once it is another.
@@ -64,12 +70,6 @@ impl Configuration {
             configured: &self.settings.credentials,
         }
     }
-
-    /// Whether other machines can connect.
-    fn is_exposed(&self) -> bool {
-        let mut addresses = self.settings.listen.addresses.iter();
-        addresses.any(|address| !address.ip().is_loopback())
-    }
 }
 
 // === impl Reload ===
@@ -77,13 +77,13 @@ impl Configuration {
 impl Reload {
     /// Never ends.
     pub(super) async fn run(mut self, mut hang_up: Signal) {
-        let (mut credential, mut clients) = (Warning::default(), Warning::default());
+        let [mut credential, mut clients, mut certificate] = <[Warning; 3]>::default();
         loop {
             tokio::select! {
                 () = sleep(INTERVAL) => {}
                 _ = hang_up.recv() => {
                     // Whoever asks wants an answer, be it the same one.
-                    (credential, clients) = Default::default();
+                    [credential, clients, certificate] = Default::default();
                     match self.settings() {
                         Ok(()) => tracing::info!("settings reloaded"),
                         Err(problem) => tracing::warn!(
@@ -95,6 +95,7 @@ impl Reload {
             }
             credential.tell("credential", self.credential());
             clients.tell("client tokens", self.clients());
+            certificate.tell("certificate", self.certificate());
         }
     }
 
@@ -106,10 +107,7 @@ impl Reload {
         } = &self.configuration;
         let (settings, rows) = args.load(environment).map_err(said)?;
         let protected = |settings: &Settings| settings.access.client_tokens_file.is_some();
-        if self.configuration.is_exposed()
-            && protected(&self.configuration.settings)
-            && !protected(&settings)
-        {
+        if self.exposed && protected(&self.configuration.settings) && !protected(&settings) {
             let reason =
                 "access.client_tokens_file cannot be taken away while other machines can connect";
             return Err(reason.to_owned());
@@ -168,6 +166,17 @@ impl Reload {
             tracing::info!("client tokens changed");
             warn_of_clients(&rules);
             self.shared.rules.store(rules);
+        }
+        Ok(())
+    }
+
+    /// Reads the files of the certificate again: certificates are renewed.
+    fn certificate(&self) -> Result<(), String> {
+        let Some(certificate) = &self.certificate else {
+            return Ok(());
+        };
+        if certificate.reload().map_err(|error| chain(&error))? {
+            tracing::info!("certificate changed");
         }
         Ok(())
     }

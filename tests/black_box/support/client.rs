@@ -5,9 +5,11 @@ use std::{
     net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use tokio::time::Instant;
 
 use super::{Message, PATIENCE, http::read_chunk};
@@ -20,6 +22,7 @@ pub struct Connection(BufReader<Stream>);
 
 enum Stream {
     Tcp(TcpStream),
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
     Unix(UnixStream),
 }
 
@@ -31,6 +34,28 @@ impl Connection {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
         Self(BufReader::new(Stream::Tcp(stream)))
+    }
+
+    /// Over TLS, to `localhost`; the error is that of the handshake.
+    pub fn tls(address: SocketAddr, client: ClientConfig) -> io::Result<Self> {
+        let mut stream = TcpStream::connect(address).expect("a listener");
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        let name = "localhost".try_into().unwrap();
+        let mut session = ClientConnection::new(Arc::new(client), name).unwrap();
+        while session.is_handshaking() {
+            session.complete_io(&mut stream)?;
+        }
+        let stream = StreamOwned::new(session, stream);
+        Ok(Self(BufReader::new(Stream::Tls(Box::new(stream)))))
+    }
+
+    /// What was agreed on in the handshake.
+    pub fn session(&self) -> &ClientConnection {
+        match self.0.get_ref() {
+            Stream::Tls(stream) => &stream.conn,
+            _ => panic!("for TLS only"),
+        }
     }
 
     pub fn unix(path: &Path) -> Self {
@@ -106,7 +131,7 @@ impl Stream {
     fn tcp(&self) -> &TcpStream {
         match self {
             Self::Tcp(stream) => stream,
-            Self::Unix(_) => panic!("for TCP only"),
+            _ => panic!("for TCP only"),
         }
     }
 }
@@ -115,6 +140,7 @@ impl Read for Stream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(stream) => stream.read(into),
+            Self::Tls(stream) => stream.read(into),
             Self::Unix(stream) => stream.read(into),
         }
     }
@@ -124,6 +150,7 @@ impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(stream) => stream.write(bytes),
+            Self::Tls(stream) => stream.write(bytes),
             Self::Unix(stream) => stream.write(bytes),
         }
     }
@@ -131,6 +158,7 @@ impl Write for Stream {
     fn flush(&mut self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.flush(),
+            Self::Tls(stream) => stream.flush(),
             Self::Unix(stream) => stream.flush(),
         }
     }

@@ -7,6 +7,7 @@
 mod client;
 mod http;
 mod process;
+mod tls;
 mod token;
 mod upstream;
 
@@ -18,6 +19,7 @@ pub use client::{Connection, raw};
 pub use http::{Message, get, gzip, is_cut_off, kling, parse_headers, post, reply, request};
 pub use process::{Command, Proxy};
 pub use rustix::process::Signal;
+pub use tls::{Issued, Root};
 pub use token::{ACCESS_KEY, Credential, SECRET_KEY, claims, mint, now, verify};
 pub use upstream::{Gate, SUCCESS, Step, Upstream, send};
 

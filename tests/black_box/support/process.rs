@@ -299,7 +299,7 @@ impl Lines {
     fn listener(&self, name: &str) -> Option<SocketAddr> {
         let line = self.find(|line| line.split_whitespace().next() == Some(name))?;
         let url = line.split_whitespace().nth(1)?;
-        url.strip_prefix("http://")?.parse().ok()
+        url.split_once("://")?.1.parse().ok()
     }
 }
 

@@ -16,12 +16,14 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use tempfile::TempDir;
 use tokio_rustls::TlsAcceptor;
 
-use super::{ACCESS_KEY, Credential, Message, PATIENCE, SECRET_KEY, kling, reply};
+use super::{
+    ACCESS_KEY, Credential, Issued, Message, PATIENCE, Root, SECRET_KEY, kling, reply,
+    tls::provider,
+};
 
 /// A success of Kling's.
 pub const SUCCESS: &str =
@@ -185,8 +187,8 @@ impl Upstream {
         });
         let folder = TempDir::new().unwrap();
         let config = tls.map(|protocol| {
-            let (root, config) = certificate(protocol);
-            fs::write(folder.path().join("ca.pem"), root).unwrap();
+            let (root, config) = server(protocol);
+            fs::write(folder.path().join("ca.pem"), root.pem()).unwrap();
             Arc::new(config)
         });
         let ca_file = config.is_some().then(|| folder.path().join("ca.pem"));
@@ -325,22 +327,18 @@ impl<S: Read> Read for Counted<'_, S> {
     }
 }
 
-/// A trust root of this test alone (PEM), and a server for `localhost` that it vouches for.
-fn certificate(protocol: &str) -> (String, ServerConfig) {
-    let mut root = CertificateParams::default();
-    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let root = CertifiedIssuer::self_signed(root, KeyPair::generate().unwrap()).unwrap();
-    let key = KeyPair::generate().unwrap();
-    let leaf = CertificateParams::new(["localhost".to_owned()]).unwrap();
-    let chain = vec![leaf.signed_by(&key, &root).unwrap().der().clone()];
+/// A server for `localhost`, and the root that vouches for it.
+fn server(protocol: &str) -> (Root, ServerConfig) {
+    let root = Root::new();
+    let Issued { certificate, key } = root.issue("localhost");
     let key = key.serialize_der().try_into().unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ServerConfig::builder_with_provider(provider);
+    let config = ServerConfig::builder_with_provider(provider());
     let config = config
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth();
+    let chain = vec![certificate.der().clone()];
     let mut config = config.with_single_cert(chain, key).unwrap();
     config.alpn_protocols = vec![protocol.into()];
-    (root.pem(), config)
+    (root, config)
 }

@@ -1,0 +1,56 @@
+//! Certificates that only one test trusts.
+
+use std::sync::Arc;
+
+use rcgen::{BasicConstraints, Certificate, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::{ClientConfig, RootCertStore, crypto::CryptoProvider};
+
+/// A trust root.
+pub struct Root(CertifiedIssuer<'static, KeyPair>);
+
+/// What a root has vouched for.
+pub struct Issued {
+    pub certificate: Certificate,
+    pub key: KeyPair,
+}
+
+// === impl Root ===
+
+impl Root {
+    pub fn new() -> Self {
+        let mut root = CertificateParams::default();
+        root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Self(CertifiedIssuer::self_signed(root, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    pub fn issue(&self, name: &str) -> Issued {
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new([name.to_owned()]).unwrap();
+        let certificate = certificate.signed_by(&key, &self.0).unwrap();
+        Issued { certificate, key }
+    }
+
+    pub fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// A client that trusts this root alone and offers these protocols.
+    pub fn client(&self, protocols: &[&str]) -> ClientConfig {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.0.der().clone()).unwrap();
+        let mut client = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        client.alpn_protocols = protocols
+            .iter()
+            .map(|name| name.as_bytes().into())
+            .collect();
+        client
+    }
+}
+
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
