@@ -72,6 +72,15 @@ pub fn bind(address: SocketAddr) -> io::Result<net::TcpListener> {
 // === impl Listener ===
 
 impl Listener {
+    /// Speaks TLS from now on, if it is one of TCP.
+    #[must_use]
+    pub fn with_tls(self, config: &Arc<ServerConfig>) -> Self {
+        match self {
+            Self::Tcp(socket) => Self::Tls(socket, Arc::clone(config)),
+            other => other,
+        }
+    }
+
     /// The same socket for another thread.
     ///
     /// # Errors

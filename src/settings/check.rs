@@ -1,5 +1,6 @@
 //! What is wrong with settings although each value is well formed.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{Access, Listen, Problem, Settings};
@@ -21,7 +22,9 @@ const LONGEST_WAIT: Duration = Duration::from_hours(24);
 impl Settings {
     /// What is wrong although each value is well formed.
     pub(super) fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+        let addresses = self.listen.addresses.iter();
+        let exposed = addresses.filter_map(|address| self.exposure("listen.address", *address));
+        let mut problems: Vec<_> = exposed.collect();
         let mut require = |ok: bool, key: &str, reason: String| {
             if !ok {
                 problems.push(Problem::new(key, reason));
@@ -48,8 +51,7 @@ impl Settings {
                 humantime::format_duration(lifetime)
             ),
         );
-        let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
-        self.listen.check(protected, &mut require);
+        self.listen.check(&mut require);
         let local = self
             .admin
             .address
@@ -96,29 +98,27 @@ impl Settings {
         }
         problems
     }
+
+    /// What is wrong with an address to listen on that stands at `place`, if anything.
+    pub fn exposure(&self, place: &str, address: SocketAddr) -> Option<Problem> {
+        let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
+        let exposed = !protected && !address.ip().is_loopback();
+        exposed.then(|| {
+            let reason = format!(
+                "{address} can be reached from other machines, which could spend your key: \
+                 set access.client_tokens_file, so that clients have to show a token, or \
+                 listen.unsafe_allow_remote = true"
+            );
+            Problem::new(place, reason)
+        })
+    }
 }
 
 // === impl Listen ===
 
 impl Listen {
-    /// `protected`: those who can connect may call, or have to show a token.
-    fn check(&self, protected: bool, require: &mut impl FnMut(bool, &str, String)) {
-        require(
-            !self.addresses.is_empty() || self.unix_socket.is_some(),
-            "listen.address",
-            "want an address, where listen.unix_socket is not set".to_owned(),
-        );
-        for address in &self.addresses {
-            require(
-                protected || address.ip().is_loopback(),
-                "listen.address",
-                format!(
-                    "{address} can be reached from other machines, which could spend your key: \
-                     set access.client_tokens_file, so that clients have to show a token, or \
-                     listen.unsafe_allow_remote = true"
-                ),
-            );
-        }
+    /// Finds a certificate without its key, or the other way round.
+    fn check(&self, require: &mut impl FnMut(bool, &str, String)) {
         let certificate = ("listen.tls.certificate_file", &self.certificate_file);
         let key = ("listen.tls.key_file", &self.key_file);
         for [(one, file), (other, other_file)] in [[certificate, key], [key, certificate]] {

@@ -22,5 +22,6 @@ mod secrets;
 mod server;
 mod settings;
 mod stream;
+mod systemd;
 mod timeouts;
 mod unix_socket;

@@ -81,7 +81,8 @@ fn unix_socket_can_be_the_only_listener() {
 
 #[test]
 fn proxy_without_any_listener_does_not_start() {
-    let finished = Command::new([]).setting("listen.address", "[]").run();
+    let command = Command::new([]).keys();
+    let finished = command.setting("listen.address", "[]").run();
     assert_eq!(finished.code, Some(78), "{finished:?}");
     assert_has(&finished.stderr, &["listen.address", "listen.unix_socket"]);
 }

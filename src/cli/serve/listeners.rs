@@ -1,8 +1,12 @@
 //! The sockets that clients connect to.
 
+use std::ffi::OsString;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 
+use super::systemd;
 use crate::cli::{Exit, Failure};
 use crate::error::chain;
 use crate::server::{self, Certificate, CertificateFiles, Listener, SocketFile};
@@ -14,49 +18,65 @@ pub(super) struct Listeners {
     /// Where requests come from.
     pub(super) data: Vec<Listener>,
     /// Health and metrics.
-    pub(super) admin: Option<Listener>,
+    pub(super) admin: Vec<Listener>,
     /// The file of a Unix socket that we made.
     pub(super) socket_file: Option<SocketFile>,
     /// What clients are shown over TLS.
     pub(super) certificate: Option<Arc<Certificate>>,
 }
 
+/// The name of an inherited socket that is for health and metrics.
+const ADMIN: &str = "admin";
+
 // === impl Listeners ===
 
 impl Listeners {
-    /// Opens what the settings ask for. Call it before the first thread is started, as
-    /// [`SocketFile::bind`] says.
-    pub(super) fn open(settings: &Settings) -> Result<Self, Failure> {
-        let Listen {
-            addresses,
-            unix_socket,
-            ..
-        } = &settings.listen;
+    /// Takes over the sockets that a service manager has opened, else opens what the settings ask
+    /// for. Call it before the first thread is started, as [`SocketFile::bind`] says.
+    pub(super) fn open(
+        settings: &Settings,
+        environment: &[(OsString, OsString)],
+    ) -> Result<Self, Failure> {
         let certificate = load_certificate(&settings.listen)?;
-        let tls = certificate.clone().map(Certificate::server_config);
-        let tls = tls.transpose();
-        let tls = tls.map_err(|error| Failure::because(Exit::Failed, &error))?;
-        let mut data = Vec::new();
-        for address in addresses {
-            let socket = bind(*address)?;
-            data.push(match &tls {
-                Some(tls) => Listener::Tls(socket, Arc::clone(tls)),
-                None => Listener::Tcp(socket),
-            });
+        let (mut data, mut admin) = (Vec::new(), Vec::new());
+        for (name, listener) in systemd::sockets(environment)? {
+            if name == ADMIN {
+                admin.push(listener);
+            } else {
+                refuse_exposed(&listener, settings)?;
+                data.push(listener);
+            }
         }
-        let admin = settings.admin.address.map(bind).transpose()?;
         let mut socket_file = None;
-        if let Some(path) = unix_socket {
-            let (socket, file) = SocketFile::bind(path).map_err(|error| {
-                let (path, error) = (path.display(), chain(&error));
-                Failure::new(Exit::Failed, format!("cannot listen on {path}: {error}"))
-            })?;
-            data.push(Listener::Unix(socket));
-            socket_file = Some(file);
+        if admin.is_empty()
+            && let Some(address) = settings.admin.address
+        {
+            admin.push(Listener::Tcp(bind(address)?));
+        }
+        if data.is_empty() {
+            for address in &settings.listen.addresses {
+                data.push(Listener::Tcp(bind(*address)?));
+            }
+            if let Some(path) = &settings.listen.unix_socket {
+                let (socket, file) = bind_file(path)?;
+                data.push(Listener::Unix(socket));
+                socket_file = Some(file);
+            }
+        }
+        if data.is_empty() {
+            let reason = "want an address, where there is no listen.unix_socket";
+            let problem = Problem::new("listen.address", reason);
+            return Err(Failure::new(Exit::Settings, problem.to_string()));
+        }
+        if let Some(certificate) = &certificate {
+            let config = Arc::clone(certificate).server_config();
+            let config = config.map_err(|error| Failure::because(Exit::Failed, &error))?;
+            let secure = |listener: Listener| listener.with_tls(&config);
+            data = data.into_iter().map(secure).collect();
         }
         Ok(Self {
             data,
-            admin: admin.map(Listener::Tcp),
+            admin,
             socket_file,
             certificate,
         })
@@ -84,6 +104,22 @@ impl Listeners {
 pub(super) fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
     server::bind(address)
         .map_err(|error| Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}")))
+}
+
+fn bind_file(path: &Path) -> Result<(UnixListener, SocketFile), Failure> {
+    SocketFile::bind(path).map_err(|error| {
+        let (path, error) = (path.display(), chain(&error));
+        Failure::new(Exit::Failed, format!("cannot listen on {path}: {error}"))
+    })
+}
+
+/// An inherited socket is judged as an address of the settings is.
+fn refuse_exposed(listener: &Listener, settings: &Settings) -> Result<(), Failure> {
+    let address = listener.address();
+    match address.and_then(|address| settings.exposure("LISTEN_FDS", address)) {
+        Some(problem) => Err(Failure::new(Exit::Settings, problem.to_string())),
+        None => Ok(()),
+    }
 }
 
 fn load_certificate(listen: &Listen) -> Result<Option<Arc<Certificate>>, Failure> {

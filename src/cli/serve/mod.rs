@@ -8,6 +8,7 @@ mod listeners;
 mod process;
 mod reload;
 mod set_up;
+mod systemd;
 
 use std::ffi::OsString;
 use std::io;
@@ -24,6 +25,7 @@ use self::listeners::Listeners;
 use self::process::{hide_memory, raise_descriptor_limit};
 use self::reload::{Configuration, Reload};
 use self::set_up::Proxy;
+use self::systemd::Manager;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, say};
 use crate::admin::Control;
@@ -112,22 +114,25 @@ impl Proxy {
             let limits = own(Semaphore::MAX_PERMITS);
             others.spawn(server::run(vec![listener], sandbox, limits, never.clone()));
         }
-        if let Some(listener) = admin {
-            let local = listener.is_local();
+        if !admin.is_empty() {
+            let local = admin.iter().all(Listener::is_local);
             let control = local.then(|| Control {
                 quit: configuration.settings.admin.quit.then(|| quit.clone()),
             });
             let (router, limits) = (shared.admin(control), own(ADMIN_CONNECTIONS));
-            others.spawn(server::run(vec![listener], router, limits, never));
+            others.spawn(server::run(admin, router, limits, never));
         }
+        let manager = Arc::new(Manager::new(&configuration.environment));
         let reload = Reload {
             configuration,
             shared,
             certificate,
             exposed,
+            manager: Arc::clone(&manager),
         };
-        tokio::spawn(reload.run(hang_up));
+        let reloading = tokio::spawn(reload.run(hang_up));
         lifecycle.enter(Phase::Ready);
+        manager.ready();
 
         tokio::select! {
             () = signals.next() => {}
@@ -138,6 +143,9 @@ impl Proxy {
             }
         }
         tracing::info!("shutting down");
+        // It would tell the manager that we are ready again.
+        reloading.abort();
+        manager.stopping();
         tokio::select! {
             ended = end(&lifecycle, delay, socket_file, &stop, threads) => ended,
             () = signals.next() => {
@@ -152,7 +160,7 @@ fn announce(listeners: &Listeners, origin: &Origin, sandbox: Option<&(Listener, 
     for listener in &listeners.data {
         say(format_args!("proxy    {listener} -> {origin}"));
     }
-    if let Some(listener) = &listeners.admin {
+    for listener in &listeners.admin {
         say(format_args!("admin    {listener}"));
     }
     if let Some((listener, _)) = sandbox {

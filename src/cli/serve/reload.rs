@@ -11,6 +11,7 @@ use tokio::signal::unix::Signal;
 use tokio::time::sleep;
 
 use super::set_up::{rules, warn_of_clients};
+use super::systemd::Manager;
 use crate::cli::{Failure, SettingsArgs};
 use crate::credentials::Places;
 use crate::error::chain;
@@ -54,6 +55,8 @@ pub(super) struct Reload {
     pub(super) certificate: Option<Arc<Certificate>>,
     /// Whether other machines can connect.
     pub(super) exposed: bool,
+    /// Waits for word of each reload.
+    pub(super) manager: Arc<Manager>,
 }
 
 /// A warning that is repeated only once it is another.
@@ -79,9 +82,10 @@ impl Reload {
     pub(super) async fn run(mut self, mut hang_up: Signal) {
         let [mut credential, mut clients, mut certificate] = <[Warning; 3]>::default();
         loop {
-            tokio::select! {
-                () = sleep(INTERVAL) => {}
+            let asked = tokio::select! {
+                () = sleep(INTERVAL) => false,
                 _ = hang_up.recv() => {
+                    self.manager.reloading();
                     // Whoever asks wants an answer, be it the same one.
                     [credential, clients, certificate] = Default::default();
                     match self.settings() {
@@ -91,11 +95,15 @@ impl Reload {
                             "settings are wrong: keeping the old ones"
                         ),
                     }
+                    true
                 }
-            }
+            };
             credential.tell("credential", self.credential());
             clients.tell("client tokens", self.clients());
             certificate.tell("certificate", self.certificate());
+            if asked {
+                self.manager.ready();
+            }
         }
     }
 

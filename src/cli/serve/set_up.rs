@@ -54,7 +54,7 @@ impl Proxy {
         let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
         let metrics = Arc::new(metrics);
 
-        let listeners = Listeners::open(settings)?;
+        let listeners = Listeners::open(settings, &configuration.environment)?;
         let (sandbox, origin) = if configuration.sandboxed {
             let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox.clone(), &clock)?;
             (Some((listener, sandbox)), origin)

@@ -5,12 +5,14 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Read},
     net::SocketAddr,
+    os::fd::OwnedFd,
     path::PathBuf,
     process::{Child, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
 };
 
+use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -117,6 +119,22 @@ impl Command {
             .current_dir(self.home.path());
         self.command = shell;
         self
+    }
+
+    /// Hands listening sockets over with their names, as systemd does.
+    pub fn sockets(self, sockets: Vec<(&str, OwnedFd)>) -> Self {
+        let (names, sockets): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
+        let mut command = self
+            .env("LISTEN_FDS", names.len().to_string())
+            .env("LISTEN_FDNAMES", names.join(":"))
+            .after("export LISTEN_PID=$$;");
+        let mapping = |(parent_fd, child_fd)| FdMapping {
+            parent_fd,
+            child_fd,
+        };
+        let mappings = sockets.into_iter().zip(3..).map(mapping);
+        command.command.fd_mappings(mappings.collect()).unwrap();
+        command
     }
 
     /// Writes a file below the home folder.

@@ -1,0 +1,137 @@
+//! What systemd hands over, and what it is told; so does any service manager that speaks its
+//! protocols (sd_listen_fds(3), sd_notify(3)).
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::AsFd;
+#[cfg(target_os = "linux")]
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+use listenfd::ListenFd;
+use rustix::time::{ClockId, clock_gettime};
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
+
+use crate::cli::{Exit, Failure};
+use crate::server::Listener;
+use crate::settings::Problem;
+
+/// How many sockets are handed over; our id stands in `LISTEN_PID`.
+const SOCKETS: &str = "LISTEN_FDS";
+/// Their names, with colons between: `FileDescriptorName=`.
+const NAMES: &str = "LISTEN_FDNAMES";
+/// Where to tell how it goes.
+const NOTIFY: &str = "NOTIFY_SOCKET";
+/// Longer than a manager that works takes to make room for a message.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Who started us and waits for word, if anybody.
+#[derive(Debug)]
+pub(super) struct Manager(Option<(UnixDatagram, SocketAddr)>);
+
+/// The listening sockets that were opened for us, with their names.
+///
+/// Call it once, before the first thread is started: it takes the variables out of the environment.
+pub(super) fn sockets(
+    environment: &[(OsString, OsString)],
+) -> Result<Vec<(String, Listener)>, Failure> {
+    let mut sockets = ListenFd::from_env();
+    let names = variable(environment, NAMES).map(OsStr::to_string_lossy);
+    let mut names = names.iter().flat_map(|names| names.split(':'));
+    let mut listeners = Vec::new();
+    for index in 0..sockets.len() {
+        let name = names.next().unwrap_or_default().to_owned();
+        let listener = take(&mut sockets, index).map_err(|error| {
+            let reason = format!("socket {} ({name}) cannot be used: {error}", index + 1);
+            Failure::new(Exit::Settings, Problem::new(SOCKETS, reason).to_string())
+        })?;
+        listeners.push((name, listener));
+    }
+    Ok(listeners)
+}
+
+fn take(sockets: &mut ListenFd, index: usize) -> io::Result<Listener> {
+    let (listens, listener) = if let Ok(Some(socket)) = sockets.take_tcp_listener(index) {
+        socket.set_nonblocking(true)?;
+        (listens(&socket)?, Listener::Tcp(socket))
+    } else if let Ok(Some(socket)) = sockets.take_unix_listener(index) {
+        socket.set_nonblocking(true)?;
+        (listens(&socket)?, Listener::Unix(socket))
+    } else {
+        return Err(io::Error::other("want a stream socket (ListenStream=)"));
+    };
+    if !listens {
+        return Err(io::Error::other("want one that listens (Accept=no)"));
+    }
+    Ok(listener)
+}
+
+fn listens(socket: &impl AsFd) -> io::Result<bool> {
+    #[cfg(target_os = "linux")]
+    return SockRef::from(socket).is_listener();
+    // Elsewhere the kernel does not tell; accepting will.
+    #[cfg(not(target_os = "linux"))]
+    Ok(true)
+}
+
+fn variable<'a>(environment: &'a [(OsString, OsString)], name: &str) -> Option<&'a OsStr> {
+    let mut found = environment.iter().filter(|(key, _)| key == name);
+    found.next().map(|(_, value)| value.as_os_str())
+}
+
+// === impl Manager ===
+
+impl Manager {
+    /// The manager that the environment names.
+    pub(super) fn new(environment: &[(OsString, OsString)]) -> Self {
+        let connect = |name: &OsStr| {
+            let socket = UnixDatagram::unbound()?;
+            socket.set_write_timeout(Some(PATIENCE))?;
+            Ok::<_, io::Error>((socket, address(name)?))
+        };
+        Self(variable(environment, NOTIFY).and_then(|name| {
+            let warn = |error: &_| tracing::warn!(%error, "{NOTIFY} cannot be used");
+            connect(name).inspect_err(warn).ok()
+        }))
+    }
+
+    /// Requests are served, or settings are reloaded.
+    pub(super) fn ready(&self) {
+        self.tell("READY=1\nSTATUS=Serving");
+    }
+
+    /// Settings are about to be reloaded; [`ready`](Self::ready) follows.
+    pub(super) fn reloading(&self) {
+        let now = clock_gettime(ClockId::Monotonic);
+        // Tells this reload from those before, for `Type=notify-reload`.
+        let now = now.tv_sec * 1_000_000 + now.tv_nsec / 1_000;
+        self.tell(&format!(
+            "RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS=Reloading"
+        ));
+    }
+
+    /// The end has begun.
+    pub(super) fn stopping(&self) {
+        self.tell("STOPPING=1\nSTATUS=Letting requests in flight end");
+    }
+
+    fn tell(&self, state: &str) {
+        if let Some((socket, address)) = &self.0
+            && let Err(error) = socket.send_to_addr(state.as_bytes(), address)
+        {
+            tracing::warn!(%error, "cannot tell the service manager how it goes");
+        }
+    }
+}
+
+/// A path, or after an `@` a name that is in no file system.
+fn address(name: &OsStr) -> io::Result<SocketAddr> {
+    #[cfg(target_os = "linux")]
+    if let Some(name) = name.as_bytes().strip_prefix(b"@") {
+        return SocketAddr::from_abstract_name(name);
+    }
+    SocketAddr::from_pathname(name)
+}
