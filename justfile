@@ -25,7 +25,8 @@ files:
 test:
     cargo test --locked
 
-# Real clients against the binary that `test` built; needs Node.js, and `pip install -r tests/clients/requirements.txt`.
+# Real clients and a browser against the binary that `test` built; needs Node.js, Chromium, and
+# `pip install -r tests/clients/requirements.txt`.
 clients:
     cargo build --locked
     cd tests/clients && npm ci && node --test

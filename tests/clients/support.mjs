@@ -1,4 +1,4 @@
-// Starts the proxy in front of its own sandbox, on free ports, and looks at the files it hands out.
+// Starts the proxy in front of its own sandbox or another upstream, on free ports, and looks at the files it hands out.
 
 import assert from "node:assert/strict";
 import { execFile, spawn } from "node:child_process";
@@ -24,16 +24,25 @@ async function temporaryFolder(t) {
  * `kling-proxy serve --sandbox`, until the test `t` ends; resolves to the URL of each listener by its name: `proxy`,
  * `admin`, `sandbox`. It sees no variable of the caller but `PATH`, and no settings file.
  */
-export async function startProxy(t, settings = {}) {
+export function startProxy(t, settings = {}) {
+  return start(t, ["--sandbox"], ["proxy", "admin", "sandbox"], { KLING_PROXY_SANDBOX__TASK_TIME: "300ms", ...settings });
+}
+
+/** The same in front of an upstream of the test's own. */
+export function startProxyTo(t, upstream, settings = {}) {
+  const keys = { KLING_ACCESS_KEY: "an-access-key", KLING_SECRET_KEY: "a-secret-key" };
+  return start(t, ["--upstream", upstream], ["proxy", "admin"], { ...keys, ...settings });
+}
+
+async function start(t, flags, listeners, variables) {
   const home = await temporaryFolder(t);
-  const child = spawn(binary, ["serve", "--sandbox"], {
+  const child = spawn(binary, ["serve", ...flags], {
     env: {
       PATH: process.env.PATH,
       HOME: home,
       KLING_PROXY_LISTEN__ADDRESS: "127.0.0.1:0",
       KLING_PROXY_ADMIN__ADDRESS: "127.0.0.1:0",
-      KLING_PROXY_SANDBOX__TASK_TIME: "300ms",
-      ...settings,
+      ...variables,
     },
     stdio: ["ignore", "pipe", "pipe"],
   });
@@ -48,9 +57,9 @@ export async function startProxy(t, settings = {}) {
   const urls = {};
   for await (const line of createInterface({ input: child.stdout })) {
     log += `${line}\n`;
-    const listener = /^(proxy|admin|sandbox) +(https?:\/\/\S+)/.exec(line);
-    if (listener) urls[listener[1]] = listener[2];
-    if (urls.proxy && urls.admin && urls.sandbox) break;
+    const [name, url] = line.split(/ +/);
+    if (listeners.includes(name)) urls[name] = url;
+    if (listeners.every((name) => urls[name])) break;
   }
   if (!urls.proxy) throw new Error(`it did not start:\n${log}`);
   child.stdout.resume(); // a full pipe would stop the child
