@@ -11,8 +11,8 @@ use std::{
 use tokio::time::Instant;
 
 use crate::support::{
-    Connection, Message, Proxy, SUCCESS, Signal, Upstream, get, kling, post, raw, reply, request,
-    send, started, started_with,
+    Message, Proxy, SUCCESS, Signal, Upstream, get, kling, post, raw, reply, request, send,
+    started, started_with,
 };
 
 /// Where a request must not end or go on, this one waits to be taken for the next.
@@ -543,36 +543,6 @@ fn silent_or_dribbling_client_is_disconnected_in_time() {
         begun.elapsed()
     );
     assert_eq!(upstream.seen().connections, 0);
-}
-
-#[test]
-fn slow_clients_hold_up_neither_an_ordinary_request_nor_the_end() {
-    let (_upstream, proxy) = started_with(&[("shutdown.drain", "500ms")]);
-    let head = get("/v1/x");
-    let slow = |index: usize| {
-        let mut connection = proxy.connect();
-        connection.send(&head[..index % head.len()]);
-        connection
-    };
-    let slow: Vec<Connection> = (0..200).map(slow).collect();
-    let begun = Instant::now();
-    assert_eq!(proxy.get("/v1/x").status(), 200);
-    assert!(
-        begun.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begun.elapsed()
-    );
-
-    let begun = Instant::now();
-    proxy.signal(Signal::TERM);
-    let (code, log) = proxy.end();
-    assert_eq!(code, Some(0), "{log}");
-    assert!(
-        begun.elapsed() < Duration::from_millis(1500),
-        "{:?}",
-        begun.elapsed()
-    );
-    drop(slow);
 }
 
 #[test]

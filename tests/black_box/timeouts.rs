@@ -1,8 +1,14 @@
-//! Nothing waits for ever: each silence has its limit and its answer.
+//! Nothing waits for ever: each silence has its limit and its answer, and nobody else waits for it.
 
-use std::net::TcpListener;
+use std::{net::TcpListener, thread, time::Duration};
 
-use crate::support::{Proxy, SUCCESS, Step, Upstream, get, is_cut_off, kling, post, request, send};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::time::Instant;
+
+use crate::support::{
+    Proxy, SUCCESS, Signal, Step, Upstream, get, is_cut_off, kling, post, request, send,
+    started_with,
+};
 
 /// A proxy with this limit that sends nothing twice, to an upstream that answers everything but `/silent`.
 fn limited(key: &str) -> (Upstream, Proxy) {
@@ -95,4 +101,68 @@ fn silent_dribbling_or_idle_client_is_disconnected() {
     let mut idle = proxy.connect();
     assert_eq!(idle.send(get("/")).answer().status(), 200);
     assert_eq!(idle.rest(), b"");
+}
+
+/// Each holds a connection of the test too, and a third of them one of upstream's: more than the
+/// usual soft limit of 1024 allows.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
+}
+
+#[test]
+fn thousand_slow_clients_hold_up_neither_an_ordinary_request_nor_the_end() {
+    raise_descriptor_limit();
+    let (upstream, proxy) = started_with(&[("shutdown.drain", "500ms")]);
+    proxy.get("/v1/x");
+    let before = proxy.memory("VmRSS");
+    let begun = |start: &[u8]| {
+        let mut connection = proxy.connect();
+        connection.send(start);
+        connection
+    };
+    let head = get("/v1/x");
+    let half_open: Vec<_> = (0..333)
+        .map(|size| begun(&head[..size % head.len()]))
+        .collect();
+    // One more byte each for these, again and again.
+    let endless_head = b"GET /v1/x HTTP/1.1\r\nhost: localhost\r\nx-a: ";
+    let endless_body = request("POST /v1/x", "content-length: 1000000", "");
+    let starts = [&endless_head[..], &endless_body].into_iter().cycle();
+    let mut dribbling: Vec<_> = starts.take(667).map(begun).collect();
+    let mut dribble = || {
+        for connection in &mut dribbling {
+            connection.send("a");
+        }
+    };
+    dribble();
+    upstream.wait(|seen| seen.connections >= 333);
+
+    for _ in 0..5 {
+        dribble();
+        let begun = Instant::now();
+        assert_eq!(proxy.get("/v1/x").status(), 200);
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(1), "answered after {took:?}");
+    }
+    let growth = proxy.memory("VmHWM").saturating_sub(before);
+    assert!(growth < 40 << 20, "grew by {growth} bytes");
+
+    let begun = Instant::now();
+    proxy.signal(Signal::TERM);
+    let (code, log) = thread::scope(|scope| {
+        let ended = scope.spawn(|| proxy.end());
+        while !ended.is_finished() {
+            dribble();
+        }
+        ended.join().unwrap()
+    });
+    let took = begun.elapsed();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(took < Duration::from_millis(1500), "ended after {took:?}");
+    drop(half_open);
 }
