@@ -30,6 +30,8 @@ pub struct Rules {
 
 /// As much of a refused host name as its sender is told.
 const LONGEST_QUOTE: usize = 255;
+/// In bytes. No registered method has more than 17; hyper takes any that fits into a head.
+const LONGEST_METHOD: usize = 32;
 
 // === impl Rules ===
 
@@ -96,7 +98,8 @@ impl Rules {
     ///
     /// [`Error::MethodNotAllowed`].
     pub fn check_method(&self, method: &Method) -> Result<(), Error> {
-        let never = [Method::CONNECT, Method::TRACE].contains(method);
+        let never = [Method::CONNECT, Method::TRACE].contains(method)
+            || method.as_str().len() > LONGEST_METHOD;
         let listed = self.allowed_methods.is_empty() || self.allowed_methods.contains(method);
         if listed && !never {
             Ok(())

@@ -217,14 +217,27 @@ fn head_without_its_last_line_is_no_request() {
 }
 
 #[test]
-fn head_over_the_limits_is_refused_and_the_connection_closed() {
+fn head_over_the_limits_gets_a_bare_refusal_and_the_connection_is_closed() {
     let (upstream, proxy) = started();
+    let lines = |count| "x-a: b\n".repeat(count);
+    for (bytes, status) in [
+        // With the length and `Host` there are 101.
+        (request("POST /v1/x", &lines(99), "a"), 431),
+        (get(&format!("/{}", "a".repeat(1 << 16))), 414),
+    ] {
+        let answer = raw(proxy.address, [&bytes, SMUGGLED.as_bytes()].concat());
+        let answer = String::from_utf8_lossy(&answer);
+        let bare = answer.starts_with(&format!("HTTP/1.1 {status} "))
+            && answer.contains("\r\ncontent-length: 0\r\n")
+            && answer.matches("HTTP/1.1").count() == 1;
+        assert!(bare, "{answer} to {}", shown(bytes));
+    }
+    // Of these not all is read, so the answer may be lost when the connection is closed.
     let long = "a".repeat(1 << 20);
-    let many = "x-a: b\n".repeat(1000);
     for bytes in [
         trap(&format!("x-a: {long}"), ""),
         trap(&format!("{long}: b"), ""),
-        trap(&many, ""),
+        trap(&lines(100_000), ""),
         [get(&format!("/{long}")), SMUGGLED.into()].concat(),
         [request(&format!("{long} /"), "", ""), SMUGGLED.into()].concat(),
         vec![b'a'; 1 << 20],
@@ -234,6 +247,20 @@ fn head_over_the_limits_is_refused_and_the_connection_closed() {
         assert!(refused, "{told:?} to {}", shown(bytes));
     }
     assert_eq!(upstream.seen().connections, 0);
+    let most = request("POST /v1/x", &lines(98), "a");
+    assert_eq!(proxy.send(most).status(), 200, "a hundred headers");
+}
+
+#[test]
+fn method_of_any_name_is_forwarded_unless_it_is_overlong() {
+    let (upstream, proxy) = started();
+    for (length, refusal) in [(32, (200, 0)), (33, (405, 9005)), (100_000, (405, 9005))] {
+        let line = format!("{} /v1/x", "M".repeat(length));
+        let answer = proxy.send(request(&line, "", ""));
+        assert_eq!(answer.refusal(), refusal, "{length} bytes");
+    }
+    assert_eq!(upstream.last().method(), "M".repeat(32));
+    assert_eq!(upstream.seen().requests.len(), 1);
 }
 
 #[test]
