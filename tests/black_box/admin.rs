@@ -48,6 +48,20 @@ fn admin_listener_refuses_foreign_hosts_and_pages() {
 
 /// R6.
 #[test]
+fn health_and_metrics_change_nothing_and_no_page_reads_them() {
+    let (_upstream, proxy) = started_with(&[]);
+    let page = "host: localhost\r\norigin: https://evil.test";
+    for path in ["/health/live", "/health/ready", "/metrics"] {
+        for (method, status) in [("GET", 200), ("POST", 405), ("PUT", 405), ("DELETE", 405)] {
+            let answer = ask(&proxy, &format!("{method} {path}"), page);
+            assert_eq!(answer.status(), status, "{method} {path}");
+            assert!(!answer.head.contains("access-control-"), "{}", answer.head);
+        }
+    }
+}
+
+/// R6.
+#[test]
 fn quit_is_a_post_and_off_by_default() {
     let (_upstream, proxy) = started_with(&[]);
     assert_eq!(ask(&proxy, QUIT, "host: localhost").refusal(), (404, 9007));

@@ -1,8 +1,8 @@
 //! What is not ours to change travels byte for byte; what must not travel does not.
 
 use crate::support::{
-    Message, Proxy, SUCCESS, Step, Upstream, get, gzip, parse_headers, reply, request, send,
-    started,
+    Command, Message, Proxy, SUCCESS, Step, Upstream, get, gzip, parse_headers, reply, request,
+    send, started,
 };
 
 /// Headers of a request that upstream saw, less the two that are ours.
@@ -273,6 +273,74 @@ fn redirect_is_handed_on_and_not_followed() {
         assert_eq!(answer.text(), "moved");
     }
     assert_eq!(upstream.first_lines(), ["GET /v1/x HTTP/1.1"; 4]);
+}
+
+#[test]
+fn nothing_in_a_request_says_where_it_goes() {
+    let (upstream, proxy) = started();
+    let elsewhere = Upstream::ok();
+    let url = &elsewhere.url;
+    let (_, authority) = url.split_once("//").unwrap();
+    let port = authority.replace("127.0.0.1", "");
+    for header in [
+        format!("x-forwarded-host: {authority}"),
+        format!("forwarded: host=\"{authority}\";proto=http"),
+        format!("x-original-host: {authority}"),
+        format!("x-original-url: {url}/v1/x"),
+        format!("x-rewrite-url: {url}/v1/x"),
+        format!("x-upstream-url: {url}"),
+        format!("x-target-url: {url}"),
+        format!("x-base-url: {url}"),
+        format!("x-api-base: {url}"),
+        format!("kling-base-url: {url}"),
+        format!("kling-proxy-upstream: {url}"),
+        format!("upstream.url: {url}"),
+        format!("x-portkey-custom-host: {url}"),
+        format!("destination: {url}"),
+        format!("alt-used: {authority}"),
+        format!("referer: {url}/"),
+    ] {
+        proxy.send(request("GET /v1/x", &header, ""));
+        assert_eq!(upstream.last().target(), "/v1/x", "{header}");
+    }
+    for target in [
+        format!("/{url}/v1/x"),
+        format!("//{authority}/v1/x"),
+        format!("/@{authority}/v1/x"),
+        format!("/v1/x?base_url={url}&upstream={url}&host={authority}"),
+    ] {
+        proxy.get(&target);
+        assert_eq!(upstream.last().target(), target);
+    }
+    for member in ["api_base", "base_url", "upstream_url", "host"] {
+        let body = format!(r#"{{"{member}":"{url}"}}"#);
+        proxy.post("/v1/x", &body);
+        assert_eq!(upstream.last().text(), body);
+    }
+    proxy.send(format!(
+        "GET /v1/port HTTP/1.1\r\nhost: localhost{port}\r\n\r\n"
+    ));
+    assert_eq!(upstream.last().target(), "/v1/port");
+    assert_eq!(elsewhere.seen().connections, 0);
+}
+
+#[test]
+fn proxy_variables_of_the_environment_are_ignored() {
+    let elsewhere = Upstream::ok();
+    for upstream in [Upstream::ok(), Upstream::tls("http/1.1")] {
+        let variables = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"];
+        let set = |command: Command, name: &str| {
+            let command = command.env(name, &elsewhere.url);
+            command.env(&name.to_lowercase(), &elsewhere.url)
+        };
+        let proxy = variables
+            .into_iter()
+            .fold(Proxy::to(&upstream), set)
+            .start();
+        assert_eq!(proxy.get("/v1/x").status(), 200, "{}", upstream.url);
+        assert_eq!(upstream.last().target(), "/v1/x");
+    }
+    assert_eq!(elsewhere.seen().connections, 0);
 }
 
 #[test]

@@ -39,15 +39,56 @@ fn host_outside_the_list_is_refused_and_the_setting_named() {
         "0.0.0.0:5546",
         "[::]",
         "2130706433",
-        "evil.test\r\nx-forwarded-host: localhost",
-        "evil.test\r\nforwarded: host=localhost",
-        "evil.test\r\nx-host: localhost",
     ] {
         let answer = proxy.send(with_host(&format!("host: {host}")));
         assert_eq!(answer.refusal(), (421, 9001), "{host}");
         assert_has(answer.text(), &["access.allowed_hosts"]);
     }
     assert_eq!(upstream.seen().connections, 0);
+}
+
+#[test]
+fn host_is_what_its_own_header_says_and_no_other() {
+    let (upstream, proxy) = started();
+    for other in [
+        "x-forwarded-host: ",
+        "x-forwarded-server: ",
+        "forwarded: host=",
+        "x-original-host: ",
+        "x-host: ",
+        "x-http-host-override: ",
+        "origin: http://",
+    ] {
+        let answer = proxy.send(with_host(&format!("host: evil.test\r\n{other}localhost")));
+        assert_eq!(answer.refusal(), (421, 9001), "{other}");
+    }
+    assert_eq!(upstream.seen().connections, 0);
+    for other in ["x-forwarded-host: ", "forwarded: host=", "x-host: "] {
+        let answer = proxy.send(with_host(&format!("host: localhost\r\n{other}evil.test")));
+        assert_eq!(answer.status(), 200, "{other}");
+    }
+}
+
+#[test]
+fn rebound_page_is_refused_by_its_host_alone() {
+    // Of our own origin, as far as its browser can tell: no other header gives it away.
+    let origin = "origin: http://rebound.test:5546";
+    let allowed = r#"["http://rebound.test:5546"]"#;
+    for (upstream, proxy) in [
+        started(),
+        started_with(&[("access.allowed_origins", allowed)]),
+    ] {
+        for headers in [
+            "accept: */*",
+            "sec-fetch-site: none",
+            "sec-fetch-site: same-origin",
+            origin,
+        ] {
+            let lines = with_host(&format!("host: rebound.test:5546\r\n{headers}"));
+            assert_eq!(proxy.send(lines).refusal(), (421, 9001), "{headers}");
+        }
+        assert_eq!(upstream.seen().connections, 0);
+    }
 }
 
 #[test]
@@ -158,6 +199,11 @@ fn request_of_a_foreign_web_page_is_refused() {
         ("POST /v1/x", "sec-fetch-site: cross-site"),
         ("GET /v1/x", "sec-fetch-site: same-site"),
         ("OPTIONS /v1/x", "origin: https://evil.test"),
+        // Its body, which never comes, is not waited for.
+        (
+            "POST /v1/x",
+            "origin: https://evil.test\ncontent-length: 1000000",
+        ),
     ] {
         let answer = refused(&upstream, &proxy, request(line, header, ""));
         assert_eq!(answer.refusal(), (403, 9002), "{line}, {header}");

@@ -540,6 +540,20 @@ fn upgrade_is_answered_as_an_ordinary_request_and_opens_no_tunnel() {
 }
 
 #[test]
+fn http_2_is_not_spoken_with_clients_so_no_flood_of_its_frames_is_read() {
+    let (upstream, proxy) = started();
+    let mut flood = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
+    for stream in (1..2000_u32).step_by(2).map(u32::to_be_bytes) {
+        // HEADERS of `GET /`, and RST_STREAM at once.
+        flood.extend([b"\0\0\x03\x01\x05", &stream[..], b"\x82\x86\x84"].concat());
+        flood.extend([b"\0\0\x04\x03\0", &stream[..], b"\0\0\0\x08"].concat());
+    }
+    let told = statuses(&proxy, flood);
+    assert!(matches!(told[..], [] | [400]), "{told:?}");
+    assert_eq!(upstream.seen().connections, 0);
+}
+
+#[test]
 fn silent_or_dribbling_client_is_disconnected_in_time() {
     let (upstream, proxy) = impatient();
     let mut connections: Vec<_> = [

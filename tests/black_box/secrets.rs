@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::support::{
     ACCESS_KEY, Command, Connection, Credential, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Step,
     Upstream, assert_has, eventually, get, kling, mint, now, raw, reply, request, send,
+    unprivileged,
 };
 
 const API_KEY: &str = "ApiKeyOfTheBlackBoxTests00000001";
@@ -426,4 +427,15 @@ fn no_secret_is_on_the_command_line() {
         assert_eq!(finished.code, Some(2), "{finished:?}");
         assert_keeps(&format!("{finished:?}"), &[CANARY], flag);
     }
+}
+
+#[test]
+fn environment_of_the_process_is_closed_to_others_of_its_user() {
+    let upstream = Upstream::ok();
+    let proxy = Proxy::to(&upstream).unprivileged().start();
+    let own = unprivileged("cat").arg("/proc/self/environ").status();
+    assert!(own.unwrap().success(), "one that any process may read");
+    let read = unprivileged("cat").arg(proxy.path("environ")).output();
+    let read = read.unwrap();
+    assert_eq!((read.status.success(), read.stdout), (false, vec![]));
 }

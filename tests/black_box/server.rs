@@ -184,6 +184,7 @@ fn admin_listener_can_be_off() {
     assert!(!proxy.stdout.to_end().contains("admin"));
 }
 
+/// R6.
 #[test]
 fn nothing_of_the_admin_listener_is_reachable_through_the_data_listener() {
     let (_upstream, proxy) = started();

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    ffi::OsStr,
     fs,
     io::{BufRead as _, BufReader, Read},
     net::SocketAddr,
@@ -13,7 +14,7 @@ use std::{
 };
 
 use command_fds::{CommandFdExt as _, FdMapping};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
@@ -151,6 +152,20 @@ impl Command {
         self
     }
 
+    /// Takes from it what root may do more than others.
+    pub fn unprivileged(mut self) -> Self {
+        let variables = self.command.get_envs();
+        let variables = variables.filter_map(|(name, value)| Some((name, value?)));
+        let mut command = unprivileged(self.command.get_program());
+        command
+            .args(self.command.get_args())
+            .env_clear()
+            .envs(variables)
+            .current_dir(self.home.path());
+        self.command = command;
+        self
+    }
+
     /// Starts a proxy and waits until it listens.
     pub fn start(self) -> Proxy {
         self.listening("proxy")
@@ -249,7 +264,12 @@ impl Proxy {
 
     /// A file of `/proc/PID`.
     pub fn proc(&self, name: &str) -> String {
-        fs::read_to_string(format!("/proc/{}/{name}", self.child.id())).unwrap()
+        fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    /// Where a file of `/proc/PID` is.
+    pub fn path(&self, name: &str) -> PathBuf {
+        format!("/proc/{}/{name}", self.child.id()).into()
     }
 
     /// A line of `/proc/PID/status` in bytes, such as `VmRSS` or `VmHWM`.
@@ -319,6 +339,21 @@ impl Lines {
         let url = line.split_whitespace().nth(1)?;
         url.split_once("://")?.1.parse().ok()
     }
+}
+
+/// A command that may do no more than those of other users, whoever runs the tests.
+pub fn unprivileged(program: impl AsRef<OsStr>) -> std::process::Command {
+    let (runner, flags) = if geteuid().is_root() {
+        (
+            "/usr/bin/setpriv",
+            &["--bounding-set=-all", "--inh-caps=-all"][..],
+        )
+    } else {
+        ("/usr/bin/env", &[][..])
+    };
+    let mut command = std::process::Command::new(runner);
+    command.args(flags).arg(program);
+    command
 }
 
 fn lines(child: &mut Child) -> (Lines, Lines) {
