@@ -2,10 +2,11 @@
 
 use std::{
     fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
 };
 
+use rustix::process::geteuid;
 use serde_json::json;
 
 use crate::support::{
@@ -406,6 +407,23 @@ fn secret_file_is_warned_of_if_others_can_read_it_and_refused_if_they_can_write_
                 variable,
             );
         }
+    }
+}
+
+#[test]
+fn secret_file_of_another_user_is_refused() {
+    // Only root can give a file away.
+    if !geteuid().is_root() {
+        return;
+    }
+    let upstream = Upstream::ok();
+    for variable in ["KLING_SECRET_KEY_FILE", "CREDENTIALS_DIRECTORY"] {
+        let (command, file) = start_with_mode(&upstream, variable, 0o600);
+        chown(&file, Some(12345), None).unwrap();
+        let finished = command.run();
+        assert_eq!(finished.code, Some(78), "{variable}: {finished:?}");
+        assert_has(&finished.stderr, &["belongs to user 12345"]);
+        assert_keeps(&format!("{finished:?}"), &[SECRET_KEY], variable);
     }
 }
 
