@@ -98,6 +98,7 @@ fn pair_in_the_variable_of_the_api_key_is_warned_of() {
     );
 }
 
+/// R10.
 #[test]
 fn start_without_a_credential_says_what_to_set() {
     let finished = Command::new([]).run();

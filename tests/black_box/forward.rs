@@ -12,6 +12,7 @@ fn arrived(request: &Message) -> Vec<(String, &str)> {
     headers
 }
 
+/// R15.
 #[test]
 fn path_and_query_arrive_byte_for_byte() {
     let (upstream, proxy) = started();
@@ -110,6 +111,7 @@ fn continue_is_given_where_it_is_expected() {
     assert_eq!(upstream.last().body, b"frame");
 }
 
+/// R9, R10 and R11.
 #[test]
 fn credentials_hop_by_hop_and_forwarding_headers_never_arrive() {
     let (upstream, proxy) = started();
@@ -257,6 +259,7 @@ fn answer_to_head_keeps_the_length_it_speaks_of() {
     }
 }
 
+/// R20.
 #[test]
 fn redirect_is_handed_on_and_not_followed() {
     let (upstream, proxy) = started();
@@ -275,6 +278,7 @@ fn redirect_is_handed_on_and_not_followed() {
     assert_eq!(upstream.first_lines(), ["GET /v1/x HTTP/1.1"; 4]);
 }
 
+/// R8.
 #[test]
 fn nothing_in_a_request_says_where_it_goes() {
     let (upstream, proxy) = started();
@@ -324,6 +328,7 @@ fn nothing_in_a_request_says_where_it_goes() {
     assert_eq!(elsewhere.seen().connections, 0);
 }
 
+/// R29.
 #[test]
 fn proxy_variables_of_the_environment_are_ignored() {
     let elsewhere = Upstream::ok();
@@ -343,6 +348,7 @@ fn proxy_variables_of_the_environment_are_ignored() {
     assert_eq!(elsewhere.seen().connections, 0);
 }
 
+/// R7.
 #[test]
 fn absolute_form_with_our_authority_is_forwarded_as_its_path_and_query() {
     let (upstream, proxy) = started();
@@ -359,6 +365,7 @@ fn absolute_form_with_our_authority_is_forwarded_as_its_path_and_query() {
     }
 }
 
+/// R14.
 #[test]
 fn request_id_is_the_clients_where_that_is_well_formed() {
     let (_upstream, proxy) = started();

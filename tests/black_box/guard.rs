@@ -26,6 +26,7 @@ fn with_host(lines: &str) -> String {
     format!("GET /v1/x HTTP/1.1\r\n{lines}\r\n\r\n")
 }
 
+/// R1.
 #[test]
 fn host_outside_the_list_is_refused_and_the_setting_named() {
     let (upstream, proxy) = started();
@@ -47,6 +48,7 @@ fn host_outside_the_list_is_refused_and_the_setting_named() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R2.
 #[test]
 fn host_is_what_its_own_header_says_and_no_other() {
     let (upstream, proxy) = started();
@@ -69,6 +71,7 @@ fn host_is_what_its_own_header_says_and_no_other() {
     }
 }
 
+/// R4.
 #[test]
 fn rebound_page_is_refused_by_its_host_alone() {
     // Of our own origin, as far as its browser can tell: no other header gives it away.
@@ -91,6 +94,7 @@ fn rebound_page_is_refused_by_its_host_alone() {
     }
 }
 
+/// R1.
 #[test]
 fn empty_missing_second_or_malformed_host_is_refused() {
     let (upstream, proxy) = started();
@@ -114,6 +118,7 @@ fn empty_missing_second_or_malformed_host_is_refused() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R1.
 #[test]
 fn loopback_hosts_pass_with_and_without_port() {
     let (_upstream, proxy) = started();
@@ -148,6 +153,7 @@ fn allowed_hosts_are_a_setting() {
     }
 }
 
+/// R7.
 #[test]
 fn target_that_is_not_a_path_of_ours_is_refused() {
     let (upstream, proxy) = started();
@@ -188,6 +194,7 @@ fn target_that_is_not_a_path_of_ours_is_refused() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R3.
 #[test]
 fn request_of_a_foreign_web_page_is_refused() {
     let (upstream, proxy) = started();
@@ -219,6 +226,7 @@ fn request_of_a_foreign_web_page_is_refused() {
     }
 }
 
+/// R3.
 #[test]
 fn page_of_an_allowed_origin_may_call_and_read_errors_too() {
     let origin = "http://localhost:3000";
@@ -247,6 +255,7 @@ fn page_of_an_allowed_origin_may_call_and_read_errors_too() {
     assert_eq!(image.refusal(), (403, 9002), "no origin, no permission");
 }
 
+/// R3.
 #[test]
 fn preflight_is_answered_here_and_only_for_an_allowed_origin() {
     let hosts = r#"["http://localhost:3000"]"#;
@@ -275,6 +284,7 @@ fn preflight_is_answered_here_and_only_for_an_allowed_origin() {
     assert_eq!(preflight("http://evil.test").refusal(), (403, 9002));
 }
 
+/// R15.
 #[test]
 fn only_listed_methods_and_paths_are_forwarded() {
     let (upstream, proxy) = started_with(&[
@@ -305,6 +315,7 @@ fn only_listed_methods_and_paths_are_forwarded() {
     }
 }
 
+/// R17.
 #[test]
 fn body_over_the_limit_is_refused_and_never_arrives_whole() {
     let (upstream, proxy) = started_with(&[("limits.request_body", "1KiB")]);
@@ -344,6 +355,7 @@ fn refusal_before_the_body_was_read_closes_the_connection() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R12.
 #[test]
 fn what_is_not_http_gets_a_bare_400_or_431_or_nothing() {
     let (upstream, proxy) = started();
@@ -388,6 +400,7 @@ fn our_own_paths_are_reserved() {
     }
 }
 
+/// R5.
 #[test]
 fn listener_beyond_loopback_needs_protection() {
     let upstream = Upstream::ok();
@@ -441,6 +454,7 @@ fn client_token_is_accepted_in_each_of_three_ways() {
     }
 }
 
+/// R28.
 #[test]
 fn client_without_a_token_of_ours_is_refused_and_not_told_why() {
     let upstream = Upstream::ok();

@@ -332,6 +332,7 @@ fn error_body_that_is_cut_off_becomes_a_whole_error() {
     }
 }
 
+/// R18.
 #[test]
 fn error_body_of_any_size_takes_little_memory() {
     let large = vec![b'a'; 10 << 20];

@@ -52,6 +52,7 @@ fn echo(upstream: &Upstream) {
     upstream.script(|request| vec![send(reply(200, "", request.target()))]);
 }
 
+/// R12.
 #[test]
 fn ambiguous_length_is_refused_and_the_connection_closed() {
     let (upstream, proxy) = impatient();
@@ -73,6 +74,7 @@ fn ambiguous_length_is_refused_and_the_connection_closed() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R12.
 #[test]
 fn transfer_coding_that_does_not_end_in_chunked_is_refused_and_the_connection_closed() {
     let (upstream, proxy) = impatient();
@@ -102,6 +104,7 @@ fn transfer_coding_that_does_not_end_in_chunked_is_refused_and_the_connection_cl
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R12.
 #[test]
 fn length_beside_chunks_is_dropped_and_the_connection_closed() {
     let (upstream, proxy) = started();
@@ -119,6 +122,7 @@ fn length_beside_chunks_is_dropped_and_the_connection_closed() {
     assert_eq!(upstream.seen().requests.len(), 3);
 }
 
+/// R12.
 #[test]
 fn length_said_twice_is_one_request_or_none() {
     let (upstream, proxy) = started();
@@ -137,6 +141,7 @@ fn length_said_twice_is_one_request_or_none() {
     assert_eq!(upstream.seen().requests.len(), 1);
 }
 
+/// R12.
 #[test]
 fn malformed_head_is_refused_and_the_connection_closed() {
     let (upstream, proxy) = impatient();
@@ -216,6 +221,7 @@ fn head_without_its_last_line_is_no_request() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R16.
 #[test]
 fn head_over_the_limits_gets_a_bare_refusal_and_the_connection_is_closed() {
     let (upstream, proxy) = started();
@@ -263,6 +269,7 @@ fn method_of_any_name_is_forwarded_unless_it_is_overlong() {
     assert_eq!(upstream.seen().requests.len(), 1);
 }
 
+/// R12.
 #[test]
 fn broken_chunks_never_arrive_whole() {
     let (upstream, proxy) = impatient();
@@ -366,6 +373,7 @@ fn request_inside_a_body_is_not_carried_out() {
     assert_eq!(upstream.seen().requests.len(), 10);
 }
 
+/// R12.
 #[test]
 fn unread_body_of_a_refused_request_is_not_taken_for_the_next() {
     let (upstream, proxy) = impatient();
@@ -419,6 +427,7 @@ fn early_upstream() -> (String, Arc<Mutex<String>>) {
     (url, heard)
 }
 
+/// R12.
 #[test]
 fn unread_body_after_an_early_answer_is_not_taken_for_the_next() {
     let (url, heard) = early_upstream();
@@ -498,6 +507,7 @@ fn pipelined_requests_are_answered_in_their_order() {
     assert_eq!(told[3].0, 421);
 }
 
+/// R13.
 #[test]
 fn upgrade_is_answered_as_an_ordinary_request_and_opens_no_tunnel() {
     let (upstream, proxy) = impatient();
@@ -539,6 +549,7 @@ fn upgrade_is_answered_as_an_ordinary_request_and_opens_no_tunnel() {
     }
 }
 
+/// R19.
 #[test]
 fn http_2_is_not_spoken_with_clients_so_no_flood_of_its_frames_is_read() {
     let (upstream, proxy) = started();
@@ -553,6 +564,7 @@ fn http_2_is_not_spoken_with_clients_so_no_flood_of_its_frames_is_read() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R16.
 #[test]
 fn silent_or_dribbling_client_is_disconnected_in_time() {
     let (upstream, proxy) = impatient();
@@ -586,6 +598,7 @@ fn silent_or_dribbling_client_is_disconnected_in_time() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
+/// R17.
 #[test]
 fn body_far_over_the_limit_takes_little_memory() {
     let (upstream, proxy) = started_with(&[("limits.request_body", "1MiB")]);
@@ -625,6 +638,7 @@ fn method_in_lower_case_is_another_method_and_arrives_as_it_came() {
     assert_eq!(upstream.first_lines(), ["get /v1/x HTTP/1.1"]);
 }
 
+/// R14.
 #[test]
 fn log_line_stays_one_line_without_control_characters_whatever_a_peer_sends() {
     let forged = "a\r\n{\"level\":\"INFO\"}\r2026-01-01T00:00:00Z\u{1b}[31m\0\u{8}\u{7f}\u{9b}31m";

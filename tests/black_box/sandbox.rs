@@ -194,6 +194,7 @@ fn keys_of_the_sandbox_are_the_same_at_every_start() {
     assert_eq!(first.map(|key| key.len()), [32, 32]);
 }
 
+/// R24.
 #[test]
 fn wrong_tokens_are_refused_with_their_codes() {
     let (sandbox, [access_key, secret_key]) = alone();

@@ -185,6 +185,7 @@ fn everything(command: Command, format: &str) -> String {
     format!("{heard}\n{log}")
 }
 
+/// R21.
 #[test]
 fn nothing_put_out_at_trace_holds_a_secret_whatever_goes_wrong() {
     let api_key = |upstream: &Upstream| {
@@ -258,6 +259,7 @@ fn credential_file_that_breaks_keeps_the_old_one_and_is_not_quoted() {
     assert_keeps(&output, &[CANARY, SECRET_KEY, TOKEN], "rotation");
 }
 
+/// R21.
 #[test]
 fn no_command_prints_a_secret() {
     for (arguments, code) in [
@@ -374,6 +376,7 @@ fn start_with_mode(upstream: &Upstream, variable: &str, mode: u32) -> (Command, 
     (command, file)
 }
 
+/// R22.
 #[test]
 fn secret_file_is_warned_of_if_others_can_read_it_and_refused_if_they_can_write_it() {
     let upstream = Upstream::ok();
@@ -410,6 +413,7 @@ fn secret_file_is_warned_of_if_others_can_read_it_and_refused_if_they_can_write_
     }
 }
 
+/// R22.
 #[test]
 fn secret_file_of_another_user_is_refused() {
     // Only root can give a file away.
@@ -427,6 +431,7 @@ fn secret_file_of_another_user_is_refused() {
     }
 }
 
+/// R22.
 #[test]
 fn no_secret_is_on_the_command_line() {
     let upstream = Upstream::ok();
@@ -447,6 +452,7 @@ fn no_secret_is_on_the_command_line() {
     }
 }
 
+/// R22.
 #[test]
 fn environment_of_the_process_is_closed_to_others_of_its_user() {
     let upstream = Upstream::ok();

@@ -33,6 +33,7 @@ fn problems(command: Command) -> String {
     finished.stderr
 }
 
+/// R6.
 #[test]
 fn proxy_that_would_call_itself_does_not_start() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -55,6 +55,7 @@ fn large_download_passes_in_little_memory() {
     }
 }
 
+/// R18.
 #[test]
 fn compressed_answer_passes_undecoded_in_little_memory() {
     // Its service code is looked for, but not so far.
@@ -138,6 +139,7 @@ fn upload_whose_client_hangs_up_never_arrives_whole() {
     assert_eq!(upstream.first_lines(), [""; 0]);
 }
 
+/// R17.
 #[test]
 fn answer_that_is_cut_off_stays_cut_off() {
     let (upstream, proxy) = started();

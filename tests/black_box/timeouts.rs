@@ -67,6 +67,7 @@ fn client_that_stops_reading_is_given_up() {
     upstream.wait(|seen| seen.closed == 1);
 }
 
+/// R16.
 #[test]
 fn upload_that_falls_silent_is_refused_and_never_arrives_whole() {
     let (upstream, proxy) = limited("upstream.idle_timeout");
@@ -90,6 +91,7 @@ fn handshake_that_never_ends_is_an_unreachable_upstream() {
     assert_eq!(answer.header("x-should-retry"), Some("true"));
 }
 
+/// R16.
 #[test]
 fn silent_dribbling_or_idle_client_is_disconnected() {
     let (_upstream, proxy) = limited("limits.header_timeout");
@@ -114,6 +116,7 @@ fn raise_descriptor_limit() {
     setrlimit(Resource::Nofile, raised).unwrap();
 }
 
+/// R16.
 #[test]
 fn thousand_slow_clients_hold_up_neither_an_ordinary_request_nor_the_end() {
     raise_descriptor_limit();
