@@ -214,7 +214,7 @@ fn start_threads(
 /// What a thread does: serves connections, and after the word to stop waits for them, and for creates
 /// whose clients have gone. Tells what had to be cut.
 async fn serve(
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Listener>,
     shared: &Shared,
     limits: Limits,
     stopped: latch::Receiver<bool>,

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, BufReader, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::Path,
     sync::Arc,
@@ -86,6 +86,11 @@ impl Connection {
                 Ok(_) => {}
             }
         }
+    }
+
+    /// Says that no more will be sent.
+    pub fn half_close(&mut self) {
+        self.0.get_mut().tcp().shutdown(Shutdown::Write).unwrap();
     }
 
     /// One whole answer, or how it ended.
