@@ -15,6 +15,7 @@ use jsonwebtoken::signature::{self, Signer};
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use ring::hmac;
 use serde::Serialize;
+use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
 use crate::clock::Clock;
@@ -65,6 +66,8 @@ pub struct Tokens {
     source: Mutex<Source>,
     clock: Arc<dyn Clock>,
     current: ArcSwapOption<Bearer>,
+    /// Told when upstream does not know the credential.
+    refused: Notify,
     metrics: Arc<Metrics>,
 }
 
@@ -170,6 +173,7 @@ impl Tokens {
             source: Mutex::new(source),
             clock,
             current: ArcSwapOption::empty(),
+            refused: Notify::new(),
             metrics,
         }
     }
@@ -215,6 +219,16 @@ impl Tokens {
             self.current.store(None);
         }
         changed
+    }
+
+    /// Upstream does not know the credential: perhaps there is another by now.
+    pub fn was_refused(&self) {
+        self.refused.notify_one();
+    }
+
+    /// Waits until upstream does not know the credential.
+    pub async fn refused(&self) {
+        self.refused.notified().await;
     }
 
     /// Drops the current token, which upstream found too early or too late. Tells whether there can

@@ -22,7 +22,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::credentials::{Found, Places};
+use crate::credentials::{self, Found, Places};
 use crate::error::chain;
 use crate::settings::{Flags, Problem, Row, Settings};
 
@@ -209,10 +209,20 @@ impl Failure {
     }
 }
 
+/// Looks everywhere, and runs the command if there is one and nothing else.
 fn find_credential(places: &Places) -> Result<Found, Failure> {
-    places
-        .find()
-        .map_err(|error| Failure::because(Exit::Settings, &error))
+    let found = match (places.find(), places.command()) {
+        (Err(credentials::Error::Missing), Some(command)) => {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            runtime
+                .map_err(|error| Failure::because(Exit::Failed, &error))?
+                .block_on(command.run())
+        }
+        (found, _) => found,
+    };
+    found.map_err(|error| Failure::because(Exit::Settings, &error))
 }
 
 /// Prints a line. A reader that has gone, such as `head`, is no failure.

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 
 use super::{Failure, SettingsArgs, say};
-use crate::credentials::Places;
+use crate::credentials::{Error, Places};
 use crate::error::chain;
 
 pub(super) fn run(
@@ -20,6 +20,7 @@ pub(super) fn run(
     for (line, row) in lines.iter().zip(&rows) {
         say(format_args!("{line:width$}  # {}", row.source));
     }
+    let command = !settings.credentials.command.is_empty();
     say(
         match (Places {
             environment,
@@ -32,6 +33,9 @@ pub(super) fn run(
                 found.credential.kind(),
                 found.source
             ),
+            Err(Error::Missing) if command => {
+                "# credential: what credentials.command prints".to_owned()
+            }
             Err(error) => format!("# {}", chain(&error)),
         },
     );

@@ -1,12 +1,14 @@
 //! Gives a request the two things that make upstream accept it: a token and upstream's name.
 
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use axum::extract::Request;
 use axum::response::Response;
-use futures_util::future::{Either, ready};
+use futures_util::future::{self, Either};
 use http::header::{AUTHORIZATION, HOST, HeaderValue};
+use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use crate::error::Error;
@@ -27,6 +29,18 @@ pub struct Authenticate<S> {
     inner: S,
     layer: AuthenticateLayer,
 }
+
+pin_project! {
+    /// Waits for the answer, and notices if the credential is refused.
+    pub struct Authenticated<F> {
+        #[pin]
+        inner: F,
+        tokens: Arc<Tokens>,
+    }
+}
+
+/// The codes that say that the credential itself is wrong.
+const REFUSED: std::ops::RangeInclusive<i64> = 1000..=1002;
 
 // === impl AuthenticateLayer ===
 
@@ -56,7 +70,7 @@ where
 {
     type Response = Response;
     type Error = Error;
-    type Future = Refusable<S::Future>;
+    type Future = Refusable<Authenticated<S::Future>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner.poll_ready(cx)
@@ -65,14 +79,37 @@ where
     fn call(&mut self, mut request: Request) -> Self::Future {
         let bearer = match self.layer.tokens.bearer() {
             Ok(bearer) => bearer,
-            Err(error) => return Either::Left(ready(Err(Error::Credentials(error)))),
+            Err(error) => return Either::Left(future::ready(Err(Error::Credentials(error)))),
         };
         let headers = request.headers_mut();
         // First strip, then add: `Connection: authorization` must not name what we add.
         headers::strip_request(headers);
         headers.insert(HOST, self.layer.host.clone());
         headers.insert(AUTHORIZATION, bearer);
-        Either::Right(self.inner.call(request))
+        Either::Right(Authenticated {
+            inner: self.inner.call(request),
+            tokens: Arc::clone(&self.layer.tokens),
+        })
+    }
+}
+
+// === impl Authenticated ===
+
+impl<F> Future for Authenticated<F>
+where
+    F: Future<Output = Result<Response, Error>>,
+{
+    type Output = Result<Response, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let result = ready!(this.inner.poll(cx));
+        if let Err(error) = &result
+            && REFUSED.contains(&error.code())
+        {
+            this.tokens.was_refused();
+        }
+        Poll::Ready(result)
     }
 }
 

@@ -218,6 +218,7 @@ impl Settings {
                 access_key_file: from.get("credentials.access_key_file"),
                 secret_key_file: from.get("credentials.secret_key_file"),
                 api_key_file: from.get("credentials.api_key_file"),
+                command: from.get("credentials.command"),
             },
             token: Validity {
                 lifetime: from.get("token.lifetime"),

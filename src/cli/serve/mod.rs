@@ -129,6 +129,7 @@ impl Proxy {
             certificate,
             exposed,
             manager: Arc::clone(&manager),
+            ran: None,
         };
         let reloading = tokio::spawn(reload.run(hang_up));
         lifecycle.enter(Phase::Ready);

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::set_up::{rules, warn_of_clients};
 use super::systemd::Manager;
 use crate::cli::{Failure, SettingsArgs};
-use crate::credentials::Places;
+use crate::credentials::{self, Places};
 use crate::error::chain;
 use crate::server::Certificate;
 use crate::settings::{Row, Settings};
@@ -22,6 +22,9 @@ use crate::telemetry::Filter;
 
 /// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
 const INTERVAL: Duration = Duration::from_secs(5);
+
+/// The least time between two runs of a command because of refusals.
+const RARELY: Duration = Duration::from_mins(1);
 
 /// Settings that change while running; for all others the process has to start again.
 const LIVE: [&str; 8] = [
@@ -57,6 +60,8 @@ pub(super) struct Reload {
     pub(super) exposed: bool,
     /// Waits for word of each reload.
     pub(super) manager: Arc<Manager>,
+    /// When the command was run last that prints a credential.
+    pub(super) ran: Option<Instant>,
 }
 
 /// A warning that is repeated only once it is another.
@@ -84,6 +89,10 @@ impl Reload {
         loop {
             let asked = tokio::select! {
                 () = sleep(INTERVAL) => false,
+                () = self.shared.tokens.refused() => {
+                    credential.tell("credential", self.refused().await);
+                    continue;
+                }
                 _ = hang_up.recv() => {
                     self.manager.reloading();
                     // Whoever asks wants an answer, be it the same one.
@@ -98,7 +107,7 @@ impl Reload {
                     true
                 }
             };
-            credential.tell("credential", self.credential());
+            credential.tell("credential", self.credential(asked).await);
             clients.tell("client tokens", self.clients());
             certificate.tell("certificate", self.certificate());
             if asked {
@@ -143,16 +152,28 @@ impl Reload {
         Ok(())
     }
 
-    /// Looks for a credential again, since it may have come from a file.
-    fn credential(&self) -> Result<(), String> {
+    /// Runs the command again where the credential comes from one, but not for each of many refusals.
+    async fn refused(&mut self) -> Result<(), String> {
+        let lately = self.ran.is_some_and(|ran| ran.elapsed() < RARELY);
+        self.credential(!lately).await
+    }
+
+    /// Looks for a credential again, since it may have come from a file. A command is run only when
+    /// that is `asked` for.
+    async fn credential(&mut self, asked: bool) -> Result<(), String> {
         if self.configuration.sandboxed {
             return Ok(());
         }
-        let found = self
-            .configuration
-            .places()
-            .find()
-            .map_err(|error| chain(&error))?;
+        let places = self.configuration.places();
+        let found = match (places.find(), places.command()) {
+            (Err(credentials::Error::Missing), Some(_)) if !asked => return Ok(()),
+            (Err(credentials::Error::Missing), Some(command)) => {
+                self.ran = Some(Instant::now());
+                command.run().await
+            }
+            (found, _) => found,
+        };
+        let found = found.map_err(|error| chain(&error))?;
         if self.shared.tokens.replace(found.credential) {
             tracing::info!(source = found.source, "credential changed");
             for warning in found.warnings {

@@ -138,6 +138,11 @@ impl Command {
         command
     }
 
+    /// The home folder, which is the working directory too.
+    pub fn home(&self) -> PathBuf {
+        self.home.path().to_owned()
+    }
+
     /// Writes a file below the home folder.
     pub fn file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.home.path().join(name);

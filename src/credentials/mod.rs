@@ -1,8 +1,11 @@
 //! Where keys come from. The first place that has one wins; half a pair there is an error.
 
+mod command;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+pub use self::command::{Command, CommandError};
 use crate::secret::Secret;
 use crate::secret_file::{self, SecretFile, SecretFileError};
 use crate::token::Credential;
@@ -20,6 +23,8 @@ pub struct Configured {
     pub secret_key_file: Option<PathBuf>,
     /// A file of an API key.
     pub api_key_file: Option<PathBuf>,
+    /// A command that prints a credential, in words; none if empty.
+    pub command: Vec<String>,
 }
 
 /// All places where a credential may be.
@@ -71,6 +76,9 @@ pub enum Error {
         #[source]
         cause: SecretFileError,
     },
+    /// The command does not do what it should.
+    #[error("{}", command::PLACE)]
+    Command(#[from] CommandError),
     /// A key is empty or has characters that no key has.
     #[error("{0} is empty, or not a key: want visible characters only")]
     Malformed(String),
@@ -89,11 +97,18 @@ const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 // === impl Places ===
 
 impl Places<'_> {
+    /// What to run where [`find`](Self::find) finds nothing: the last place.
+    pub fn command(&self) -> Option<Command<'_>> {
+        let words = &self.configured.command[..];
+        let environment = self.environment;
+        (!words.is_empty()).then_some(Command { words, environment })
+    }
+
     /// Looks for a credential, in the order that the README gives.
     ///
     /// # Errors
     ///
-    /// [`Error`] says what to set.
+    /// [`Error`] says what to set; [`Error::Missing`] if no place has one.
     pub fn find(&self) -> Result<Found, Error> {
         if let Some(key) = self.variable("KLING_API_KEY")? {
             return api_key(key);
@@ -118,6 +133,7 @@ impl Places<'_> {
             access_key_file,
             secret_key_file,
             api_key_file,
+            command: _,
         } = self.configured;
         if let Some(path) = api_key_file {
             return api_key(from_file("credentials.api_key_file".to_owned(), path)?);
