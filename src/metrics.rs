@@ -149,10 +149,8 @@ impl Metrics {
 
     /// A request was answered.
     pub fn answered(&self, method: &Method, status: StatusCode, after: Duration) {
-        let row = METHODS
-            .iter()
-            .position(|known| known == method)
-            .unwrap_or(METHODS.len());
+        let known = METHODS.iter().position(|known| known == method);
+        let row = known.unwrap_or(METHODS.len());
         let class = usize::from(status.as_u16() / 100).saturating_sub(1);
         if let Some(counter) = self.requests.get(row).and_then(|row| row.get(class)) {
             counter.inc();
@@ -198,6 +196,15 @@ impl Metrics {
     pub fn token_expires(&self, exp: u64) {
         self.token_expiry
             .set(i64::try_from(exp).unwrap_or(i64::MAX));
+    }
+}
+
+/// The method as a label or a field: one of a closed set.
+pub fn method_label(method: &Method) -> &str {
+    if METHODS.contains(method) {
+        method.as_str()
+    } else {
+        OTHER_METHOD
     }
 }
 

@@ -61,19 +61,27 @@ pub fn init(format: Format, filter: EnvFilter) -> Filter {
     filter
 }
 
-/// A text without control characters: JSON leaves those of U+0080 to U+009F as they are, and some
-/// terminals obey them.
+/// As much of a foreign text as is logged, in bytes.
+const LONGEST: usize = 1024;
+
+/// The beginning of a foreign text, without control characters: JSON leaves those of U+0080 to
+/// U+009F as they are, and some terminals obey them.
 pub fn printable(text: &str) -> Cow<'_, str> {
-    if !text.contains(char::is_control) {
+    let end = text.floor_char_boundary(LONGEST);
+    let (text, rest) = text.split_at(end);
+    if rest.is_empty() && !text.contains(char::is_control) {
         return text.into();
     }
-    let mut escaped = String::with_capacity(text.len());
+    let mut escaped = String::with_capacity(text.len() + '…'.len_utf8());
     for c in text.chars() {
         if c.is_control() {
             escaped.extend(c.escape_unicode());
         } else {
             escaped.push(c);
         }
+    }
+    if !rest.is_empty() {
+        escaped.push('…');
     }
     escaped.into()
 }

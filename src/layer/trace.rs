@@ -20,7 +20,7 @@ use tracing::Span;
 use crate::effect::Effect;
 use crate::error::Failure;
 use crate::facts::Facts;
-use crate::metrics::{InFlight, Metrics};
+use crate::metrics::{InFlight, Metrics, method_label};
 use crate::request_id::RequestId;
 use crate::telemetry::printable;
 
@@ -170,7 +170,7 @@ impl Traced {
                 tracing::$level!(
                     request_id = self.facts.id().as_str(),
                     client = self.facts.client(),
-                    http.request.method = self.method.as_str(),
+                    http.request.method = method_label(&self.method),
                     url.path = &*printable(self.uri.path()),
                     http.request.resend_count = self.facts.resend_count(),
                     http.response.status_code = response.status().as_u16(),

@@ -685,3 +685,15 @@ fn log_line_stays_one_line_without_control_characters_whatever_a_peer_sends() {
         }
     }
 }
+
+#[test]
+fn foreign_text_is_cut_in_the_log() {
+    let (_upstream, proxy) = started();
+    let long = "x".repeat(5_000);
+    proxy.send(request(&format!("POST /{long}"), "", "{}"));
+    proxy.send(request(&format!("{long} /v1/method"), "", ""));
+    for known in ["/xxx", "/v1/method"] {
+        let line = proxy.stderr.find(|line| line.contains(known)).unwrap();
+        assert!(line.len() < 2_000, "{line}");
+    }
+}
