@@ -6,15 +6,20 @@ use std::sync::{Arc, OnceLock};
 use http::Extensions;
 
 use crate::client_token::ClientName;
+use crate::metrics::InFlight;
 use crate::request_id::RequestId;
 use crate::task::Task;
 
 /// The facts of one request, among its extensions. All clones are one.
+///
+/// The request counts as in flight while there is a clone: until its answer has ended, and a create
+/// until it is carried through.
 #[derive(Clone)]
 pub struct Facts(Arc<Inner>);
 
 struct Inner {
     id: RequestId,
+    _in_flight: InFlight,
     client: OnceLock<ClientName>,
     attempts: AtomicU32,
     task: OnceLock<Task>,
@@ -23,10 +28,11 @@ struct Inner {
 // === impl Facts ===
 
 impl Facts {
-    /// Begins with the request's name.
-    pub fn new(id: RequestId) -> Self {
+    /// Begins with the request's name and count.
+    pub fn new(id: RequestId, in_flight: InFlight) -> Self {
         Self(Arc::new(Inner {
             id,
+            _in_flight: in_flight,
             client: OnceLock::new(),
             attempts: AtomicU32::new(0),
             task: OnceLock::new(),

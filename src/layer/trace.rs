@@ -20,7 +20,7 @@ use tracing::Span;
 use crate::effect::Effect;
 use crate::error::Failure;
 use crate::facts::Facts;
-use crate::metrics::{InFlight, Metrics, method_label};
+use crate::metrics::{Metrics, method_label};
 use crate::request_id::RequestId;
 use crate::telemetry::printable;
 
@@ -58,8 +58,7 @@ struct Traced {
     uri: Uri,
     effect: Effect,
     begun: Instant,
-    /// Goes to the body with the answer.
-    in_flight: Option<InFlight>,
+    answered: bool,
 }
 
 pin_project! {
@@ -67,7 +66,7 @@ pin_project! {
     struct Counted {
         #[pin]
         body: Body,
-        in_flight: Option<InFlight>,
+        facts: Facts,
     }
 }
 
@@ -106,7 +105,7 @@ where
     }
 
     fn call(&mut self, mut request: Request) -> Self::Future {
-        let facts = Facts::new(RequestId::of(request.headers()));
+        let facts = Facts::new(RequestId::of(request.headers()), self.metrics.enter());
         let effect = Effect::of(&request);
         // Formatting a span for each poll would cost more than the guard, so it is there for those
         // who look for details; the outcome names the request itself.
@@ -118,7 +117,7 @@ where
             uri: request.uri().clone(),
             effect,
             begun: Instant::now(),
-            in_flight: Some(self.metrics.enter()),
+            answered: false,
         };
         request.extensions_mut().insert(facts);
         let inner = traced.span.in_scope(|| self.inner.call(request));
@@ -152,10 +151,9 @@ where
         response
             .headers_mut()
             .insert(REQUEST_ID, request.facts.id().clone().into_value());
-        let in_flight = request.in_flight.take();
-        Poll::Ready(Ok(
-            response.map(|body| Body::new(Counted { body, in_flight }))
-        ))
+        request.answered = true;
+        let facts = request.facts.clone();
+        Poll::Ready(Ok(response.map(|body| Body::new(Counted { body, facts }))))
     }
 }
 
@@ -209,7 +207,7 @@ impl Traced {
 
 impl Drop for Traced {
     fn drop(&mut self) {
-        if self.in_flight.is_none() {
+        if self.answered {
             return;
         }
         // `carry` tells what comes of a create.

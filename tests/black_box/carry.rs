@@ -54,6 +54,17 @@ fn create_is_carried_through_although_its_client_has_gone() {
     }
 }
 
+/// Otherwise a client could have any number of creates in flight by hanging up.
+#[test]
+fn carried_create_counts_as_in_flight() {
+    let (upstream, proxy) = started_with(&[("limits.in_flight", "1")]);
+    let gate = upstream.hold();
+    hang_up(&upstream, proxy.connect(), post("/v1/x", "{}"));
+    assert_eq!(proxy.get("/v1/y").refusal(), (503, 9301));
+    gate.open();
+    eventually("it ends", || proxy.get("/v1/y").status() == 200);
+}
+
 #[test]
 fn failure_of_a_carried_create_is_told_too() {
     let (upstream, proxy) = started();
