@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::{Method, StatusCode};
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
 };
 
@@ -42,6 +42,7 @@ pub struct Metrics {
     not_kept: IntCounterVec,
     minted: IntCounterVec,
     token_expiry: IntGauge,
+    clock_offset: Gauge,
 }
 
 // === impl Metrics ===
@@ -80,6 +81,11 @@ impl Metrics {
         );
         let duration = Histogram::with_opts(buckets.buckets(BUCKETS.to_vec()))?;
         registry.register(Box::new(duration.clone()))?;
+        let clock_offset = Gauge::new(
+            "clock_offset_seconds",
+            "How far upstream's clock is ahead of this machine's.",
+        )?;
+        registry.register(Box::new(clock_offset.clone()))?;
         let build = Opts::new("build_info", "The running version.");
         let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;
         build.set(1);
@@ -121,6 +127,7 @@ impl Metrics {
                 "token_expiry_timestamp_seconds",
                 "When the current token ends; 0 without one.",
             )?,
+            clock_offset,
             registry,
         })
     }
@@ -196,6 +203,11 @@ impl Metrics {
     pub fn token_expires(&self, exp: u64) {
         self.token_expiry
             .set(i64::try_from(exp).unwrap_or(i64::MAX));
+    }
+
+    /// Upstream's clock is this far ahead of this machine's, in seconds.
+    pub fn clock_offset(&self, seconds: f64) {
+        self.clock_offset.set(seconds);
     }
 }
 

@@ -29,7 +29,7 @@ use crate::metrics::Metrics;
 use crate::replay::{Keeper, Replay};
 use crate::rules::Rules;
 use crate::token::Tokens;
-use crate::upstream::{Origin, Timeouts, Upstream};
+use crate::upstream::{Origin, Timeouts, Upstream, UpstreamClock};
 
 /// What the stacks of all threads share.
 #[derive(Clone)]
@@ -52,8 +52,10 @@ pub struct Shared {
     pub tls: rustls::ClientConfig,
     /// How long to wait there.
     pub timeouts: Timeouts,
-    /// What time it is.
+    /// What time it is here.
     pub clock: Arc<dyn Clock>,
+    /// What time it is there.
+    pub upstream_clock: Arc<UpstreamClock>,
     /// Whether to serve at all.
     pub lifecycle: Arc<Lifecycle>,
     /// What to count in.
@@ -86,6 +88,7 @@ impl Shared {
                 self.tls.clone(),
                 self.timeouts,
                 Arc::clone(&self.clock),
+                Arc::clone(&self.upstream_clock),
                 Arc::clone(&self.metrics),
             ));
         let reserved = self.guarded(service_fn(|_| async { Err(Error::NotFound) }));

@@ -79,6 +79,11 @@ pub(super) enum Connection {
 // === impl Origin ===
 
 impl Origin {
+    /// Whether what comes from there is known to come from there.
+    pub(super) fn is_secure(&self) -> bool {
+        self.scheme == Scheme::HTTPS
+    }
+
     /// The origin as a `Host` value.
     pub fn host(&self) -> HeaderValue {
         self.host.clone()

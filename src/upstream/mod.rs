@@ -7,6 +7,7 @@
 //! create may be sent again.
 
 mod answer;
+mod clock;
 mod connect;
 mod download;
 mod pool;
@@ -24,6 +25,7 @@ use http::Version;
 use hyper::body::Incoming;
 use tower::Service;
 
+pub use self::clock::UpstreamClock;
 pub use self::connect::{Origin, OriginError, TlsError, client_config};
 
 use self::connect::Connector;
@@ -32,7 +34,7 @@ use self::pool::Pool;
 use self::upload::{Progress, Upload};
 use crate::clock::Clock;
 use crate::effect::Effect;
-use crate::error::Error;
+use crate::error::{Error, Resend};
 use crate::facts::Facts;
 use crate::headers;
 use crate::metrics::Metrics;
@@ -53,6 +55,8 @@ pub struct Timeouts {
 pub struct Upstream {
     pool: Arc<Pool>,
     timeouts: Timeouts,
+    /// Where answers teach the time. Nobody vouches for what comes without TLS.
+    learner: Option<Arc<UpstreamClock>>,
     metrics: Arc<Metrics>,
 }
 
@@ -65,17 +69,19 @@ impl Upstream {
         tls: rustls::ClientConfig,
         timeouts: Timeouts,
         clock: Arc<dyn Clock>,
+        upstream_clock: Arc<UpstreamClock>,
         metrics: Arc<Metrics>,
     ) -> Self {
         let connector = Connector::new(origin, tls, timeouts.idle);
         Self {
             pool: Arc::new(Pool::new(connector, timeouts.connect, clock)),
             timeouts,
+            learner: origin.is_secure().then_some(upstream_clock),
             metrics,
         }
     }
 
-    async fn forward(self, request: Request) -> Result<Response, Error> {
+    async fn forward(&self, request: Request) -> Result<Response, Error> {
         let (effect, facts) = (
             Effect::of(&request),
             Facts::of(request.extensions()).cloned(),
@@ -90,11 +96,21 @@ impl Upstream {
         if head.status.is_informational() {
             return Err(Error::NotHttp("upstream switched protocols unasked".into()));
         }
+        let learner = self.learner.as_deref();
+        let reading = learner.and_then(|clock| clock.read(&head.headers, progress.since()));
         headers::strip_response(&mut head.headers);
         // What upstream speaks is no concern of the client.
         head.version = Version::HTTP_11;
         let created = facts.as_ref().filter(|_| effect == Effect::Create);
-        answer::judge(head, body, created).await
+        let judged = answer::judge(head, body, created).await;
+        if let (Some(clock), Some(reading)) = (learner, reading) {
+            match &judged {
+                // The token was refused for its time: that was not upstream's.
+                Err(error) if error.resend() == Resend::NewToken => clock.relearn(reading),
+                _ => clock.learn(reading),
+            }
+        }
+        judged
     }
 
     /// Sends on kept connections for as long as they hand the request back unsent, then on a new

@@ -171,6 +171,11 @@ impl Progress {
         state.abandoned
     }
 
+    /// When the last of it was handed over, as far as it went; without a body, when it began.
+    pub(super) fn since(&self) -> Instant {
+        self.lock().since
+    }
+
     /// Whether nothing is left to send.
     pub(super) fn is_done(&self) -> bool {
         self.lock().turn == Turn::Done

@@ -9,6 +9,7 @@ mod admin;
 mod authenticate;
 mod carry;
 mod cli;
+mod clock;
 mod credential_command;
 mod credentials;
 mod forward;

@@ -25,7 +25,7 @@ use crate::server::{Limits, Listener};
 use crate::settings::{Problem, Settings};
 use crate::stack::Shared;
 use crate::token::{Credential, Tokens};
-use crate::upstream::{Origin, client_config};
+use crate::upstream::{Origin, UpstreamClock, client_config};
 
 /// Everything that is set up before the first request.
 pub(super) struct Proxy {
@@ -63,10 +63,12 @@ impl Proxy {
         };
         listeners.refuse_circle(&origin)?;
 
+        let upstream_clock = UpstreamClock::new(Arc::clone(&clock), Arc::clone(&metrics));
+        let upstream_clock = Arc::new(upstream_clock);
         let tokens = Tokens::new(
             credential,
             settings.token,
-            Arc::clone(&clock),
+            Arc::<UpstreamClock>::clone(&upstream_clock),
             Arc::clone(&metrics),
         );
         let tokens = Arc::new(tokens);
@@ -74,7 +76,7 @@ impl Proxy {
             resending: Resending::new(
                 settings.retry,
                 Arc::clone(&tokens),
-                Arc::clone(&clock),
+                Arc::<UpstreamClock>::clone(&upstream_clock),
                 Arc::clone(&metrics),
             ),
             keeper: Arc::new(Keeper::new(settings.replay, Arc::clone(&metrics))),
@@ -86,6 +88,7 @@ impl Proxy {
             tls,
             timeouts: settings.upstream.timeouts,
             clock,
+            upstream_clock,
             lifecycle: Arc::default(),
             metrics,
         };

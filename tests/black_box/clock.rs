@@ -1,0 +1,131 @@
+//! Tokens are made by upstream's clock, whatever this machine's says.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime},
+};
+
+use crate::support::{
+    Credential, Message, Proxy, SUCCESS, Signal, Upstream, assert_has, claims, now, reply, send,
+};
+
+const HOUR: i64 = 3_600;
+const MINUTE: i64 = 60;
+
+/// Makes an upstream tell the time, so many seconds ahead of ours, and refuse tokens by it.
+fn keep_time(upstream: &Upstream, ahead: &Arc<AtomicI64>) {
+    let ahead = Arc::clone(ahead);
+    upstream.script(move |request| {
+        let ahead = ahead.load(Relaxed);
+        let time = now().checked_add_signed(ahead).unwrap();
+        let headers = format!("content-type: application/json\n{}", date(time));
+        let [nbf, exp] = validity(request);
+        let (status, body) = if nbf > time {
+            (401, r#"{"code":1003,"message":"not yet valid"}"#)
+        } else if exp <= time {
+            (401, r#"{"code":1004,"message":"expired"}"#)
+        } else {
+            (200, SUCCESS)
+        };
+        vec![send(reply(status, &headers, body))]
+    });
+}
+
+fn date(time: u64) -> String {
+    let time = SystemTime::UNIX_EPOCH + Duration::from_secs(time);
+    format!("date: {}", httpdate::fmt_http_date(time))
+}
+
+fn ahead_by(seconds: i64) -> (Upstream, Arc<AtomicI64>) {
+    let (upstream, ahead) = (Upstream::lenient(), Arc::new(AtomicI64::new(seconds)));
+    keep_time(&upstream, &ahead);
+    (upstream, ahead)
+}
+
+/// `nbf` and `exp` of the token that a request shows.
+fn validity(request: &Message) -> [u64; 2] {
+    let claims = claims(request.header("authorization").expect("a token"));
+    ["nbf", "exp"].map(|claim| claims[claim].as_u64().unwrap())
+}
+
+/// How far ahead of ours the clock is that the latest token was made by, in seconds.
+fn token_ahead(upstream: &Upstream) -> i64 {
+    let [_, exp] = validity(&upstream.last());
+    exp.checked_signed_diff(now() + 1_800).unwrap()
+}
+
+/// What the metrics say of upstream's clock.
+fn gauge(proxy: &Proxy) -> f64 {
+    let answer = proxy.admin("/metrics");
+    let mut lines = answer.text().lines();
+    let value = lines.find_map(|line| line.strip_prefix("kling_proxy_clock_offset_seconds "));
+    value.expect("a gauge").parse().unwrap()
+}
+
+#[test]
+fn tokens_are_made_by_upstreams_clock() {
+    for (ahead, word) in [
+        (HOUR, "slow"),
+        (-HOUR, "fast"),
+        (24 * HOUR - MINUTE, "slow"),
+        (-24 * HOUR + MINUTE, "fast"),
+    ] {
+        let (upstream, _) = ahead_by(ahead);
+        let proxy = Proxy::to(&upstream).start();
+        assert_eq!(proxy.get("/v1/x").status(), 200, "ahead by {ahead} s");
+        assert_eq!(upstream.seen().requests.len(), 2, "refused once");
+        let token = token_ahead(&upstream);
+        assert!((ahead - 2..=ahead + 2).contains(&token), "{token}");
+        #[expect(clippy::cast_precision_loss, reason = "days have few seconds")]
+        let distance = (gauge(&proxy) - ahead as f64).abs();
+        assert!(distance < 2.0, "ahead by {ahead} s: {}", gauge(&proxy));
+        proxy.signal(Signal::TERM);
+        let (_, log) = proxy.end();
+        assert_has(&log, &[&format!("this machine's clock is {word}")]);
+        assert_eq!(log.matches("this machine's clock").count(), 1, "{log}");
+    }
+}
+
+#[test]
+fn time_that_is_out_of_reason_or_unauthenticated_is_not_learned() {
+    let plain = Upstream::expecting(Credential::Any);
+    keep_time(&plain, &Arc::new(AtomicI64::new(HOUR)));
+    for (case, upstream) in [
+        ("more than a day ahead", ahead_by(24 * HOUR + MINUTE).0),
+        ("more than a day behind", ahead_by(-24 * HOUR - MINUTE).0),
+        ("right", ahead_by(0).0),
+        ("not TLS", plain),
+    ] {
+        let proxy = Proxy::to(&upstream).start();
+        proxy.get("/v1/learn");
+        proxy.get("/v1/know");
+        let token = token_ahead(&upstream);
+        assert!((-1..=1).contains(&token), "{case}: {token}");
+        assert!(gauge(&proxy).abs() < 0.5, "{case}: {}", gauge(&proxy));
+    }
+}
+
+#[test]
+fn date_of_a_cached_answer_is_not_learned() {
+    let upstream = Upstream::lenient();
+    let stored = date(now() - 3_600);
+    upstream.answer(reply(200, &format!("{stored}\nage: 3600"), SUCCESS));
+    let proxy = Proxy::to(&upstream).start();
+    proxy.get("/v1/learn");
+    proxy.get("/v1/know");
+    assert!((-1..=1).contains(&token_ahead(&upstream)));
+}
+
+#[test]
+fn clock_that_is_set_while_running_is_learned_from_the_refusal() {
+    let (upstream, ahead) = ahead_by(0);
+    let proxy = Proxy::to(&upstream).start();
+    assert_eq!(proxy.get("/v1/before").status(), 200);
+    for step in [HOUR, -HOUR, 23 * HOUR, 0] {
+        ahead.store(step, Relaxed);
+        assert_eq!(proxy.get("/v1/x").status(), 200, "ahead by {step} s");
+    }
+}
