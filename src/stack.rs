@@ -29,7 +29,7 @@ use crate::metrics::Metrics;
 use crate::replay::{Keeper, Replay};
 use crate::rules::Rules;
 use crate::token::Tokens;
-use crate::upstream::{Origin, Timeouts, Upstream, UpstreamClock};
+use crate::upstream::{Origin, Upstream};
 
 /// What the stacks of all threads share.
 #[derive(Clone)]
@@ -48,14 +48,10 @@ pub struct Shared {
     pub tokens: Arc<Tokens>,
     /// Where requests go.
     pub origin: Origin,
-    /// Whom to trust there.
-    pub tls: rustls::ClientConfig,
-    /// How long to wait there.
-    pub timeouts: Timeouts,
-    /// What time it is here.
+    /// How they go there.
+    pub upstream: Upstream,
+    /// What time it is.
     pub clock: Arc<dyn Clock>,
-    /// What time it is there.
-    pub upstream_clock: Arc<UpstreamClock>,
     /// Whether to serve at all.
     pub lifecycle: Arc<Lifecycle>,
     /// What to count in.
@@ -83,14 +79,7 @@ impl Shared {
                 Arc::clone(&self.tokens),
                 self.origin.host(),
             ))
-            .service(Upstream::new(
-                &self.origin,
-                self.tls.clone(),
-                self.timeouts,
-                Arc::clone(&self.clock),
-                Arc::clone(&self.upstream_clock),
-                Arc::clone(&self.metrics),
-            ));
+            .service(self.upstream.for_thread());
         let reserved = self.guarded(service_fn(|_| async { Err(Error::NotFound) }));
         Router::new()
             .route_service("/_proxy", any_service(reserved.clone()))

@@ -77,6 +77,7 @@ impl Settings {
             require(fits, key, "want more than 0s and at most 24h".to_owned());
         }
         for (key, duration) in [
+            ("upstream.keep_warm", self.upstream.warmth.keep),
             ("shutdown.delay", self.shutdown.delay),
             ("shutdown.drain", self.shutdown.drain),
             ("retry.total_time", self.retry.total_time),

@@ -94,6 +94,17 @@ pub struct Upstream {
     pub ca_file: Option<PathBuf>,
     /// How long to wait.
     pub timeouts: Timeouts,
+    /// How ready to be.
+    pub warmth: Warmth,
+}
+
+/// What is done so that requests need not wait for a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Warmth {
+    /// Whether to ask upstream at start.
+    pub probe: bool,
+    /// How long after the last request to keep a connection ready; zero for not at all.
+    pub keep: Duration,
 }
 
 /// Who may call.
@@ -210,6 +221,10 @@ impl Settings {
                     connect: from.get("upstream.connect_timeout"),
                     response: from.get("upstream.response_timeout"),
                     idle: from.get("upstream.idle_timeout"),
+                },
+                warmth: Warmth {
+                    probe: from.get("upstream.warm_up"),
+                    keep: from.get("upstream.keep_warm"),
                 },
             },
             credentials: Configured {

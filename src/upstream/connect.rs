@@ -63,9 +63,11 @@ pub enum TlsError {
 }
 
 /// Makes connections.
+#[derive(Clone)]
 pub(super) struct Connector {
     inner: HttpsConnector<HttpConnector>,
     origin: Origin,
+    ping_while_idle: bool,
 }
 
 /// The sending side of a connection.
@@ -173,7 +175,20 @@ impl Connector {
         Self {
             inner,
             origin: origin.clone(),
+            ping_while_idle: false,
         }
+    }
+
+    /// Makes HTTP/2 connections that ask upstream whether it is still there although nobody uses
+    /// them.
+    pub(super) fn pinging(mut self) -> Self {
+        self.ping_while_idle = true;
+        self
+    }
+
+    /// The origin as a `Host` value.
+    pub(super) fn host(&self) -> HeaderValue {
+        self.origin.host()
     }
 
     pub(super) async fn connect(&self) -> Result<Connection, BoxError> {
@@ -185,6 +200,7 @@ impl Connector {
                 .initial_stream_window_size(STREAM_WINDOW)
                 .initial_connection_window_size(CONNECTION_WINDOW)
                 .keep_alive_interval(KEEP_ALIVE)
+                .keep_alive_while_idle(self.ping_while_idle)
                 .handshake(stream)
                 .await?;
             tokio::spawn(connection);

@@ -2,7 +2,7 @@
 //! that passes as it came, or with a typed error.
 //!
 //! One [`Upstream`] belongs to one thread, so that connections are neither shared nor woken across
-//! threads. hyper's connections are used directly rather than through a pooling client: those hand
+//! threads; but for one, which is ready for all. hyper's connections are used directly rather than through a pooling client: those hand
 //! a request back when, and only when, nothing of it was sent, which is what decides whether a
 //! create may be sent again.
 
@@ -11,6 +11,7 @@ mod clock;
 mod connect;
 mod download;
 mod pool;
+mod spare;
 mod text;
 mod upload;
 
@@ -19,25 +20,35 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
-use http::Version;
+use http::header::{HOST, USER_AGENT};
+use http::{HeaderValue, Method, Version};
 use hyper::body::Incoming;
+use tokio::time::sleep;
 use tower::Service;
 
 pub use self::clock::UpstreamClock;
 pub use self::connect::{Origin, OriginError, TlsError, client_config};
 
-use self::connect::Connector;
+use self::connect::{Connection, Connector};
 use self::download::{Download, Lease};
 use self::pool::Pool;
+use self::spare::Spare;
 use self::upload::{Progress, Upload};
 use crate::clock::Clock;
 use crate::effect::Effect;
-use crate::error::{Error, Resend};
+use crate::error::{Error, Resend, chain};
 use crate::facts::Facts;
 use crate::headers;
 use crate::metrics::Metrics;
+
+/// What we call ourselves where no client does.
+const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
+
+/// A request that comes at once goes first: two handshakes at a time would slow it down.
+const HEAD_START: Duration = Duration::from_millis(100);
 
 /// How long upstream may take.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +65,7 @@ pub struct Timeouts {
 #[derive(Clone)]
 pub struct Upstream {
     pool: Arc<Pool>,
+    spare: Arc<Spare>,
     timeouts: Timeouts,
     /// Where answers teach the time. Nobody vouches for what comes without TLS.
     learner: Option<Arc<UpstreamClock>>,
@@ -63,7 +75,7 @@ pub struct Upstream {
 // === impl Upstream ===
 
 impl Upstream {
-    /// Starts without a connection: the first request makes one.
+    /// The one that keeps the connection for all. It starts without one.
     pub fn new(
         origin: &Origin,
         tls: rustls::ClientConfig,
@@ -73,12 +85,49 @@ impl Upstream {
         metrics: Arc<Metrics>,
     ) -> Self {
         let connector = Connector::new(origin, tls, timeouts.idle);
+        let spare = Spare::new(Pool::new(connector, timeouts.connect, clock).spare());
         Self {
-            pool: Arc::new(Pool::new(connector, timeouts.connect, clock)),
+            pool: Arc::clone(spare.pool()),
+            spare: Arc::new(spare),
             timeouts,
             learner: origin.is_secure().then_some(upstream_clock),
             metrics,
         }
+    }
+
+    /// One for another thread, with connections of its own.
+    #[must_use]
+    pub fn for_thread(&self) -> Self {
+        Self {
+            pool: Arc::new(self.pool.another()),
+            ..self.clone()
+        }
+    }
+
+    /// Asks upstream for nothing, without a credential: to learn its clock, and to be connected
+    /// when the first request comes. Tells the log what came of it.
+    ///
+    /// A request that comes meanwhile does not wait for this: should its token be wrong, it is sent
+    /// again.
+    pub async fn warm_up(&self) {
+        sleep(HEAD_START).await;
+        let mut request = Request::new(Body::empty());
+        *request.method_mut() = Method::HEAD;
+        let headers = request.headers_mut();
+        headers.insert(HOST, self.pool.host());
+        headers.insert(USER_AGENT, HeaderValue::from_static(NAME));
+        match self.forward(request).await {
+            Err(error) if error.answer().is_none() => {
+                tracing::info!(error = chain(&error), "upstream does not answer yet");
+            }
+            // Whatever it was: upstream is there.
+            Ok(_) | Err(_) => tracing::debug!("connected to upstream"),
+        }
+    }
+
+    /// Keeps a connection ready until nobody has asked for this long, and again once somebody does.
+    pub async fn keep_warm(&self, warm: Duration) {
+        self.spare.keep(warm).await;
     }
 
     async fn forward(&self, request: Request) -> Result<Response, Error> {
@@ -120,18 +169,21 @@ impl Upstream {
         mut request: Request,
         progress: &Arc<Progress>,
     ) -> Result<http::Response<Download>, Error> {
+        self.spare.note();
         loop {
-            let (mut connection, kept) = match self.pool.checkout() {
-                Some(connection) => (connection, true),
+            let checkout = self.checkout().await;
+            let kept = checkout.is_some();
+            let (mut connection, home) = match checkout {
+                Some(checkout) => checkout,
                 None => (
                     self.pool.connect().await.map_err(Error::Unreachable)?,
-                    false,
+                    &self.pool,
                 ),
             };
             let sent = connection.send(request);
             match progress.supervise(sent, self.timeouts).await? {
                 Ok(response) => {
-                    let lease = Lease::new(Arc::clone(&self.pool), connection, progress);
+                    let lease = Lease::new(Arc::clone(home), connection, progress);
                     let idle = self.timeouts.idle;
                     return Ok(response.map(|body: Incoming| Download::new(body, lease, idle)));
                 }
@@ -142,6 +194,16 @@ impl Upstream {
                 },
             }
         }
+    }
+
+    /// A kept connection, and where it goes back to: our own, or else the spare one.
+    async fn checkout(&self) -> Option<(Connection, &Arc<Pool>)> {
+        if let Some(connection) = self.pool.checkout() {
+            return Some((connection, &self.pool));
+        }
+        let connection = self.spare.pool().lend().await?;
+        self.pool.borrowed();
+        Some((connection, self.spare.pool()))
     }
 }
 

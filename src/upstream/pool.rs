@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use axum::body::Body;
+use http::HeaderValue;
 use hyper::client::conn::{http1, http2};
+use tokio::time::timeout;
 
 use super::connect::{Connection, Connector, Origin};
 use crate::clock::Clock;
@@ -16,14 +18,19 @@ use crate::error::BoxError;
 /// An idle connection is not used again after this. Routers forget a silent connection without a
 /// word, mostly after minutes; a create sent into one would be lost until the timeout.
 const LONGEST_IDLE: Duration = Duration::from_mins(1);
-/// Most idle connections kept.
+/// One that is to stay ready is replaced after this.
+const RENEWAL: Duration = Duration::from_secs(40);
+/// What a connection of another thread may take to get ready: that thread's turn.
+const TURN: Duration = Duration::from_millis(10);
+/// Most idle connections that a thread keeps.
 const MOST_IDLE: usize = 256;
 
-/// The connections of one thread. Its lock is never contended.
+/// The connections of one thread, whose lock is never contended, or the spare one.
 pub(super) struct Pool {
     connector: Connector,
     timeout: Duration,
     clock: Arc<dyn Clock>,
+    most_idle: usize,
     kept: Mutex<Kept>,
     /// Held while connecting, until upstream is known to want a connection for each request.
     turn: tokio::sync::Mutex<()>,
@@ -37,6 +44,10 @@ struct Kept {
     shared: Option<(http2::SendRequest<Body>, Origin, SystemTime)>,
     /// Whether upstream chose HTTP/1.1 last.
     one_at_a_time: bool,
+    /// When there was no connection last, but a spare one.
+    missed: Option<SystemTime>,
+    /// Whether one is being made for later.
+    preparing: bool,
 }
 
 // === impl Pool ===
@@ -49,9 +60,36 @@ impl Pool {
             connector,
             timeout,
             clock,
+            most_idle: MOST_IDLE,
             kept,
             turn,
         }
+    }
+
+    /// Another one to the same upstream, for one connection that is to stay ready.
+    pub(super) fn spare(&self) -> Self {
+        Self {
+            most_idle: 1,
+            ..Self::new(
+                self.connector.clone().pinging(),
+                self.timeout,
+                Arc::clone(&self.clock),
+            )
+        }
+    }
+
+    /// Another one to the same upstream, for another thread.
+    pub(super) fn another(&self) -> Self {
+        Self::new(
+            self.connector.clone(),
+            self.timeout,
+            Arc::clone(&self.clock),
+        )
+    }
+
+    /// What upstream is called.
+    pub(super) fn host(&self) -> HeaderValue {
+        self.connector.host()
     }
 
     /// A connection that was open a moment ago.
@@ -70,13 +108,27 @@ impl Pool {
         None
     }
 
+    /// The same for another thread. What that has seen the end of may still be busy here.
+    pub(super) async fn lend(&self) -> Option<Connection> {
+        let now = self.clock.now();
+        if let Some(shared) = self.lock().shared(now) {
+            return Some(shared);
+        }
+        loop {
+            let (mut sender, since) = self.lock().idle.pop()?;
+            if is_young(since, now) && matches!(timeout(TURN, sender.ready()).await, Ok(Ok(()))) {
+                return Some(Connection::Http1(sender));
+            }
+        }
+    }
+
     /// A new connection.
     ///
     /// # Errors
     ///
     /// Name resolution, TCP or TLS failed, or took too long together.
     pub(super) async fn connect(&self) -> Result<Connection, BoxError> {
-        match tokio::time::timeout(self.timeout, self.connect_in_turn()).await {
+        match timeout(self.timeout, self.connect_in_turn()).await {
             Ok(connected) => connected,
             Err(_) => Err(format!("no connection within {:?}", self.timeout).into()),
         }
@@ -116,9 +168,50 @@ impl Pool {
             .idle
             .partition_point(|(_, since)| !is_young(*since, now));
         kept.idle.drain(..aged);
-        if kept.idle.len() < MOST_IDLE {
-            kept.idle.push((sender, now));
+        if kept.idle.len() == self.most_idle {
+            kept.idle.remove(0);
         }
+        kept.idle.push((sender, now));
+    }
+
+    /// Sees to it that a connection is ready, and will be for some time.
+    pub(super) async fn renew(&self) {
+        if self.lock().is_ready(self.clock.now()) {
+            return;
+        }
+        match self.connect().await {
+            Ok(connection) => self.checkin(connection),
+            Err(error) => tracing::debug!(%error, "no connection to keep ready"),
+        }
+    }
+
+    /// Closes all that nobody uses.
+    pub(super) fn clear(&self) {
+        let mut kept = self.lock();
+        kept.idle.clear();
+        kept.shared = None;
+    }
+
+    /// Had to borrow a connection. Who does so again before one of its own would have aged gets
+    /// one: requests that follow one another are not to go through another thread.
+    pub(super) fn borrowed(self: &Arc<Self>) {
+        let now = self.clock.now();
+        let mut kept = self.lock();
+        let again = kept
+            .missed
+            .replace(now)
+            .is_some_and(|since| is_young(since, now));
+        if !again || kept.preparing {
+            return;
+        }
+        kept.preparing = true;
+        let pool = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Ok(connection) = pool.connect().await {
+                pool.checkin(connection);
+            }
+            pool.lock().preparing = false;
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
@@ -138,10 +231,90 @@ impl Kept {
         *since = now;
         Some(Connection::Http2(sender.clone(), origin.clone()))
     }
+
+    /// Whether there is a connection that stays good until the next look.
+    fn is_ready(&mut self, now: SystemTime) -> bool {
+        // Asking for the shared one makes it young again, and rightly: upstream has answered a ping,
+        // or the connection would be closed.
+        self.shared(now).is_some()
+            || self.idle.iter().any(|(sender, since)| {
+                let age = now.duration_since(*since);
+                sender.is_ready() && age.is_ok_and(|age| age < RENEWAL)
+            })
+    }
 }
 
 /// By the wall clock: others stand still while a laptop sleeps. One that went back says nothing.
 fn is_young(since: SystemTime, now: SystemTime) -> bool {
     now.duration_since(since)
         .is_ok_and(|idle| idle < LONGEST_IDLE)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::time::UNIX_EPOCH;
+
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::upstream::client_config;
+
+    /// A clock that shows so many seconds.
+    #[derive(Default)]
+    struct Hand(AtomicU64);
+
+    impl Clock for Hand {
+        fn now(&self) -> SystemTime {
+            UNIX_EPOCH + Duration::from_secs(self.0.load(Relaxed))
+        }
+    }
+
+    /// A spare pool, and the connections that come to its upstream.
+    async fn spare(clock: &Arc<Hand>) -> (Pool, mpsc::UnboundedReceiver<TcpStream>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let origin = format!("http://{}", listener.local_addr().unwrap());
+        let (sender, accepted) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                sender.send(stream).unwrap();
+            }
+        });
+        let patience = Duration::from_secs(20);
+        let origin = origin.parse().unwrap();
+        let connector = Connector::new(&origin, client_config(None).unwrap(), patience);
+        let clock: Arc<dyn Clock> = Arc::<Hand>::clone(clock);
+        (Pool::new(connector, patience, clock).spare(), accepted)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_stays_ready_is_replaced_before_it_is_too_old_to_use() {
+        let clock = Arc::new(Hand::default());
+        let (pool, _accepted) = spare(&clock).await;
+        for (second, made) in [(0, 0), (11, 0), (39, 0), (40, 40), (79, 40), (91, 91)] {
+            clock.0.store(second, Relaxed);
+            pool.renew().await;
+            while !pool.lock().is_ready(clock.now()) {
+                tokio::task::yield_now().await;
+            }
+            let made = UNIX_EPOCH + Duration::from_secs(made);
+            let kept: Vec<_> = pool.lock().idle.iter().map(|(_, since)| *since).collect();
+            assert_eq!(kept, [made], "second {second}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_upstream_closed_is_replaced() {
+        let clock = Arc::new(Hand::default());
+        let (pool, mut accepted) = spare(&clock).await;
+        pool.renew().await;
+        drop(accepted.recv().await);
+        while pool.lock().is_ready(clock.now()) {
+            tokio::task::yield_now().await;
+        }
+        pool.renew().await;
+        assert!(accepted.recv().await.is_some());
+        assert!(pool.checkout().is_some());
+    }
 }

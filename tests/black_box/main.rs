@@ -27,3 +27,4 @@ mod stream;
 mod systemd;
 mod timeouts;
 mod unix_socket;
+mod warm;

@@ -2,7 +2,8 @@
 //!
 //! Requests are served by a few threads with a runtime each, which share nothing that locks: a
 //! connection, its requests and the connections that they use upstream stay on one thread. This
-//! thread keeps what is not a request: signals, the admin listener, the sandbox, changed files.
+//! thread keeps what is not a request: signals, the admin listener, the sandbox, changed files, and
+//! the connection that is ready for whichever of them has none.
 
 mod listeners;
 mod process;
@@ -32,6 +33,7 @@ use crate::admin::Control;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::sandbox::Sandbox;
 use crate::server::{self, Limits, Listener, SocketFile};
+use crate::settings::Warmth;
 use crate::stack::Shared;
 use crate::telemetry;
 use crate::upstream::Origin;
@@ -64,10 +66,12 @@ pub(super) fn run(
     let proxy = Proxy::set_up(&configuration)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build();
-    runtime
-        .map_err(|error| Failure::because(Exit::Failed, &error))?
-        .block_on(proxy.run(configuration))
+        .build()
+        .map_err(|error| Failure::because(Exit::Failed, &error))?;
+    let ended = runtime.block_on(proxy.run(configuration));
+    // A name that is still being resolved must not keep the process.
+    runtime.shutdown_background();
+    ended
 }
 
 // === impl Proxy ===
@@ -122,6 +126,16 @@ impl Proxy {
             let (router, limits) = (shared.admin(control), own(ADMIN_CONNECTIONS));
             others.spawn(server::run(admin, router, limits, never));
         }
+        let Warmth { probe, keep } = configuration.settings.upstream.warmth;
+        let upstream = shared.upstream.clone();
+        tokio::spawn(async move {
+            if probe {
+                upstream.warm_up().await;
+            }
+            if !keep.is_zero() {
+                upstream.keep_warm(keep).await;
+            }
+        });
         let manager = Arc::new(Manager::new(&configuration.environment));
         let reload = Reload {
             configuration,
@@ -203,7 +217,6 @@ fn start_threads(
             .name(format!("requests-{index}"))
             .spawn(move || {
                 let ended = runtime.block_on(serve(listeners, &shared, limits, stopped));
-                // A name that is still being resolved must not keep the process.
                 runtime.shutdown_background();
                 // Nobody listens any more after a second signal.
                 let _ = sender.send(ended);

@@ -25,7 +25,7 @@ use crate::server::{Limits, Listener};
 use crate::settings::{Problem, Settings};
 use crate::stack::Shared;
 use crate::token::{Credential, Tokens};
-use crate::upstream::{Origin, UpstreamClock, client_config};
+use crate::upstream::{Origin, Upstream, UpstreamClock, client_config};
 
 /// Everything that is set up before the first request.
 pub(super) struct Proxy {
@@ -72,11 +72,19 @@ impl Proxy {
             Arc::clone(&metrics),
         );
         let tokens = Arc::new(tokens);
+        let upstream = Upstream::new(
+            &origin,
+            tls,
+            settings.upstream.timeouts,
+            Arc::clone(&clock),
+            Arc::clone(&upstream_clock),
+            Arc::clone(&metrics),
+        );
         let shared = Shared {
             resending: Resending::new(
                 settings.retry,
                 Arc::clone(&tokens),
-                Arc::<UpstreamClock>::clone(&upstream_clock),
+                upstream_clock,
                 Arc::clone(&metrics),
             ),
             keeper: Arc::new(Keeper::new(settings.replay, Arc::clone(&metrics))),
@@ -85,10 +93,8 @@ impl Proxy {
             errors: Live::new(settings.errors),
             tokens,
             origin,
-            tls,
-            timeouts: settings.upstream.timeouts,
+            upstream,
             clock,
-            upstream_clock,
             lifecycle: Arc::default(),
             metrics,
         };

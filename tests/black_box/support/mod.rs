@@ -5,6 +5,7 @@
 )]
 
 mod client;
+mod distance;
 mod http;
 mod process;
 mod tls;

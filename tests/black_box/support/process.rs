@@ -65,6 +65,9 @@ impl Command {
             .setting("listen.address", "127.0.0.1:0")
             .setting("admin.address", "127.0.0.1:0")
             .setting("log.format", "json")
+            // Upstream counts requests and connections: those of clients only, unless a test asks.
+            .setting("upstream.warm_up", "false")
+            .setting("upstream.keep_warm", "0s")
     }
 
     /// Sets a setting by its variable; an empty value unsets it.
@@ -174,6 +177,17 @@ impl Command {
     /// Starts a proxy and waits until it listens.
     pub fn start(self) -> Proxy {
         self.listening("proxy")
+    }
+
+    /// Starts a proxy that asks upstream at its start, and waits until it has.
+    pub fn start_warm(self) -> Proxy {
+        let proxy = self
+            .setting("upstream.warm_up", "true")
+            .setting("log.filter", "kling_proxy=debug")
+            .start();
+        let asked = |line: &str| line.contains("connected to upstream");
+        assert!(proxy.stderr.find(asked).is_some(), "upstream was not asked");
+        proxy
     }
 
     /// Starts a process whose main listener is announced by this name.

@@ -10,6 +10,7 @@ use std::{
     path::PathBuf,
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -21,8 +22,8 @@ use tempfile::TempDir;
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    ACCESS_KEY, Credential, Issued, Message, PATIENCE, Root, SECRET_KEY, kling, reply,
-    tls::provider,
+    ACCESS_KEY, Credential, Issued, Message, PATIENCE, Root, SECRET_KEY, distance::delay, kling,
+    reply, tls::provider,
 };
 
 /// A success of Kling's.
@@ -109,17 +110,26 @@ impl Upstream {
     }
 
     pub fn expecting(credential: Credential) -> Self {
-        Self::start(credential, None)
+        Self::start(credential, None, None)
     }
 
     /// As `localhost` over TLS, by `http/1.1` or `h2`; the latter knows no answer but success.
     pub fn tls(protocol: &str) -> Self {
-        Self::start(Credential::Pair(ACCESS_KEY, SECRET_KEY), Some(protocol))
+        Self::start(
+            Credential::Pair(ACCESS_KEY, SECRET_KEY),
+            Some(protocol),
+            None,
+        )
     }
 
-    /// Over TLS, and lets the script judge what authenticates a request.
-    pub fn lenient() -> Self {
-        Self::start(Credential::Any, Some("http/1.1"))
+    /// The same, but the test itself judges what authenticates a request.
+    pub fn lenient(protocol: &str) -> Self {
+        Self::start(Credential::Any, Some(protocol), None)
+    }
+
+    /// The same, so far away that each way takes this long.
+    pub fn far_away(protocol: &str, way: Duration) -> Self {
+        Self::start(Credential::Any, Some(protocol), Some(way))
     }
 
     /// From now on answers every request with these bytes, HEAD with an empty success.
@@ -178,10 +188,12 @@ impl Upstream {
             .collect()
     }
 
-    fn start(credential: Credential, tls: Option<&str>) -> Self {
+    fn start(credential: Credential, tls: Option<&str>, way: Option<Duration>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (scheme, host) = tls.map_or(("http", "127.0.0.1"), |_| ("https", "localhost"));
-        let authority = format!("{host}:{}", listener.local_addr().unwrap().port());
+        let address = listener.local_addr().unwrap();
+        let address = way.map_or(address, |way| delay(address, way));
+        let authority = format!("{host}:{}", address.port());
         let url = format!("{scheme}://{authority}");
         let shared = Arc::new(Shared {
             authority,
