@@ -28,11 +28,8 @@ fn refusal(code: u16, headers: &str) -> Vec<u8> {
         1302 | 1303 => 429,
         _ => 400,
     };
-    reply(
-        status,
-        &format!("content-type: application/json\n{headers}"),
-        body,
-    )
+    let headers = format!("content-type: application/json\nconnection: close\n{headers}");
+    reply(status, &headers, body)
 }
 
 /// R30, and the table of resending: how often upstream sees a read and a create after which outcome.
