@@ -2,9 +2,9 @@
 //! that passes as it came, or with a typed error.
 //!
 //! One [`Upstream`] belongs to one thread, so that connections are neither shared nor woken across
-//! threads; but for one, which is ready for all. hyper's connections are used directly rather than through a pooling client: those hand
-//! a request back when, and only when, nothing of it was sent, which is what decides whether a
-//! create may be sent again.
+//! threads; but for one connection, which is ready for all. hyper's connections are used directly
+//! rather than through a pooling client: those hand a request back when, and only when, nothing of
+//! it was sent, which is what decides whether a create may be sent again.
 
 mod answer;
 mod clock;
