@@ -81,9 +81,11 @@ impl Rules {
     pub fn check_origin(&self, headers: &HeaderMap) -> Result<(), Error> {
         let from_this_site =
             |site: &HeaderValue| [&b"none"[..], b"same-origin"].contains(&site.as_bytes());
-        let allowed = match headers.get(ORIGIN) {
-            Some(origin) => self.allowed_origins.contains(origin),
-            None => headers.get("sec-fetch-site").is_none_or(from_this_site),
+        let is_listed = |origin: &HeaderValue| self.allowed_origins.contains(origin);
+        let allowed = if headers.contains_key(ORIGIN) {
+            headers.get_all(ORIGIN).iter().all(is_listed)
+        } else {
+            headers.get_all("sec-fetch-site").iter().all(from_this_site)
         };
         if allowed {
             Ok(())

@@ -253,6 +253,9 @@ fn page_of_an_allowed_origin_may_call_and_read_errors_too() {
     }
     let image = proxy.send(request("GET /v1/x", "sec-fetch-site: cross-site", ""));
     assert_eq!(image.refusal(), (403, 9002), "no origin, no permission");
+    let second = format!("{headers}\norigin: https://evil.test");
+    let two = proxy.send(request("GET /v1/x", &second, ""));
+    assert_eq!(two.refusal(), (403, 9002), "one of two is foreign");
 }
 
 /// R3.
