@@ -140,17 +140,19 @@ impl<'de> Visitor<'de> for &mut Members {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut code = Peek::Undecided;
         while let Some(name) = map.next_key()? {
             // Only now: a code at the very end of a beginning may lack its last digits.
-            if self.until_code && self.code != Peek::Undecided {
+            self.code = code;
+            if self.until_code && code != Peek::Undecided {
                 return Err(A::Error::custom("the code is known"));
             }
             match name {
                 Name::Code => {
-                    let code = map.next_value::<&RawValue>()?;
+                    let value = map.next_value::<&RawValue>()?;
                     // Of two codes the first counts, as it does for `peek`.
-                    if self.code == Peek::Undecided {
-                        self.code = integer(code.get()).map_or(Peek::NoEnvelope, Peek::Code);
+                    if code == Peek::Undecided {
+                        code = integer(value.get()).map_or(Peek::NoEnvelope, Peek::Code);
                     }
                 }
                 Name::Message => self.message = text(map.next_value()?),
@@ -161,6 +163,7 @@ impl<'de> Visitor<'de> for &mut Members {
                 }
             }
         }
+        self.code = code;
         Ok(())
     }
 }
@@ -284,6 +287,14 @@ mod tests {
         assert_eq!((read.code, read.message.as_deref()), (1303, Some("m")));
     }
 
+    #[test]
+    fn a_code_that_the_beginning_may_cut_through_is_not_read() {
+        for beginning in [r#"{"code":13"#, r#"{"message":"m","code":0"#] {
+            let read = read_beginning(beginning.as_bytes());
+            assert!(read.is_none(), "{beginning}");
+        }
+    }
+
     proptest! {
         #[test]
         fn no_bytes_make_the_reader_panic(bytes: Vec<u8>) {
@@ -307,6 +318,8 @@ mod tests {
             let beginning = &text.as_bytes()[..cut.index(text.len())];
             let peeked = peek(beginning);
             prop_assert!([Peek::Undecided, Peek::Code(code)].contains(&peeked), "{peeked:?}");
+            let read = read_beginning(beginning).map(|read| read.code);
+            prop_assert!([None, Some(code)].contains(&read), "{read:?}");
         }
     }
 }
