@@ -1,12 +1,14 @@
 # `just check` runs what CI runs, with the tools already installed; `bash .ci/run` installs them too.
 
-check: fmt clippy doc deny typos files test clients
+check: fmt clippy doc deny typos files test fuzz clients
 
 fmt:
     cargo fmt --check
+    cargo fmt --check --manifest-path fuzz/Cargo.toml
 
 clippy:
     cargo clippy --all-targets --locked -- -D warnings
+    cargo clippy --manifest-path fuzz/Cargo.toml --locked -- -D warnings
 
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked
@@ -24,6 +26,12 @@ files:
 
 test:
     cargo test --locked
+
+# Each target for a short while; fuzz/README.md says how to go on from there.
+fuzz:
+    for target in $(cargo fuzz list); do \
+        cargo fuzz run --sanitizer none --codegen-units 16 $target -- -max_total_time=15 -max_len=4096 -timeout=10 || exit; \
+    done
 
 # Real clients and a browser against the binary that `test` built; needs Node.js, Chromium, and
 # `pip install -r tests/clients/requirements.txt`.

@@ -1,0 +1,154 @@
+//! Whatever headers come: those that may not pass are gone, all others are as they were, and what
+//! upstream sees has one credential and one host, ours.
+//!
+//! An input is lines of `name: value`.
+
+#![no_main]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use futures_util::FutureExt;
+use http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
+use kling_proxy::clock::SystemClock;
+use kling_proxy::error::Error;
+use kling_proxy::headers::{strip_request, strip_response};
+use kling_proxy::layer::authenticate::AuthenticateLayer;
+use kling_proxy::metrics::Metrics;
+use kling_proxy::secret::Secret;
+use kling_proxy::token::{Credential, Tokens, Validity};
+use libfuzzer_sys::fuzz_target;
+use tower::{Layer, ServiceExt, service_fn};
+
+const HOP_BY_HOP: [&str; 10] = [
+    "connection",
+    "http2-settings",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+const OF_CLIENT: [&str; 6] = [
+    "authorization",
+    "cookie",
+    "forwarded",
+    "kling-proxy-token",
+    "via",
+    "x-real-ip",
+];
+
+static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
+    let validity = Validity {
+        lifetime: Duration::from_mins(30),
+        not_before_leeway: Duration::from_secs(5),
+        refresh_before: Duration::from_mins(5),
+    };
+    let credential = Credential::ApiKey(Secret::from("ours".to_owned()));
+    let metrics = Metrics::new().expect("metrics").into();
+    let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
+    AuthenticateLayer::new(Arc::new(tokens), HeaderValue::from_static("kling.test"))
+});
+
+fuzz_target!(|input: &[u8]| {
+    let headers = parse(input);
+    let [mut asked, mut answered] = [(); 2].map(|()| headers.clone());
+    strip_request(&mut asked);
+    strip_response(&mut answered);
+    let of_client = |name: &str| {
+        OF_CLIENT.contains(&name) || name.starts_with("x-forwarded-") || name.contains('_')
+    };
+    let chunked = headers.contains_key("transfer-encoding");
+    let of_proxy = |name: &str| {
+        name.starts_with("kling-proxy-")
+            || name.starts_with("access-control-")
+            || name == "content-length" && chunked
+    };
+    assert_eq!(lines(&asked), lines(&without(&headers, of_client)));
+    assert_eq!(lines(&answered), lines(&without(&headers, of_proxy)));
+
+    let mut sent = authenticated(headers);
+    let ours = [(HOST, "kling.test"), (AUTHORIZATION, "Bearer ours")];
+    for (name, value) in ours {
+        let values: Vec<_> = sent.get_all(&name).iter().cloned().collect();
+        assert_eq!(values, [value]);
+        assert_eq!(values[0].is_sensitive(), name == AUTHORIZATION);
+        sent.remove(&name);
+        asked.remove(&name);
+    }
+    assert_eq!(lines(&sent), lines(&asked));
+});
+
+fn parse(input: &[u8]) -> HeaderMap {
+    let lines = input.split(|b| *b == b'\n').filter_map(|line| {
+        let colon = line.iter().position(|b| *b == b':')?;
+        let name = HeaderName::from_bytes(&line[..colon]).ok()?;
+        Some((
+            name,
+            HeaderValue::from_bytes(line[colon + 1..].trim_ascii()).ok()?,
+        ))
+    });
+    let mut headers = HeaderMap::new();
+    for (name, value) in lines {
+        headers.append(name, value);
+    }
+    headers
+}
+
+/// What the rules leave, found line by line.
+fn without(headers: &HeaderMap, forbidden: impl Fn(&str) -> bool) -> HeaderMap {
+    let connection = headers.get_all("connection").iter();
+    let named: Vec<_> = connection
+        .flat_map(|line| line.as_bytes().split(|b| *b == b','))
+        .map(|name| name.trim_ascii().to_ascii_lowercase())
+        .collect();
+    let kept = headers.iter().filter(|(name, _)| {
+        let name = name.as_str();
+        !HOP_BY_HOP.contains(&name)
+            && !named.iter().any(|named| named == name.as_bytes())
+            && !forbidden(name)
+    });
+    let mut left = HeaderMap::new();
+    for (name, value) in kept {
+        left.append(name, value.clone());
+    }
+    left
+}
+
+/// Names in an order of their own, each with its values in theirs.
+fn lines(headers: &HeaderMap) -> BTreeMap<&str, Vec<&[u8]>> {
+    let names = headers.keys().map(HeaderName::as_str);
+    names
+        .map(|name| {
+            (
+                name,
+                headers
+                    .get_all(name)
+                    .iter()
+                    .map(HeaderValue::as_bytes)
+                    .collect(),
+            )
+        })
+        .collect()
+}
+
+/// What stands behind the layer sees.
+fn authenticated(headers: HeaderMap) -> HeaderMap {
+    let mut request = Request::default();
+    *request.headers_mut() = headers;
+    let inner = service_fn(|request: Request| async {
+        let mut answer = Response::new(Body::empty());
+        *answer.headers_mut() = request.into_parts().0.headers;
+        Ok::<_, Error>(answer)
+    });
+    let answer = AUTHENTICATE.layer(inner).oneshot(request);
+    let answer = answer.now_or_never().expect("it waits for nothing");
+    answer.expect("there is a key").into_parts().0.headers
+}

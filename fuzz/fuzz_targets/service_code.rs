@@ -1,0 +1,177 @@
+//! Whatever upstream answers: the reader of service codes agrees with a plain reading of the whole
+//! text, a beginning never says what the whole denies, and the client's answer is well formed.
+
+#![no_main]
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::Response;
+use futures_util::FutureExt;
+use http_body_util::BodyExt;
+use kling_proxy::envelope::{self, Envelope, Peek};
+use kling_proxy::error::{Answer, Error};
+use kling_proxy::layer::normalise::{Format, Look, NormaliseLayer, Statuses};
+use kling_proxy::live::Live;
+use libfuzzer_sys::fuzz_target;
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+use serde_json::value::RawValue;
+use sync_wrapper::SyncWrapper;
+use tower::{Layer, ServiceExt, service_fn};
+
+/// A longer text is cut at this many places.
+const CUTS: usize = 64;
+
+fuzz_target!(|text: &[u8]| {
+    if let Ok(members) = serde_json::from_slice(text) {
+        agrees_with(&members, text);
+    }
+    for cut in (0..=text.len()).step_by(text.len() / CUTS + 1) {
+        beginning_agrees(&text[..cut], text);
+    }
+    if let Some(envelope) = envelope::read(text)
+        && envelope.code != 0
+    {
+        answer_is_well_formed(envelope, text.len());
+    }
+});
+
+/// All members of an object in their order, doubles too.
+struct Members(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Members(Vec::new()))
+    }
+}
+
+impl<'de> Visitor<'de> for Members {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
+        while let Some(member) = map.next_entry()? {
+            self.0.push(member);
+        }
+        Ok(self)
+    }
+}
+
+fn agrees_with(Members(members): &Members, text: &[u8]) {
+    let named = |wanted: &str| {
+        let values = members.iter().filter(|(name, _)| name == wanted);
+        values.map(|(_, value)| value).collect::<Vec<_>>()
+    };
+    let code = match named("code").first() {
+        // `-0` is an integer to us and a float to `Value`.
+        Some(Value::Number(number)) if number.as_f64() == Some(-0.0) => return,
+        Some(Value::Number(number)) => number.as_i64(),
+        Some(Value::String(digits)) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+            digits.parse().ok()
+        }
+        _ => None,
+    };
+    let read = envelope::read(text);
+    assert_eq!(read.as_ref().map(|read| read.code), code);
+    let Some(read) = read else { return };
+
+    for (text, name) in [(&read.message, "message"), (&read.request_id, "request_id")] {
+        let kept = match (text, named(name).last()) {
+            (None, None | Some(Value::Null)) => true,
+            (Some(text), Some(Value::String(said))) => text == said,
+            // What is no string is kept to the letter.
+            (Some(text), Some(said)) => {
+                serde_json::from_str(text).is_ok_and(|text: Value| text == **said)
+            }
+            _ => false,
+        };
+        assert!(kept, "{name}: {text:?}");
+    }
+    let data = named("data").last().filter(|data| !data.is_null()).copied();
+    let kept = read.data.map(|data| serde_json::from_str(data.get()));
+    assert_eq!(kept.transpose().expect("data is JSON").as_ref(), data);
+}
+
+fn beginning_agrees(beginning: &[u8], text: &[u8]) {
+    let (peeked, whole) = (envelope::peek(text), envelope::read(text));
+    let whole = whole.map(|whole| whole.code);
+    let is_code = |code| {
+        assert!([Peek::Undecided, Peek::Code(code)].contains(&peeked));
+        assert!(whole.is_none_or(|whole| whole == code));
+    };
+    match envelope::peek(beginning) {
+        Peek::Undecided => {}
+        Peek::Code(code) => is_code(code),
+        Peek::NoEnvelope => {
+            assert!(!matches!(peeked, Peek::Code(_)));
+            assert_eq!(whole, None);
+        }
+    }
+    if let Some(read) = envelope::read_beginning(beginning) {
+        is_code(read.code);
+    }
+}
+
+/// The members of our body that the envelope decides.
+#[derive(Deserialize)]
+struct Told {
+    code: i64,
+    message: String,
+    request_id: String,
+    data: Option<Box<RawValue>>,
+    error: Detail,
+}
+
+#[derive(Deserialize)]
+struct Detail {
+    r#type: String,
+    source: String,
+}
+
+fn answer_is_well_formed(envelope: Envelope, size: usize) {
+    let said = (
+        envelope.code,
+        envelope.message.clone(),
+        envelope.request_id.clone(),
+        envelope.data.as_ref().map(ToString::to_string),
+    );
+    let (head, body) = Response::new(Body::empty()).into_parts();
+    let answer = Answer {
+        head,
+        body: SyncWrapper::new(body),
+    };
+    let error = Error::Service {
+        answer: Box::new(answer),
+        envelope,
+    };
+    let layer = NormaliseLayer::new(Live::new(Look {
+        statuses: Statuses::Documented,
+        format: Format::Kling,
+    }));
+    let mut error = Some(error);
+    let failing = service_fn(move |_: Request| {
+        let error = error.take().expect("one request");
+        async { Err::<Response, _>(error) }
+    });
+    let answer = layer.layer(failing).oneshot(Request::default());
+    let Ok(response) = answer.now_or_never().expect("it waits for nothing");
+    let (head, body) = response.into_parts();
+    let body = body.collect().now_or_never().expect("it is all there");
+    let body = body.expect("it is all there").to_bytes();
+
+    // An escape in JSON takes up to six characters for one; the table's words come on top.
+    assert!(body.len() <= 6 * size + 2048);
+    let told: Told = serde_json::from_slice(&body).expect("our body is JSON");
+    let (code, message, request_id, data) = said;
+    assert_eq!(told.code, code);
+    assert!(message.is_none_or(|message| told.message == message));
+    assert_eq!(told.request_id, request_id.unwrap_or_default());
+    assert_eq!(told.data.map(|data| data.to_string()), data);
+    assert_eq!(told.error.source, "upstream");
+    assert_eq!(head.headers["kling-proxy-error"], told.error.r#type);
+    assert!(head.status.is_client_error() || head.status.is_server_error());
+}
