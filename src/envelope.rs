@@ -170,13 +170,10 @@ impl<'de> Visitor<'de> for &mut Members {
 
 /// `1303` or `"1303"`.
 fn integer(json: &str) -> Option<i64> {
-    match json
-        .strip_prefix('"')
-        .and_then(|json| json.strip_suffix('"'))
-    {
-        Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok(),
-        Some(_) => None,
-        None => json.parse().ok(),
+    match serde_json::from_str::<String>(json) {
+        Ok(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => digits.parse().ok(),
+        Ok(_) => None,
+        Err(_) => json.parse().ok(),
     }
 }
 
@@ -216,6 +213,7 @@ mod tests {
             (r#"{"code":0,"message":"SUCCEED","data":{"#, Peek::Code(0)),
             (r#"{"code":"1303","x":1"#, Peek::Code(1303)),
             (r#"{"\u0063ode":1303,"x":1"#, Peek::Code(1303)),
+            (r#"{"code":"\u00313","x":1"#, Peek::Code(13)),
             (r#"{"data":{"code":5},"code":7}"#, Peek::Code(7)),
             (r#"{"code":7,"code":0}"#, Peek::Code(7)),
             (r#"{"data":{"code":5}}"#, Peek::NoEnvelope),
