@@ -353,13 +353,15 @@ fn rows(layers: &Layers) -> Vec<Row> {
 
 /// A value as TOML writes it.
 fn shown(key: &str, value: &Value) -> String {
-    let text = value.as_str();
+    let shown = serde_json::to_string(value).unwrap_or_default();
+    let secret = SECRETS.contains(&key) && value.as_str() != Some("");
     // A URL that says too much is refused; what it says may be a password.
-    let more_than_origin = || text.is_some_and(|text| text.contains(['@', '?']));
-    if SECRETS.contains(&key) && text != Some("") || key == "upstream.url" && more_than_origin() {
-        return "[redacted]".to_owned();
+    let password = key == "upstream.url" && shown.contains(['@', '?']);
+    if secret || password {
+        "[redacted]".to_owned()
+    } else {
+        shown
     }
-    serde_json::to_string(value).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -207,6 +207,11 @@ fn wrong_settings_never_print_the_value_of_a_secret() {
             "KLING_PROXY_UPSTREAM__URL",
             "https://kling.test/?key=canary",
         ),
+        (
+            "",
+            "KLING_PROXY_UPSTREAM__URL",
+            r#"["https://user:canary@kling.test"]"#,
+        ),
         ("", "KLING_PROXY_CREDENTIALS__SECRET_KEY", r#"["canary"]"#),
         ("", "KLING_PROXY_SECRET_KEY", "canary"),
         ("", "KLING_API_KEY", "canary\nof two lines"),
