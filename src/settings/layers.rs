@@ -217,17 +217,22 @@ fn nested(key: &str, value: Value) -> Dict {
     }
 }
 
-/// All values below a dictionary with their dotted keys.
+/// All values below a dictionary with their dotted keys, quoted as in TOML where a name has a dot.
 fn leaves(values: &Dict) -> Vec<(String, &Value)> {
     let mut leaves = Vec::new();
     for (name, value) in values {
+        let name = if name.contains('.') {
+            format!("{name:?}")
+        } else {
+            name.clone()
+        };
         match value.as_dict() {
             Some(inner) => leaves.extend(
                 self::leaves(inner)
                     .into_iter()
                     .map(|(key, value)| (format!("{name}.{key}"), value)),
             ),
-            None => leaves.push((name.clone(), value)),
+            None => leaves.push((name, value)),
         }
     }
     leaves

@@ -125,6 +125,7 @@ fn unknown_key_in_the_file_is_told_with_the_nearest_key() {
         ("[token]\nlifetme = \"5m\"\n", "token.lifetime"),
         ("[tokens]\nlifetime = \"5m\"\n", "token"),
         ("listen = { adress = \"127.0.0.1:0\" }\n", "listen.address"),
+        ("\"token.lifetime\" = \"5m\"\n", "`token.lifetime`"),
     ] {
         let said = problems(Command::new([]).config(file));
         assert_has(&said, &["config.toml", nearest]);
