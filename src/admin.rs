@@ -10,7 +10,7 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use http::header::CONTENT_TYPE;
+use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Method, StatusCode};
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -25,6 +25,9 @@ pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 const QUIT: &str = "/quit";
 /// Where readiness is told.
 pub const READY: &str = "/health/ready";
+
+/// No inline code, and nothing from elsewhere.
+const OWN_FILES_ONLY: HeaderValue = HeaderValue::from_static("default-src 'self'");
 
 /// What is shown.
 #[derive(Clone)]
@@ -93,6 +96,14 @@ async fn live(State(shown): State<Shown>) -> Response {
 async fn ready(State(shown): State<Shown>) -> Response {
     let phase = shown.lifecycle.phase();
     health(phase, phase == Phase::Ready)
+}
+
+/// Makes a browser that shows an answer run nothing of it: upstream's text may be in there.
+pub fn harmless(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_SECURITY_POLICY, OWN_FILES_ONLY);
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
 }
 
 async fn exposition(State(shown): State<Shown>) -> Response {

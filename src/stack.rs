@@ -11,6 +11,7 @@ use axum::response::Response;
 use axum::routing::any_service;
 use tokio_util::task::TaskTracker;
 use tower::retry::RetryLayer;
+use tower::util::MapResponseLayer;
 use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::admin::{self, Control};
@@ -93,8 +94,9 @@ impl Shared {
     /// and scrapers come by pod address. `control` is for this machine alone, behind the same guard.
     pub fn admin(&self, control: Option<Control>) -> Router {
         let open = admin::router(Arc::clone(&self.lifecycle), Arc::clone(&self.metrics));
+        let harmless = MapResponseLayer::new(admin::harmless);
         let Some(control) = control else {
-            return open;
+            return open.layer(harmless);
         };
         let guarded = ServiceBuilder::new()
             .layer(NormaliseLayer::new(self.errors.clone()))
@@ -104,7 +106,7 @@ impl Shared {
                 Arc::clone(&self.metrics),
             ))
             .service(service_fn(move |request| ready(control.answer(&request))));
-        open.fallback_service(guarded)
+        open.fallback_service(guarded).layer(harmless)
     }
 
     fn guarded<S>(

@@ -1,7 +1,7 @@
 //! The admin listener's own guard: what is not health or metrics is for this machine, and for no page.
 
 use crate::support::{
-    Command, Connection, Message, Proxy, Upstream, eventually, request, started_with,
+    Command, Connection, Message, Proxy, Upstream, eventually, request, started, started_with,
 };
 
 const QUIT: &str = "POST /quit";
@@ -118,4 +118,18 @@ fn admin_listener_beyond_loopback_serves_health_and_metrics_only() {
         .run();
     assert_eq!(finished.code, Some(78), "{finished:?}");
     assert!(finished.stderr.contains("admin.quit"), "{finished:?}");
+}
+
+/// R25: nothing that the admin listener shows can run in a browser.
+#[test]
+fn admin_answers_run_no_script() {
+    let (_upstream, proxy) = started();
+    for line in ["GET /metrics", "GET /health/ready", "GET /", "GET /nothing"] {
+        let answer = ask(&proxy, line, "host: localhost");
+        assert_eq!(
+            answer.told(["content-security-policy", "x-content-type-options"]),
+            [Some("default-src 'self'"), Some("nosniff")],
+            "{line}"
+        );
+    }
 }

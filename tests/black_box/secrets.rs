@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::support::{
     ACCESS_KEY, Command, Connection, Credential, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Step,
-    Upstream, assert_has, eventually, get, kling, mint, now, raw, reply, request, send,
+    TOKEN, Upstream, assert_has, eventually, get, kling, mint, now, raw, reply, request, send,
     unprivileged,
 };
 
@@ -21,8 +21,6 @@ const CLIENT_TOKEN: &str = "ClientTokenOfTheBlackBoxTests001";
 const COOKIE: &str = "CookieOfTheBlackBoxTests00000001";
 /// A secret that is wrong.
 const CANARY: &str = "Canary7";
-/// How the first part of every JWT begins.
-const TOKEN: &str = "eyJ";
 
 /// How a proxy to this upstream is started.
 type Start<'a> = &'a dyn Fn(&Upstream) -> Command;

@@ -87,6 +87,7 @@ fn proxy_without_any_listener_does_not_start() {
     assert_has(&finished.stderr, &["listen.address", "listen.unix_socket"]);
 }
 
+/// R23.
 #[test]
 fn unix_socket_is_open_to_its_owner_only_from_the_first_moment() {
     let (upstream, place) = (Upstream::ok(), Place::new());
@@ -112,6 +113,7 @@ fn umask_is_what_it_was_after_the_socket_was_made() {
     assert_has(&proxy.proc("status"), &["Umask:\t0027"]);
 }
 
+/// R23.
 #[test]
 fn stale_socket_is_replaced() {
     let (upstream, place) = (Upstream::ok(), Place::new());
@@ -122,6 +124,7 @@ fn stale_socket_is_replaced() {
     assert_eq!(answer.text(), SUCCESS);
 }
 
+/// R23.
 #[test]
 fn socket_that_somebody_listens_to_is_left_alone() {
     let (upstream, place) = (Upstream::ok(), Place::new());
@@ -147,6 +150,7 @@ fn socket_whose_listener_is_too_busy_to_answer_is_left_alone() {
     assert!(place.is_socket());
 }
 
+/// R23.
 #[test]
 fn file_in_the_place_of_the_socket_is_left_alone() {
     let (upstream, place) = (Upstream::ok(), Place::new());
@@ -160,6 +164,7 @@ fn file_in_the_place_of_the_socket_is_left_alone() {
     assert_eq!(fs::read_to_string(&place.path).unwrap(), "precious");
 }
 
+/// R23.
 #[test]
 fn stale_socket_of_another_user_is_left_alone() {
     if !geteuid().is_root() {

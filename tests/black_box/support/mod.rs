@@ -21,7 +21,7 @@ pub use http::{Message, get, gzip, is_cut_off, kling, parse_headers, post, reply
 pub use process::{Command, Proxy, unprivileged};
 pub use rustix::process::Signal;
 pub use tls::{Issued, Root};
-pub use token::{ACCESS_KEY, Credential, SECRET_KEY, claims, mint, now, verify};
+pub use token::{ACCESS_KEY, Credential, SECRET_KEY, TOKEN, claims, mint, now, verify};
 pub use upstream::{Gate, SUCCESS, Step, Upstream, send};
 
 /// The longest wait for anything that should come. Failing tests reach it, others never do.

@@ -18,7 +18,10 @@ use rustix::process::{Pid, Signal, geteuid, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use super::{ACCESS_KEY, Connection, Message, PATIENCE, SECRET_KEY, Upstream, get, post};
+use super::{ACCESS_KEY, Connection, Message, PATIENCE, SECRET_KEY, TOKEN, Upstream, get, post};
+
+/// The variable of the tests that sets the log filter of every proxy that does not set its own.
+const LOG_FILTER: &str = "BLACK_BOX_LOG_FILTER";
 
 /// A command line with its environment, ready to start. Ports are free ones, the home folder is new.
 pub struct Command {
@@ -192,6 +195,12 @@ impl Command {
 
     /// Starts a process whose main listener is announced by this name.
     pub fn listening(mut self, name: &str) -> Proxy {
+        let set = |name: &str| self.command.get_envs().any(|(known, _)| known == name);
+        if let Ok(filter) = std::env::var(LOG_FILTER)
+            && !set("KLING_PROXY_LOG__FILTER")
+        {
+            self = self.setting("log.filter", filter);
+        }
         let mut child = self.spawn();
         let (stdout, stderr) = lines(&mut child);
         let Some(address) = stdout.listener(name) else {
@@ -307,10 +316,17 @@ impl Proxy {
     }
 }
 
+/// R21, in every test: whatever a proxy puts out shows neither its secret key nor a token.
 impl Drop for Proxy {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if !thread::panicking() {
+            let output = self.stdout.to_end() + &self.stderr.to_end();
+            for secret in [SECRET_KEY, TOKEN] {
+                assert!(!output.contains(secret), "{secret} in: {output}");
+            }
+        }
     }
 }
 

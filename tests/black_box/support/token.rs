@@ -10,6 +10,8 @@ use super::Message;
 
 pub const ACCESS_KEY: &str = "AccessKeyOfTheBlackBoxTests00001";
 pub const SECRET_KEY: &str = "SecretKeyOfTheBlackBoxTests00001";
+/// How the first part of every JWT begins.
+pub const TOKEN: &str = "eyJ";
 
 /// What an upstream takes for authentication.
 #[derive(Clone, Copy, Debug)]
