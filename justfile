@@ -24,8 +24,10 @@ files:
     check-jsonschema --builtin-schema vendor.compose-spec config/docker-compose.yaml
     kubernetes-validate --strict config/kubernetes-sidecar.yaml
 
+# The second run searches everything that is put out at `trace` for secrets.
 test:
     cargo test --locked
+    BLACK_BOX_LOG_FILTER=trace cargo test --locked --test black_box
 
 # Each target for a short while; fuzz/README.md says how to go on from there.
 fuzz:
