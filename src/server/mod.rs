@@ -11,6 +11,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
+use futures_util::FutureExt;
 use http::Method;
 use http::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper::body::Incoming;
@@ -59,7 +60,7 @@ pub async fn run<S>(
 ) -> io::Result<usize>
 where
     S: Service<Request, Response = Response> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
+    S::Error: Into<BoxError> + Send,
     S::Future: Send,
 {
     let mut accepting = JoinSet::new();
@@ -85,9 +86,15 @@ where
         let service = service.clone();
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let last = ends_connection(&request);
-            let answer = service.clone().oneshot(request.map(Body::new));
+            let mut answer = Box::pin(service.clone().oneshot(request.map(Body::new)));
+            // hyper drops it unpolled if the client has sent all of its request and gone; what
+            // outlives its client has to be begun by then.
+            let answered = (&mut answer).now_or_never();
             async move {
-                let mut answer = answer.await?;
+                let mut answer = match answered {
+                    Some(answer) => answer?,
+                    None => answer.await?,
+                };
                 if last || is_malformed(&answer) {
                     answer
                         .headers_mut()

@@ -1,10 +1,12 @@
 //! A create outlives its client: it is sent once, seen through, and its task is named in the log.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use crate::support::{
-    Connection, Gate, Proxy, SUCCESS, Signal, Step, Upstream, eventually, get, gzip, kling, post,
-    reply, request, send, started, started_with,
+    Connection, Gate, Message, Proxy, SUCCESS, Signal, Step, Upstream, eventually, get, gzip,
+    kling, post, reply, request, send, started, started_with,
 };
 
 /// The task that [`SUCCESS`] names.
@@ -63,6 +65,25 @@ fn carried_create_counts_as_in_flight() {
     assert_eq!(proxy.get("/v1/y").refusal(), (503, 9301));
     gate.open();
     eventually("it ends", || proxy.get("/v1/y").status() == 200);
+}
+
+/// Its request and its end arrive together.
+#[test]
+fn client_that_hangs_up_right_after_the_body_creates_once() {
+    let (upstream, proxy) = started();
+    for size in [0, 10, 100_000] {
+        for name in ["first", "second", "third"] {
+            let head = format!("POST /v1/{size}-{name}");
+            proxy.connect().send(request(&head, "", "x".repeat(size)));
+        }
+    }
+    let seen = upstream.wait(|seen| seen.requests.len() == 9);
+    let targets: BTreeSet<_> = seen.requests.iter().map(Message::target).collect();
+    assert_eq!(targets.len(), 9, "{targets:?}");
+    proxy.signal(Signal::TERM);
+    let (_, log) = proxy.end();
+    let named = log.lines().filter(|line| line.contains(TASK)).count();
+    assert_eq!(named, 9, "{log}");
 }
 
 #[test]
