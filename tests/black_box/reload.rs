@@ -72,6 +72,22 @@ fn changed_client_tokens_are_noticed_and_a_broken_file_keeps_the_old_ones() {
 }
 
 #[test]
+fn changes_are_noticed_while_upstream_refuses_everything() {
+    let upstream = Upstream::ok();
+    upstream.answer(kling(401, r#"{"code":1000}"#));
+    let command = Proxy::to(&upstream);
+    let file = command.file("tokens", "first-token-01234\n");
+    let proxy = command
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .start();
+    fs::write(&file, "second-token-01234\n").unwrap();
+    eventually("the old token is refused", || {
+        let header = "kling-proxy-token: first-token-01234";
+        proxy.send(request("GET /v1/x", header, "")).refusal() == (401, 9003)
+    });
+}
+
+#[test]
 fn sighup_takes_over_what_can_change_and_names_what_cannot() {
     let upstream = Upstream::ok();
     let command = Proxy::to(&upstream);

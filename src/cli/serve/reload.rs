@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use super::set_up::{rules, warn_of_clients};
 use super::systemd::Manager;
@@ -86,9 +86,11 @@ impl Reload {
     /// Never ends.
     pub(super) async fn run(mut self, mut hang_up: Signal) {
         let [mut credential, mut clients, mut certificate] = <[Warning; 3]>::default();
+        let mut ticks = interval_at(Instant::now() + INTERVAL, INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let asked = tokio::select! {
-                () = sleep(INTERVAL) => false,
+                _ = ticks.tick() => false,
                 () = self.shared.tokens.refused() => {
                     credential.tell("credential", self.refused().await);
                     continue;
