@@ -12,6 +12,7 @@ mod cli;
 mod clock;
 mod credential_command;
 mod credentials;
+mod faults;
 mod forward;
 mod guard;
 mod https;

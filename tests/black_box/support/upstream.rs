@@ -2,12 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    convert::Infallible,
     fmt::Write as _,
-    fs,
-    io::{self, BufReader, Read, Write},
-    net::TcpListener,
+    fs, future,
+    io::{self, BufRead as _, BufReader, Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
     path::PathBuf,
+    pin::pin,
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread,
     time::Duration,
@@ -18,8 +18,10 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use socket2::SockRef;
 use tempfile::TempDir;
-use tokio_rustls::TlsAcceptor;
+use tokio::sync::Notify;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     ACCESS_KEY, Credential, Issued, Message, PATIENCE, Root, SECRET_KEY, distance::delay, kling,
@@ -37,6 +39,10 @@ pub enum Step {
     /// Says nothing more and keeps the connection until the proxy gives it up.
     Hang,
     Close,
+    /// Breaks the connection off without a word; of HTTP/2, only the stream.
+    Reset,
+    /// Says that nothing more will be sent, and reads on; over HTTP/2 GOAWAY.
+    HalfClose,
 }
 
 /// Holds an upstream back until the test opens it.
@@ -66,13 +72,22 @@ pub struct Upstream {
 }
 
 type Script = Arc<dyn Fn(&Message) -> Vec<Step> + Send + Sync>;
+type Interruption = Arc<dyn Fn(&str) -> Option<usize> + Send + Sync>;
 
 struct Shared {
     authority: String,
     credential: Credential,
     script: Mutex<Script>,
+    interruption: Mutex<Interruption>,
     seen: Mutex<Seen>,
     changed: Condvar,
+}
+
+/// How an HTTP/2 connection is told to end.
+#[derive(Default)]
+struct Ending {
+    close: Notify,
+    go_away: Notify,
 }
 
 /// Counts what is read while it is being read.
@@ -113,7 +128,7 @@ impl Upstream {
         Self::start(credential, None, None)
     }
 
-    /// As `localhost` over TLS, by `http/1.1` or `h2`; the latter knows no answer but success.
+    /// As `localhost` over TLS, by `http/1.1` or `h2`.
     pub fn tls(protocol: &str) -> Self {
         Self::start(
             Credential::Pair(ACCESS_KEY, SECRET_KEY),
@@ -142,6 +157,12 @@ impl Upstream {
 
     pub fn script(&self, script: impl Fn(&Message) -> Vec<Step> + Send + Sync + 'static) {
         *self.shared.script.lock().unwrap() = Arc::new(script);
+    }
+
+    /// From now on asks, by the first line of a request that has begun to arrive, whether to break
+    /// off the connection, and after how many more bytes. The line is empty for a new connection.
+    pub fn interrupt(&self, when: impl Fn(&str) -> Option<usize> + Send + Sync + 'static) {
+        *self.shared.interruption.lock().unwrap() = Arc::new(when);
     }
 
     /// From now on every success waits for the gate.
@@ -199,6 +220,7 @@ impl Upstream {
             authority,
             credential,
             script: Mutex::new(Arc::new(|_| Vec::new())),
+            interruption: Mutex::new(Arc::new(|_| None)),
             seen: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -248,40 +270,65 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    fn interruption(&self, first_line: &str) -> Option<usize> {
+        let when = Arc::clone(&self.interruption.lock().unwrap());
+        when(first_line)
+    }
+
+    fn steps(&self, request: Message) -> Vec<Step> {
+        let script = Arc::clone(&self.script.lock().unwrap());
+        let steps = script(&request);
+        self.record(request);
+        steps
+    }
+
     fn accept(self: &Arc<Self>, listener: &TcpListener, tls: Option<&Arc<ServerConfig>>) {
         while let Ok((stream, _)) = listener.accept() {
             let (shared, tls) = (Arc::clone(self), tls.cloned());
             shared.note(|seen| seen.connections += 1);
             thread::spawn(move || {
+                let socket = stream.try_clone().unwrap();
                 // That the proxy went away is no complaint: tests look at what arrived.
                 let _ = if let Some(config) = tls {
                     let session = ServerConnection::new(config).unwrap();
-                    shared.serve(StreamOwned::new(session, stream))
+                    shared.serve(StreamOwned::new(session, stream), &socket)
                 } else {
-                    shared.serve(stream)
+                    shared.serve(stream, &socket)
                 };
                 shared.note(|seen| seen.closed += 1);
             });
         }
     }
 
-    fn serve(&self, stream: impl Read + Write) -> io::Result<()> {
+    fn serve(&self, stream: impl Read + Write, socket: &TcpStream) -> io::Result<()> {
+        if self.interruption("").is_some() {
+            return reset(socket);
+        }
         let mut wire = BufReader::new(Counted(stream, self));
-        while let Some(mut request) = Message::read_head(&mut wire)? {
+        loop {
+            let begun = String::from_utf8_lossy(wire.fill_buf()?).into_owned();
+            if begun.is_empty() {
+                return Ok(());
+            }
+            if let Some(more) = self.interruption(begun.lines().next().unwrap_or_default()) {
+                io::copy(&mut wire.by_ref().take(more as u64), &mut io::sink())?;
+                return reset(socket);
+            }
+            let Some(mut request) = Message::read_head(&mut wire)? else {
+                return Ok(());
+            };
             request.read_body(&mut wire)?;
-            let script = Arc::clone(&self.script.lock().unwrap());
-            let steps = script(&request);
-            self.record(request);
-            for step in steps {
+            for step in self.steps(request) {
                 match step {
                     Step::Send(bytes) => wire.get_mut().0.write_all(&bytes)?,
                     Step::Wait(gate) => gate.wait(),
                     Step::Hang => return wire.read(&mut [0]).map(drop),
                     Step::Close => return Ok(()),
+                    Step::Reset => return reset(socket),
+                    Step::HalfClose => socket.shutdown(Shutdown::Write)?,
                 }
             }
         }
-        Ok(())
     }
 
     /// HTTP/2 is hyper's work; its requests are written down as if they had come by HTTP/1.
@@ -295,28 +342,63 @@ impl Shared {
             let Ok(stream) = tls.accept(stream).await else {
                 continue;
             };
-            let shared = Arc::clone(&self);
-            let service = service_fn(move |request| Arc::clone(&shared).answer_http2(request));
-            let connection = http2::Builder::new(TokioExecutor::new());
-            tokio::spawn(connection.serve_connection(TokioIo::new(stream), service));
+            tokio::spawn(Arc::clone(&self).serve_http2(stream));
         }
     }
 
+    async fn serve_http2(self: Arc<Self>, stream: TlsStream<tokio::net::TcpStream>) {
+        let ending = Arc::new(Ending::default());
+        let told = Arc::clone(&ending);
+        let shared = Arc::clone(&self);
+        let service = service_fn(move |request| {
+            let (shared, ending) = (Arc::clone(&shared), Arc::clone(&ending));
+            async move { shared.answer_http2(request, &ending).await }
+        });
+        let connection = http2::Builder::new(TokioExecutor::new());
+        let mut connection = pin!(connection.serve_connection(TokioIo::new(stream), service));
+        // However it ends, tests look at what arrived.
+        let _ = tokio::select! {
+            ended = &mut connection => ended,
+            () = told.close.notified() => Ok(()),
+            () = told.go_away.notified() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        self.note(|seen| seen.closed += 1);
+    }
+
+    /// An error resets the stream.
     async fn answer_http2(
         self: Arc<Self>,
         request: Request<Incoming>,
-    ) -> Result<Response<Full<Bytes>>, Infallible> {
+        ending: &Ending,
+    ) -> io::Result<Response<Full<Bytes>>> {
         let (parts, body) = request.into_parts();
         let target = parts.uri.path_and_query().unwrap();
         let authority = parts.uri.authority().unwrap();
-        let mut head = format!("{} {target} HTTP/2\r\nhost: {authority}\r\n", parts.method);
+        let first_line = format!("{} {target} HTTP/2", parts.method);
+        let mut head = format!("{first_line}\r\nhost: {authority}\r\n");
         for (name, value) in &parts.headers {
             write!(head, "{name}: {}\r\n", value.to_str().unwrap()).unwrap();
         }
-        let body = body.collect().await.unwrap().to_bytes().to_vec();
-        self.record(Message { head, body });
-        let answer = Response::builder().header("content-type", "application/json");
-        Ok(answer.body(SUCCESS.into()).unwrap())
+        if self.interruption(&first_line).is_some() {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        let body = body.collect().await.map_err(io::Error::other)?;
+        let body = body.to_bytes().to_vec();
+        let mut answer = Vec::new();
+        for step in self.steps(Message { head, body }) {
+            match step {
+                Step::Send(bytes) => answer.extend(bytes),
+                Step::Wait(gate) => tokio::task::spawn_blocking(move || gate.wait()).await?,
+                Step::Hang => future::pending().await,
+                Step::Close => ending.close.notify_one(),
+                Step::Reset => return Err(io::ErrorKind::ConnectionReset.into()),
+                Step::HalfClose => ending.go_away.notify_one(),
+            }
+        }
+        in_http2(&answer)
     }
 
     fn record(&self, request: Message) {
@@ -342,6 +424,22 @@ impl<S: Read> Read for Counted<'_, S> {
         self.1.note(|seen| seen.bytes += count);
         Ok(count)
     }
+}
+
+/// Has the last of its owners close a connection by RST: what was sent last may never arrive.
+fn reset(socket: &TcpStream) -> io::Result<()> {
+    SockRef::from(socket).set_linger(Some(Duration::ZERO))
+}
+
+/// An answer of HTTP/1 as one of HTTP/2.
+fn in_http2(mut answer: &[u8]) -> io::Result<Response<Full<Bytes>>> {
+    let mut message = Message::read_head(&mut answer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    message.read_body(&mut answer)?;
+    let mut response = Response::builder().status(message.status());
+    for (name, value) in message.headers() {
+        response = response.header(name, value);
+    }
+    response.body(message.body.into()).map_err(io::Error::other)
 }
 
 /// A server for `localhost`, and the root that vouches for it.
