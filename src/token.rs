@@ -115,6 +115,23 @@ impl Credential {
         }
     }
 
+    /// Whether one half of a pair is that of another, and the other is not.
+    fn shares_a_half(&self, other: &Self) -> bool {
+        match (self, other) {
+            (
+                Self::Pair {
+                    access_key,
+                    secret_key,
+                },
+                Self::Pair {
+                    access_key: other_access,
+                    secret_key: other_secret,
+                },
+            ) => (access_key == other_access) != (secret_key == other_secret),
+            _ => false,
+        }
+    }
+
     fn bearer(&self, validity: Validity, now: SystemTime) -> Result<Bearer, MintError> {
         let (token, bounds) = match self {
             Self::Pair {
@@ -219,6 +236,11 @@ impl Tokens {
             self.current.store(None);
         }
         changed
+    }
+
+    /// Whether a pair has one half of the current one: it may be read in the middle of a change.
+    pub fn is_half_of(&self, credential: &Credential) -> bool {
+        self.lock().credential.shares_a_half(credential)
     }
 
     /// Upstream does not know the credential: perhaps there is another by now.

@@ -20,6 +20,7 @@ mod normalise;
 mod protocol;
 mod reload;
 mod retry;
+mod rotation;
 mod sandbox;
 mod secrets;
 mod server;

@@ -144,6 +144,7 @@ impl Proxy {
             exposed,
             manager: Arc::clone(&manager),
             ran: None,
+            half_new: None,
         };
         let reloading = tokio::spawn(reload.run(hang_up));
         lifecycle.enter(Phase::Ready);

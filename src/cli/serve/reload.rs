@@ -19,6 +19,7 @@ use crate::server::Certificate;
 use crate::settings::{Row, Settings};
 use crate::stack::Shared;
 use crate::telemetry::Filter;
+use crate::token::Credential;
 
 /// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -62,6 +63,8 @@ pub(super) struct Reload {
     pub(super) manager: Arc<Manager>,
     /// When the command was run last that prints a credential.
     pub(super) ran: Option<Instant>,
+    /// A pair of which only one half is new, and since when.
+    pub(super) half_new: Option<(Credential, Instant)>,
 }
 
 /// A warning that is repeated only once it is another.
@@ -176,6 +179,9 @@ impl Reload {
             (found, _) => found,
         };
         let found = found.map_err(|error| chain(&error))?;
+        if self.is_half_new(&found.credential) {
+            return Ok(());
+        }
         if self.shared.tokens.replace(found.credential) {
             tracing::info!(source = found.source, "credential changed");
             for warning in found.warnings {
@@ -183,6 +189,23 @@ impl Reload {
             }
         }
         Ok(())
+    }
+
+    /// Whether a pair is to wait for its other half: two files change one after the other, and are
+    /// read so. A half that stays alone was meant so.
+    fn is_half_new(&mut self, found: &Credential) -> bool {
+        if !self.shared.tokens.is_half_of(found) {
+            self.half_new = None;
+            return false;
+        }
+        if let Some((half_new, since)) = &self.half_new
+            && half_new == found
+        {
+            return since.elapsed() < INTERVAL;
+        }
+        tracing::info!("only one half of the pair is new: waiting for the other");
+        self.half_new = Some((found.clone(), Instant::now()));
+        true
     }
 
     /// Reads the file of client tokens again.

@@ -76,7 +76,8 @@ type Interruption = Arc<dyn Fn(&str) -> Option<usize> + Send + Sync>;
 
 struct Shared {
     authority: String,
-    credential: Credential,
+    /// Any of these will do.
+    credentials: Mutex<Vec<Credential>>,
     script: Mutex<Script>,
     interruption: Mutex<Interruption>,
     seen: Mutex<Seen>,
@@ -159,6 +160,11 @@ impl Upstream {
         *self.shared.script.lock().unwrap() = Arc::new(script);
     }
 
+    /// From now on any of these will do, and no other.
+    pub fn expect(&self, credentials: impl Into<Vec<Credential>>) {
+        *self.shared.credentials.lock().unwrap() = credentials.into();
+    }
+
     /// From now on asks, by the first line of a request that has begun to arrive, whether to break
     /// off the connection, and after how many more bytes. The line is empty for a new connection.
     pub fn interrupt(&self, when: impl Fn(&str) -> Option<usize> + Send + Sync + 'static) {
@@ -218,7 +224,7 @@ impl Upstream {
         let url = format!("{scheme}://{authority}");
         let shared = Arc::new(Shared {
             authority,
-            credential,
+            credentials: Mutex::new(vec![credential]),
             script: Mutex::new(Arc::new(|_| Vec::new())),
             interruption: Mutex::new(Arc::new(|_| None)),
             seen: Mutex::default(),
@@ -401,9 +407,15 @@ impl Shared {
         in_http2(&answer)
     }
 
+    fn judge(&self, request: &Message) -> Result<(), String> {
+        let credentials = self.credentials.lock().unwrap().clone();
+        let verdicts = credentials.into_iter().map(|each| each.judge(request));
+        verdicts.reduce(Result::or).expect("a credential")
+    }
+
     fn record(&self, request: Message) {
         let verdict = match request.values("host")[..] {
-            [host] if host == self.authority => self.credential.judge(&request),
+            [host] if host == self.authority => self.judge(&request),
             ref hosts => Err(format!("want the host {}, got {hosts:?}", self.authority)),
         };
         self.note(|seen| {
