@@ -504,3 +504,27 @@ fn request_over_the_limit_in_flight_is_refused_at_once() {
     assert_eq!(first.answer().text(), SUCCESS);
     assert_eq!(proxy.get("/v1/third").status(), 200);
 }
+
+#[test]
+fn crowd_over_the_limit_in_flight_is_refused_while_those_within_it_wait() {
+    let (upstream, proxy) = started_with(&[("limits.in_flight", "8")]);
+    let gate = upstream.hold();
+    let begun = |_| {
+        let mut connection = proxy.connect();
+        connection.send(post("/v1/x", "{}"));
+        connection
+    };
+    let mut admitted: Vec<_> = (0..8).map(begun).collect();
+    upstream.wait(|seen| seen.requests.len() == 8);
+    let crowd: Vec<_> = (0..100).map(begun).collect();
+    for mut refused in crowd {
+        let answer = refused.answer();
+        assert_eq!(answer.refusal(), (503, 9301));
+        assert!(answer.header("retry-after").is_some(), "{}", answer.head);
+    }
+    gate.open();
+    for connection in &mut admitted {
+        assert_eq!(connection.answer().text(), SUCCESS);
+    }
+    assert_eq!(upstream.seen().requests.len(), 8);
+}

@@ -1,17 +1,23 @@
 //! The process: how it starts, tells its health, drains and ends.
 
-use std::{collections::BTreeMap, net::TcpStream};
+use std::{collections::BTreeMap, net::TcpStream, time::Duration};
+
+use tokio::time::Instant;
 
 use crate::support::{
-    Command, Connection, Proxy, SUCCESS, Signal, Upstream, assert_has, eventually, get, kling,
-    post, started, started_with,
+    Command, Connection, Gate, Proxy, SUCCESS, Signal, Step, Upstream, assert_has, eventually, get,
+    kling, post, reply, send, started, started_with,
 };
 
 /// Sends a request and waits until upstream has it.
 fn in_flight(upstream: &Upstream, proxy: &Proxy) -> Connection {
     let mut connection = proxy.connect();
     connection.send(post("/v1/slow", "{}"));
-    upstream.wait(|seen| !seen.requests.is_empty());
+    upstream.wait(|seen| {
+        seen.requests
+            .iter()
+            .any(|request| request.target() == "/v1/slow")
+    });
     connection
 }
 
@@ -94,14 +100,91 @@ fn second_signal_ends_the_drain_at_once() {
 }
 
 #[test]
-fn drain_that_reaches_its_limit_ends_in_order_with_a_warning() {
-    let (upstream, proxy) = started_with(&[("shutdown.drain", "300ms")]);
+fn drain_cuts_what_outlives_its_limit_and_says_so() {
+    let (upstream, proxy) = started_with(&[("shutdown.drain", "500ms")]);
     let _gate = upstream.hold();
-    let _slow = in_flight(&upstream, &proxy);
+    let mut slow = in_flight(&upstream, &proxy);
+    let begun = Instant::now();
     proxy.signal(Signal::TERM);
     let (code, log) = proxy.end();
+    let took = begun.elapsed();
     assert_eq!(code, Some(0));
-    assert_has(&log, &["WARN"]);
+    assert!((500..2000).contains(&took.as_millis()), "{took:?}");
+    let line = log
+        .lines()
+        .find(|line| line.contains("shutdown.drain is over"));
+    assert_has(line.unwrap_or(&log), &["WARN", "\"cut.connections\":1"]);
+    assert_eq!(slow.rest(), b"");
+}
+
+/// Half of each body has passed when the signal comes.
+#[test]
+fn drain_finishes_slow_requests_uploads_and_downloads() {
+    const EACH: usize = 17;
+    let (upstream, proxy) = started();
+    let gate = Gate::default();
+    let half = vec![b'a'; 50_000];
+    let (held, first, second) = (gate.clone(), reply(200, "", half.repeat(2)), half.clone());
+    upstream.script(move |request| match request.target() {
+        "/v1/slow" => vec![Step::Wait(held.clone()), send(kling(200, SUCCESS))],
+        "/video.mp4" => {
+            let first = first[..first.len() - second.len()].to_vec();
+            vec![send(first), Step::Wait(held.clone()), send(&second)]
+        }
+        _ => vec![send(kling(200, SUCCESS))],
+    });
+    let send_all = |request: &[u8]| -> Vec<_> {
+        let mut connections: Vec<_> = (0..EACH).map(|_| proxy.connect()).collect();
+        for connection in &mut connections {
+            connection.send(request);
+        }
+        connections
+    };
+    let mut slow = send_all(&post("/v1/slow", "{}"));
+    let mut downloads = send_all(&get("/video.mp4"));
+    let upload = post("/v1/upload", half.repeat(2));
+    let (first, second) = upload.split_at(upload.len() - half.len());
+    let mut uploads = send_all(first);
+    for download in &mut downloads {
+        assert_eq!(download.head().status(), 200);
+    }
+    upstream.wait(|seen| seen.requests.len() == 2 * EACH && seen.bytes > EACH * half.len());
+
+    proxy.signal(Signal::TERM);
+    drain_began(&proxy);
+    gate.open();
+    for upload in &mut uploads {
+        upload.send(second);
+    }
+    for connection in slow.iter_mut().chain(&mut uploads) {
+        let answer = connection.answer();
+        assert_eq!(answer.text(), SUCCESS);
+        assert_eq!(answer.header("connection"), Some("close"));
+        assert_eq!(connection.rest(), b"");
+    }
+    for download in &mut downloads {
+        assert_eq!(download.rest().len(), 2 * half.len());
+    }
+    let (code, log) = proxy.end();
+    assert_eq!(code, Some(0));
+    assert!(!log.contains("cut."), "{log}");
+    assert_eq!(upstream.last().body.len(), 2 * half.len());
+}
+
+#[test]
+fn stopping_proxy_serves_on_for_its_delay_but_is_not_ready() {
+    let (upstream, proxy) = started_with(&[("shutdown.delay", "1s")]);
+    let begun = Instant::now();
+    proxy.signal(Signal::TERM);
+    eventually("not ready", || proxy.admin("/health/ready").status() == 503);
+    assert_eq!(proxy.get("/v1/x").status(), 200);
+    let gate = upstream.hold();
+    let mut slow = in_flight(&upstream, &proxy);
+    drain_began(&proxy);
+    assert!(begun.elapsed() >= Duration::from_secs(1));
+    gate.open();
+    assert_eq!(slow.answer().status(), 200);
+    assert_eq!(proxy.end().0, Some(0));
 }
 
 #[test]
