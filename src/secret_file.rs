@@ -1,10 +1,11 @@
 //! Reads a file that holds a secret, if nobody else could have written it.
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::{OFlags, fcntl_setfl};
 use zeroize::Zeroizing;
 
 /// Who else may read it: Docker and Kubernetes mount secrets so, hence no error.
@@ -42,7 +43,13 @@ pub enum SecretFileError {
 ///
 /// [`SecretFileError`], none of which shows the content.
 pub fn read(path: &Path) -> Result<SecretFile, SecretFileError> {
-    let mut file = File::open(path)?;
+    // A named pipe that nobody writes to would keep us here for ever; so it is empty.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)?;
+    fcntl_setfl(&file, OFlags::empty()).map_err(io::Error::from)?;
     // Of the open file: the path may lead elsewhere a moment later.
     let metadata = file.metadata()?;
     let mode = metadata.mode() & 0o777;
@@ -66,7 +73,17 @@ mod tests {
     use std::fs::{Permissions, set_permissions, write};
     use std::os::unix::fs::PermissionsExt;
 
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
     use super::*;
+
+    #[test]
+    fn a_pipe_that_nobody_writes_to_is_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        assert_eq!(*read(&pipe).unwrap().text, "");
+    }
 
     #[test]
     fn a_file_that_others_can_write_is_refused_and_one_they_can_read_is_marked() {
