@@ -5,6 +5,7 @@
 //! thread keeps what is not a request: signals, the admin listener, the sandbox, changed files, and
 //! the connection that is ready for whichever of them has none.
 
+mod configuration;
 mod listeners;
 mod process;
 mod reload;
@@ -22,9 +23,10 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
+use self::configuration::Configuration;
 use self::listeners::Listeners;
 use self::process::{hide_memory, raise_descriptor_limit};
-use self::reload::{Configuration, Reload};
+use self::reload::Reload;
 use self::set_up::Proxy;
 use self::systemd::Manager;
 use super::signal::{self, Signals};

@@ -2,7 +2,6 @@
 //! SIGHUP. What is wrong changes nothing, and the log says so.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,15 +9,15 @@ use std::time::Duration;
 use tokio::signal::unix::Signal;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
+use super::configuration::Configuration;
 use super::set_up::{rules, warn_of_clients};
 use super::systemd::Manager;
-use crate::cli::{Failure, SettingsArgs};
-use crate::credentials::{self, Places};
+use crate::cli::Failure;
+use crate::credentials;
 use crate::error::chain;
 use crate::server::Certificate;
 use crate::settings::{Row, Settings};
 use crate::stack::Shared;
-use crate::telemetry::Filter;
 use crate::token::Credential;
 
 /// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
@@ -39,18 +38,6 @@ const LIVE: [&str; 8] = [
     "token.",
 ];
 
-/// The settings in force, and where they came from.
-pub(super) struct Configuration {
-    pub(super) args: SettingsArgs,
-    pub(super) environment: Vec<(OsString, OsString)>,
-    pub(super) settings: Settings,
-    pub(super) rows: Vec<Row>,
-    /// What decides which lines are logged.
-    pub(super) filter: Filter,
-    /// Whether the embedded sandbox is upstream; its credential never changes.
-    pub(super) sandboxed: bool,
-}
-
 /// Keeps a running proxy up to date.
 pub(super) struct Reload {
     pub(super) configuration: Configuration,
@@ -70,18 +57,6 @@ pub(super) struct Reload {
 /// A warning that is repeated only once it is another.
 #[derive(Default)]
 struct Warning(Option<String>);
-
-// === impl Configuration ===
-
-impl Configuration {
-    /// Where to look for a credential.
-    pub(super) fn places(&self) -> Places<'_> {
-        Places {
-            environment: &self.environment,
-            configured: &self.settings.credentials,
-        }
-    }
-}
 
 // === impl Reload ===
 

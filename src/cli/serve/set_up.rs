@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::configuration::Configuration;
 use super::listeners::{Listeners, bind};
-use super::reload::Configuration;
 use crate::cli::{Exit, Failure, find_credential};
 use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
