@@ -132,6 +132,19 @@ impl Credential {
         }
     }
 
+    /// The `Authorization` value of one request, marked sensitive.
+    ///
+    /// # Errors
+    ///
+    /// [`MintError`]
+    pub fn authorization(
+        &self,
+        validity: Validity,
+        now: SystemTime,
+    ) -> Result<HeaderValue, MintError> {
+        Ok(self.bearer(validity, now)?.value)
+    }
+
     fn bearer(&self, validity: Validity, now: SystemTime) -> Result<Bearer, MintError> {
         let (token, bounds) = match self {
             Self::Pair {

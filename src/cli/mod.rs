@@ -5,6 +5,7 @@
     reason = "clap shows these doc comments in a terminal, where Markdown is noise"
 )]
 
+mod check;
 mod explain;
 mod health;
 mod sandbox;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::credentials::{self, Found, Places};
+use crate::credentials::{self, CommandError, Found, Places};
 use crate::error::chain;
 use crate::settings::{Flags, Problem, Row, Settings};
 
@@ -50,6 +51,15 @@ enum Command {
         /// Where to listen
         #[arg(long, default_value = "127.0.0.1:5548")]
         address: SocketAddr,
+    },
+    /// Find out what is wrong: settings, files, credential, network, account
+    Check {
+        /// Stop where the network begins
+        #[arg(long)]
+        offline: bool,
+        /// How to print
+        #[arg(long, value_enum, default_value_t)]
+        output: Output,
     },
     /// Print a fresh token, or what it says
     Token {
@@ -116,6 +126,7 @@ Credentials come from variables, never from the command line:
 Examples:
   kling-proxy --sandbox      try it without an account
   kling-proxy                http://127.0.0.1:5546 -> https://api-singapore.klingai.com
+  kling-proxy check          what is wrong, and what to do about it
   kling-proxy explain 1303   what a code means and what to do";
 
 /// A command that did not do what it should.
@@ -132,6 +143,10 @@ enum Exit {
     Failed = 1,
     /// Wrong command line; clap uses it too.
     Usage = 2,
+    /// Upstream cannot be reached.
+    Unavailable = 69,
+    /// Upstream refuses the credential.
+    Refused = 77,
     /// Wrong settings, or no or half a credential.
     Settings = 78,
 }
@@ -152,6 +167,9 @@ pub fn run() -> ExitCode {
             "--sandbox goes with `serve` only",
         )),
         Some(Command::Sandbox { address }) => sandbox::run(address, &settings, &environment),
+        Some(Command::Check { offline, output }) => {
+            check::run(offline, output, &settings, &environment)
+        }
         Some(Command::Token { decode }) => token::run(decode, &settings, &environment),
         Some(Command::Explain { code, output }) => explain::run(code, output),
         Some(Command::Settings) => settings::run(&settings, &environment),
@@ -209,20 +227,23 @@ impl Failure {
     }
 }
 
+impl From<credentials::Error> for Failure {
+    fn from(error: credentials::Error) -> Self {
+        Self::because(Exit::Settings, &error)
+    }
+}
+
 /// Looks everywhere, and runs the command if there is one and nothing else.
-fn find_credential(places: &Places) -> Result<Found, Failure> {
-    let found = match (places.find(), places.command()) {
+fn find_credential(places: &Places) -> Result<Found, credentials::Error> {
+    match (places.find(), places.command()) {
         (Err(credentials::Error::Missing), Some(command)) => {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build();
-            runtime
-                .map_err(|error| Failure::because(Exit::Failed, &error))?
-                .block_on(command.run())
+            runtime.map_err(CommandError::Run)?.block_on(command.run())
         }
         (found, _) => found,
-    };
-    found.map_err(|error| Failure::because(Exit::Settings, &error))
+    }
 }
 
 /// Prints a line. A reader that has gone, such as `head`, is no failure.

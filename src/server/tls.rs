@@ -145,6 +145,11 @@ impl Certificate {
         Ok(changed)
     }
 
+    /// What is shown now, our own certificate first.
+    pub fn chain(&self) -> Vec<CertificateDer<'static>> {
+        self.current.load().cert.clone()
+    }
+
     /// What a listener needs to speak TLS with this certificate.
     ///
     /// # Errors

@@ -321,6 +321,15 @@ impl Reader<'_> {
     }
 }
 
+// === impl Row ===
+
+impl Row {
+    /// Whether its value is a secret.
+    pub fn is_secret(&self) -> bool {
+        SECRETS.contains(&self.key.as_str())
+    }
+}
+
 // === impl Problem ===
 
 impl Problem {

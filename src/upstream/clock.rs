@@ -9,6 +9,7 @@ use http::HeaderMap;
 use http::header::{AGE, DATE};
 use tokio::time::Instant;
 
+use super::Origin;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 
@@ -65,6 +66,11 @@ impl UpstreamClock {
             start: Instant::now(),
             metrics,
         }
+    }
+
+    /// Whether tokens for an origin are right although the machine's clock differs from its as much.
+    pub fn corrects(origin: &Origin, difference: Duration) -> bool {
+        origin.is_secure() && difference.as_millis() <= GREATEST.unsigned_abs().into()
     }
 
     /// What the head of an answer, which has just come, says of upstream's clock, if it does.

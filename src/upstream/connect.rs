@@ -82,7 +82,7 @@ pub(super) enum Connection {
 
 impl Origin {
     /// Whether what comes from there is known to come from there.
-    pub(super) fn is_secure(&self) -> bool {
+    pub fn is_secure(&self) -> bool {
         self.scheme == Scheme::HTTPS
     }
 
@@ -91,14 +91,17 @@ impl Origin {
         self.host.clone()
     }
 
-    /// The name and port to connect to, where that is this machine itself.
+    /// The name or address to connect to, without brackets, and the port.
+    pub fn name_and_port(&self) -> (&str, u16) {
+        let default = if self.is_secure() { 443 } else { 80 };
+        let port = self.authority.port_u16().unwrap_or(default);
+        (without_brackets(self.authority.host()), port)
+    }
+
+    /// The port to connect to, where that is of this machine itself.
     pub fn loopback_port(&self) -> Option<u16> {
-        let default = if self.scheme == Scheme::HTTPS {
-            443
-        } else {
-            80
-        };
-        is_loopback(self.authority.host()).then(|| self.authority.port_u16().unwrap_or(default))
+        let (name, port) = self.name_and_port();
+        is_loopback(name).then_some(port)
     }
 
     fn uri(&self, path_and_query: PathAndQuery) -> Uri {
@@ -149,11 +152,15 @@ impl fmt::Display for Origin {
 }
 
 fn is_loopback(host: &str) -> bool {
-    let address = host.trim_start_matches('[').trim_end_matches(']');
     host.eq_ignore_ascii_case("localhost")
-        || address
+        || without_brackets(host)
             .parse::<std::net::IpAddr>()
             .is_ok_and(|address| address.is_loopback())
+}
+
+/// An IPv6 address stands in brackets where a port may follow.
+fn without_brackets(host: &str) -> &str {
+    host.trim_start_matches('[').trim_end_matches(']')
 }
 
 // === impl Connector ===
@@ -260,8 +267,8 @@ fn path_and_query(request: &Request) -> PathAndQuery {
 ///
 /// # Errors
 ///
-/// [`TlsError`].
-pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+/// [`TlsError::CaFile`].
+pub fn trust_roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
     let mut roots = RootCertStore::empty();
     let platform = rustls_native_certs::load_native_certs();
     for error in &platform.errors {
@@ -287,10 +294,19 @@ pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
             return Err(unusable("it holds no certificate".into()));
         }
     }
+    Ok(roots)
+}
+
+/// Trusts the [`trust_roots`].
+///
+/// # Errors
+///
+/// [`TlsError`].
+pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     Ok(ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
+        .with_root_certificates(trust_roots(ca_file)?)
         .with_no_client_auth())
 }
 

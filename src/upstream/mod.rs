@@ -30,7 +30,7 @@ use tokio::time::sleep;
 use tower::Service;
 
 pub use self::clock::UpstreamClock;
-pub use self::connect::{Origin, OriginError, TlsError, client_config};
+pub use self::connect::{Origin, OriginError, TlsError, client_config, trust_roots};
 
 use self::connect::{Connection, Connector};
 use self::download::{Download, Lease};

@@ -85,7 +85,9 @@ fn help_says_what_a_newcomer_needs() {
     assert_eq!(finished.code, Some(0), "{finished:?}");
     assert_has(
         &finished.stdout,
-        &["serve", "sandbox", "token", "explain", "settings", "health"],
+        &[
+            "serve", "sandbox", "check", "token", "explain", "settings", "health",
+        ],
     );
     assert_has(&finished.stdout, &["--sandbox", "KLING_ACCESS_KEY", "5546"]);
 }

@@ -8,6 +8,7 @@ mod support;
 mod admin;
 mod authenticate;
 mod carry;
+mod check;
 mod cli;
 mod clock;
 mod credential_command;

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 pub use client::{Connection, raw};
 pub use http::{Message, get, gzip, is_cut_off, kling, parse_headers, post, reply, request};
-pub use process::{Command, Proxy, unprivileged};
+pub use process::{Command, Finished, Proxy, unprivileged};
 pub use rustix::process::Signal;
 pub use tls::{Issued, Root};
 pub use token::{ACCESS_KEY, Credential, SECRET_KEY, TOKEN, claims, mint, now, verify};

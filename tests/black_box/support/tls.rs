@@ -1,8 +1,10 @@
 //! Certificates that only one test trusts.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use rcgen::{BasicConstraints, Certificate, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd,
+};
 use rustls::{ClientConfig, RootCertStore, crypto::CryptoProvider};
 
 /// A trust root.
@@ -24,14 +26,24 @@ impl Root {
     }
 
     pub fn issue(&self, name: &str) -> Issued {
-        let key = KeyPair::generate().unwrap();
-        let certificate = CertificateParams::new([name.to_owned()]).unwrap();
-        let certificate = certificate.signed_by(&key, &self.0).unwrap();
-        Issued { certificate, key }
+        self.sign(&CertificateParams::new([name.to_owned()]).unwrap())
+    }
+
+    /// What ends at this time, in seconds since 1970.
+    pub fn issue_until(&self, name: &str, end: u64) -> Issued {
+        let mut certificate = CertificateParams::new([name.to_owned()]).unwrap();
+        certificate.not_after = date_time_ymd(1970, 1, 1) + Duration::from_secs(end);
+        self.sign(&certificate)
     }
 
     pub fn pem(&self) -> String {
         self.0.pem()
+    }
+
+    fn sign(&self, certificate: &CertificateParams) -> Issued {
+        let key = KeyPair::generate().unwrap();
+        let certificate = certificate.signed_by(&key, &self.0).unwrap();
+        Issued { certificate, key }
     }
 
     /// A client that trusts this root alone and offers these protocols.

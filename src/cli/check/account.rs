@@ -1,0 +1,293 @@
+//! One authenticated read, and what Kling makes of the credential.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HOST, USER_AGENT};
+use http::{HeaderMap, HeaderValue, Request, StatusCode};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::time::timeout;
+
+use super::network::{Stream, Way};
+use super::region;
+use super::report::{Fault, Found, Outcome};
+use crate::cli::Exit;
+use crate::clock::Clock;
+use crate::envelope::{self, Envelope};
+use crate::error::chain;
+use crate::service_code;
+use crate::telemetry::printable;
+use crate::token::{Credential, Validity};
+
+/// A person waits for the answer, so `upstream.response_timeout` counts only if it is shorter.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// As much of an answer as is read.
+const BOUND: usize = 64 << 10;
+/// Packs that were bought earlier are not told, and some are good for a year.
+const SPAN: Duration = Duration::from_hours(400 * 24);
+const AGENT: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
+
+/// What shows who we are.
+#[derive(Clone)]
+pub(super) struct Credentials {
+    pub(super) credential: Credential,
+    pub(super) validity: Validity,
+    pub(super) clock: Arc<dyn Clock>,
+}
+
+/// What upstream answered, in Kling's form.
+pub(super) struct Answer {
+    pub(super) envelope: Envelope,
+    /// What upstream says, fit to be shown.
+    message: String,
+    /// Upstream's clock.
+    pub(super) date: Option<SystemTime>,
+    /// Our clock before and after.
+    pub(super) asked: SystemTime,
+    pub(super) answered: SystemTime,
+}
+
+/// What `GET /account/costs` tells besides.
+#[derive(Deserialize)]
+struct Costs {
+    #[serde(rename = "resource_pack_subscribe_infos", default)]
+    packs: Vec<Pack>,
+}
+
+#[derive(Deserialize)]
+struct Pack {
+    status: String,
+}
+
+/// Reads what the account has cost: free, and good for either kind of credential.
+pub(super) async fn ask(
+    stream: Box<dyn Stream>,
+    way: &Way,
+    credentials: &Credentials,
+) -> Outcome<Answer> {
+    let asked = credentials.clock.now();
+    let authorization = credentials
+        .credential
+        .authorization(credentials.validity, asked)
+        .map_err(|error| {
+            let advice = "copy the key again, and nothing else";
+            Fault::new(
+                Exit::Settings,
+                "malformed_credential",
+                chain(&error),
+                advice,
+            )
+        })?;
+    let limit = way.timeouts.response.min(PATIENCE);
+    let exchange = exchange(stream, way.origin.host(), authorization.clone(), asked);
+    let (status, headers, body) = match timeout(limit, exchange).await {
+        Ok(exchanged) => exchanged?,
+        Err(_) => {
+            return Err(Fault::new(
+                Exit::Unavailable,
+                "no_answer",
+                format!("no answer within {}", humantime::format_duration(limit)),
+                "try again; if it stays silent, look at Kling's status page and at what is in \
+                 between",
+            ));
+        }
+    };
+    // Under the status of an error, the code of a success says nothing.
+    let envelope = envelope::read_beginning(&body)
+        .filter(|envelope| envelope.code != 0 || status.is_success());
+    let Some(envelope) = envelope else {
+        return Err(not_kling(status, &headers));
+    };
+    let said = envelope.message.as_deref().unwrap_or("no message");
+    let answer = Answer {
+        message: credentials.quote(said, &authorization),
+        date: date(&headers),
+        asked,
+        answered: credentials.clock.now(),
+        envelope,
+    };
+    let text = format!("{status}, code {}", answer.envelope.code);
+    Ok(Found::new(answer, text))
+}
+
+/// The same on a connection of its own.
+pub(super) async fn ask_anew(way: &Way, credentials: &Credentials) -> Outcome<Answer> {
+    let stream = way.reach(credentials.clock.now()).await?;
+    ask(stream, way, credentials).await
+}
+
+/// Says whether the account is there and of use.
+pub(super) async fn judge(answer: &Answer, way: &Way, credentials: &Credentials) -> Outcome {
+    let code = answer.envelope.code;
+    let row = service_code::sent_by_kling(code);
+    let text = format!("{code} {}: {}", row.kind, answer.message);
+    let refused =
+        |r#type, advice: &str| Err(Fault::new(Exit::Refused, r#type, text.clone(), advice));
+    let says = |words| answer.message.contains(words);
+    match (code, &credentials.credential) {
+        (0, credential) => Ok(known(answer, credential)),
+        (1002, Credential::Pair { .. }) if says("does not support AK/SK") => refused(
+            "api_key_needed",
+            "access key and secret key are not taken here: make an API key in Kling's console and \
+             set KLING_API_KEY",
+        ),
+        (1000 | 1002, Credential::ApiKey(_)) if says("3 parts") => refused(
+            "key_pair_needed",
+            "what is set as API key is none: if it is an access key or a secret key, set both, as \
+             KLING_ACCESS_KEY and KLING_SECRET_KEY; else copy the API key again",
+        ),
+        (1000..=1002, Credential::ApiKey(_)) => refused(
+            row.kind,
+            "see in Kling's console that the API key is whole and has not been deleted, and that \
+             upstream.url is the region that issued it; it was not sent anywhere else",
+        ),
+        (1000 | 1002, Credential::Pair { .. }) => {
+            Err(region::find(&text, row.kind, way, credentials).await)
+        }
+        (1001..=1004, _) => refused(row.kind, row.solution),
+        _ => Err(Fault::new(Exit::Failed, row.kind, text, row.solution)),
+    }
+}
+
+// === impl Credentials ===
+
+impl Credentials {
+    /// A foreign text, unless it repeats a secret.
+    fn quote(&self, text: &str, authorization: &HeaderValue) -> String {
+        let bearer = authorization.to_str().unwrap_or_default();
+        let token = bearer.trim_start_matches("Bearer ");
+        let secrets = match &self.credential {
+            Credential::Pair {
+                access_key,
+                secret_key,
+            } => vec![access_key.expose(), secret_key.expose()],
+            Credential::ApiKey(key) => vec![key.expose()],
+        };
+        let mut secrets = token.split('.').chain(secrets);
+        if secrets.any(|secret| text.contains(secret)) {
+            "[redacted: it repeats the credential]".to_owned()
+        } else {
+            printable(text).into_owned()
+        }
+    }
+}
+
+/// Sends the request and reads the answer. Redirects are answers like others.
+async fn exchange(
+    stream: Box<dyn Stream>,
+    host: HeaderValue,
+    authorization: HeaderValue,
+    now: SystemTime,
+) -> Result<(StatusCode, HeaderMap, Vec<u8>), Fault> {
+    let lost = |error: hyper::Error| {
+        let (r#type, advice) = if error.is_parse() {
+            (
+                "not_http",
+                "what answers is no web server: look at upstream.url",
+            )
+        } else {
+            (
+                "disconnected",
+                "try again; if it stays so, something in between ends the connection",
+            )
+        };
+        Fault::new(Exit::Unavailable, r#type, chain(&error), advice)
+    };
+    let milliseconds = |time: SystemTime| {
+        time.duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_millis()
+    };
+    let (start, end) = (milliseconds(now - SPAN), milliseconds(now));
+    let mut request = Request::new(Empty::<Bytes>::new());
+    let target = format!("/account/costs?start_time={start}&end_time={end}");
+    // Constant but for digits.
+    *request.uri_mut() = target.parse().unwrap_or_default();
+    request.headers_mut().extend([
+        (HOST, host),
+        (AUTHORIZATION, authorization),
+        (USER_AGENT, HeaderValue::from_static(AGENT)),
+    ]);
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
+    tokio::spawn(connection);
+    let (head, body) = sender
+        .send_request(request)
+        .await
+        .map_err(lost)?
+        .into_parts();
+    let body = read(body).await.map_err(lost)?;
+    Ok((head.status, head.headers, body))
+}
+
+/// The beginning of a body.
+async fn read(mut body: Incoming) -> Result<Vec<u8>, hyper::Error> {
+    let mut text = Vec::new();
+    while let Some(frame) = body.frame().await {
+        if let Some(data) = frame?.data_ref() {
+            text.extend_from_slice(data);
+        }
+        if text.len() >= BOUND {
+            break;
+        }
+    }
+    Ok(text)
+}
+
+fn date(headers: &HeaderMap) -> Option<SystemTime> {
+    httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
+}
+
+/// What answers is something else, or something in between.
+fn not_kling(status: StatusCode, headers: &HeaderMap) -> Fault {
+    let media = headers
+        .get(CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let media = printable(media.unwrap_or("without a content type"));
+    let text = format!("{status}, {media}: not in Kling's form");
+    if status.is_redirection() {
+        Fault::new(
+            Exit::Unavailable,
+            "redirected",
+            text,
+            "redirects are never followed: set upstream.url to where Kling's API itself is",
+        )
+    } else {
+        Fault::new(
+            Exit::Unavailable,
+            "upstream_bad_response",
+            text,
+            "a gateway in between answers, or upstream.url is no Kling API: look at what \
+             curl -v shows of it",
+        )
+    }
+}
+
+/// Kling knows the credential; whether there is something to spend is told besides.
+fn known(answer: &Answer, credential: &Credential) -> Found {
+    let data = answer.envelope.data.as_ref();
+    let costs = data.and_then(|data| serde_json::from_str::<Costs>(data.get()).ok());
+    let packs = costs.map_or_else(Vec::new, |costs| costs.packs);
+    let used_up = |pack: &&Pack| ["expired", "runOut"].contains(&pack.status.as_str());
+    let usable = packs.len() - packs.iter().filter(used_up).count();
+    let mut text = format!("upstream knows the {}", credential.kind());
+    if !packs.is_empty() {
+        text = format!(
+            "{text}; {usable} of {} resource packs are left",
+            packs.len()
+        );
+    }
+    let mut found = Found::new((), text);
+    if usable == 0 && !packs.is_empty() {
+        found.warn(
+            "resource_pack_depleted",
+            "creates will be refused with 1102, unless the account pays afterwards: purchase a \
+             resource pack",
+        );
+    }
+    found
+}

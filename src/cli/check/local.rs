@@ -1,0 +1,158 @@
+//! The steps that need no network: settings, files and their modes, the credential.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::RootCertStore;
+
+use super::report::{Fault, Found, Outcome};
+use crate::cli::{Exit, find_credential};
+use crate::client_token::ClientTokens;
+use crate::clock::Clock;
+use crate::credentials::{self, Places};
+use crate::error::chain;
+use crate::secret::Secret;
+use crate::secret_file::{self, SecretFileError};
+use crate::settings::{Row, Settings};
+use crate::token::Credential;
+use crate::upstream::trust_roots;
+
+/// The type of a warning about a file that every user can read.
+pub(super) const EXPOSED: &str = "file_readable_by_others";
+
+/// Where settings come from, and whether others could change them.
+pub(super) fn settings(settings: &Settings, rows: &[Row]) -> Found {
+    let mut sources: Vec<_> = rows.iter().map(|row| row.source.as_str()).collect();
+    sources.sort_unstable();
+    sources.dedup();
+    sources.retain(|source| *source != "default");
+    let origin = &settings.upstream.origin;
+    let text = if sources.is_empty() {
+        format!("upstream is {origin}; all are defaults")
+    } else {
+        format!("upstream is {origin}; set by {}", sources.join(", "))
+    };
+    let mut found = Found::new((), text);
+    // Of the sources only the settings file is a file.
+    for source in sources {
+        let path = Path::new(source);
+        let holds_secret = rows
+            .iter()
+            .any(|row| row.source == source && row.is_secret());
+        match secret_file::read(path) {
+            Ok(file) if file.exposed && holds_secret => found.warn(
+                EXPOSED,
+                format!("every user can read {source}, which holds a secret: chmod 600"),
+            ),
+            Err(error @ (SecretFileError::Writable(_) | SecretFileError::Foreign(_))) => found
+                .warn(
+                    "settings_of_others",
+                    format!("{source} could name another upstream.url or a command: {error}"),
+                ),
+            Ok(_) | Err(SecretFileError::Io(_)) => {}
+        }
+    }
+    found
+}
+
+/// The file of `access.client_tokens_file`.
+pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> Outcome {
+    let tokens = ClientTokens::read(path, Arc::clone(clock)).map_err(|error| {
+        Fault::new(
+            Exit::Settings,
+            "client_tokens_unusable",
+            format!("access.client_tokens_file: {}", chain(&error)),
+            "correct the file: one token a line, or name:token, and mode 600",
+        )
+    })?;
+    let mut found = Found::new((), format!("read from {}", path.display()));
+    if let Some(warning) = tokens.warning {
+        found.warn(EXPOSED, warning);
+    }
+    Ok(found)
+}
+
+/// The access key and secret key, or the API key.
+pub(super) fn credential(places: &Places) -> Outcome<Credential> {
+    let found = find_credential(places).map_err(|error| missing(&error))?;
+    let text = format!("{} from {}", found.credential.kind(), found.source);
+    let is_token = matches!(&found.credential, Credential::ApiKey(key) if is_token(key));
+    let mut outcome = Found::new(found.credential, text);
+    for warning in found.warnings {
+        outcome.warn("credential_place", warning);
+    }
+    if is_token {
+        outcome.warn(
+            "token_as_api_key",
+            "this is a token, which ends within half an hour: set the API key itself, or the \
+             access key and secret key that the token was made of",
+        );
+    }
+    Ok(outcome)
+}
+
+/// Whether it has the form of a JWT, whose three parts are JSON or a signature.
+fn is_token(key: &Secret) -> bool {
+    let key = key.expose();
+    key.starts_with("eyJ") && key.matches('.').count() == 2
+}
+
+/// What is wrong with the places of credentials.
+fn missing(error: &credentials::Error) -> Fault {
+    use credentials::Error::{Command, Half, Malformed, Missing, Unreadable};
+    let text = chain(error);
+    let (r#type, advice) = match error {
+        // It says both itself.
+        Missing => {
+            let (text, advice) = text.split_once(": ").unwrap_or((&text, ""));
+            return Fault::new(Exit::Settings, "no_credential", text, advice);
+        }
+        Half { missing, .. } => ("half_credential", format!("set {missing} too")),
+        Unreadable { path, cause, .. } => match cause {
+            SecretFileError::Io(_) => (
+                "file_unreadable",
+                format!(
+                    "see that {} is there and this user may read it",
+                    path.display()
+                ),
+            ),
+            SecretFileError::Writable(_) => (
+                "file_writable_by_others",
+                format!(
+                    "chmod 600 {}, and look whether it is still yours",
+                    path.display()
+                ),
+            ),
+            SecretFileError::Foreign(_) => (
+                "file_of_another_user",
+                format!("make {} the property of the proxy's user", path.display()),
+            ),
+        },
+        Command(_) => (
+            "command_failed",
+            "run the words of credentials.command by hand, without a shell".to_owned(),
+        ),
+        Malformed(_) => (
+            "malformed_credential",
+            "copy the key again, and nothing else".to_owned(),
+        ),
+    };
+    Fault::new(Exit::Settings, r#type, text, advice)
+}
+
+/// Whom to believe that upstream is upstream.
+pub(super) fn trust(ca_file: Option<&Path>) -> Outcome<Arc<RootCertStore>> {
+    let roots = trust_roots(ca_file).map_err(|error| {
+        Fault::new(
+            Exit::Settings,
+            "ca_file_unusable",
+            chain(&error),
+            "name a file of root certificates in PEM",
+        )
+    })?;
+    let mut text = format!("{} root certificates", roots.len());
+    if let Some(path) = ca_file {
+        text = format!("{text}, with those of {}", path.display());
+    }
+    Ok(Found::new(Arc::new(roots), text))
+}

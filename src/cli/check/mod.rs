@@ -1,0 +1,118 @@
+//! `kling-proxy check`: goes the way of a request step by step, and says of the first that fails
+//! what to do.
+
+mod account;
+mod certificate;
+mod clock;
+mod local;
+mod network;
+mod region;
+mod report;
+
+use std::ffi::OsString;
+use std::sync::Arc;
+
+use self::account::Credentials;
+use self::network::Way;
+use self::report::{Fault, Report};
+use super::{Exit, Failure, Output, SettingsArgs};
+use crate::clock::{Clock, SystemClock};
+use crate::credentials::Places;
+use crate::server::CertificateFiles;
+
+pub(super) fn run(
+    offline: bool,
+    output: Output,
+    args: &SettingsArgs,
+    environment: &[(OsString, OsString)],
+) -> Result<(), Failure> {
+    let mut report = Report::new(output);
+    let (settings, rows) = match args.load(environment) {
+        Ok(loaded) => loaded,
+        Err(failure) => {
+            // A person reads the lines that `serve` prints too, a script finds them in the object.
+            if let Output::Json = output {
+                report.take::<()>("settings", || Err(Fault::of_settings(&failure.lines)));
+                let _ = report.end();
+            }
+            return Err(failure);
+        }
+    };
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    report.take("settings", || Ok(local::settings(&settings, &rows)));
+    if let Some(path) = &settings.access.client_tokens_file {
+        report.take("client_tokens", || local::client_tokens(path, &clock));
+    }
+    if let (Some(certificate), Some(key)) =
+        (&settings.listen.certificate_file, &settings.listen.key_file)
+    {
+        let files = CertificateFiles {
+            certificate: certificate.clone(),
+            key: key.clone(),
+        };
+        let hosts = &settings.access.allowed_hosts;
+        report.take("certificate", || {
+            certificate::judge(files, hosts, clock.now())
+        });
+    }
+    let credential = report.take("credential", || {
+        local::credential(&Places {
+            environment,
+            configured: &settings.credentials,
+        })
+    });
+    let roots = report.take("trust", || {
+        local::trust(settings.upstream.ca_file.as_deref())
+    });
+    let (Some(credential), Some(roots)) = (credential, roots) else {
+        return report.end();
+    };
+    if offline || report.has_failed() {
+        return report.end();
+    }
+
+    let way = Way {
+        origin: settings.upstream.origin,
+        roots,
+        timeouts: settings.upstream.timeouts,
+    };
+    let credentials = Credentials {
+        credential,
+        validity: settings.token,
+        clock,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::because(Exit::Failed, &error))?;
+    runtime.block_on(ask(&mut report, &way, credentials));
+    // A name that is still being resolved must not keep the process.
+    runtime.shutdown_background();
+    report.end()
+}
+
+/// The steps that need the network. Each needs what the one before found.
+async fn ask(report: &mut Report, way: &Way, mut credentials: Credentials) -> Option<()> {
+    let deadline = way.deadline();
+    let addresses = report.wait("name", way.resolve(deadline)).await?;
+    let connected = way.connect(&addresses, deadline);
+    let stream = report.wait("connection", connected).await?;
+    let stream = if way.origin.is_secure() {
+        let encrypted = way.encrypt(stream, deadline, credentials.clock.now());
+        report.wait("tls", encrypted).await?
+    } else {
+        Box::new(stream)
+    };
+    let asked = account::ask(stream, way, &credentials);
+    let mut answer = report.wait("answer", asked).await?;
+    let compared = || clock::compare(&answer, way, &credentials);
+    let corrected = report.take("clock", compared)?;
+    if let Some(clock) = corrected {
+        // As the proxy does after a refusal for the token's time.
+        credentials.clock = clock;
+        let again = account::ask_anew(way, &credentials);
+        answer = report.wait("second_answer", again).await?;
+    }
+    let judged = account::judge(&answer, way, &credentials);
+    report.wait("account", judged).await
+}

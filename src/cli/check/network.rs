@@ -1,0 +1,333 @@
+//! The way to upstream: name, connection, TLS. Each step says which part of it is broken.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::ring;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore,
+    SignatureScheme,
+};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsConnector;
+
+use super::certificate::{Facts, time};
+use super::report::{Fault, Found, Outcome};
+use crate::cli::Exit;
+use crate::error::{BoxError, chain};
+use crate::telemetry::printable;
+use crate::upstream::{Origin, Timeouts};
+
+/// Where to go, and what to rely on.
+#[derive(Clone)]
+pub(super) struct Way {
+    pub(super) origin: Origin,
+    pub(super) roots: Arc<RootCertStore>,
+    pub(super) timeouts: Timeouts,
+}
+
+/// A connection, encrypted or not.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// Verifies as ever, and keeps what it was shown: after a refusal nobody else can tell.
+#[derive(Debug)]
+struct Witness {
+    verifier: Arc<WebPkiServerVerifier>,
+    shown: Mutex<Option<Facts>>,
+}
+
+// === impl Way ===
+
+impl Way {
+    /// When name, connection and TLS together have taken too long.
+    pub(super) fn deadline(&self) -> Instant {
+        Instant::now() + self.timeouts.connect
+    }
+
+    /// Finds the addresses of the name.
+    pub(super) async fn resolve(&self, deadline: Instant) -> Outcome<Vec<SocketAddr>> {
+        let (name, port) = self.origin.name_and_port();
+        if let Ok(address) = name.parse::<IpAddr>() {
+            let addresses = vec![SocketAddr::new(address, port)];
+            return Ok(Found::new(addresses, "upstream.url has an address"));
+        }
+        let reason = match timeout_at(deadline, lookup_host((name, port))).await {
+            Ok(Ok(addresses)) => {
+                let addresses: Vec<_> = addresses.collect();
+                let shown: Vec<_> = addresses
+                    .iter()
+                    .map(|found| found.ip().to_string())
+                    .collect();
+                let text = format!("{name} is {}", shown.join(", "));
+                return Ok(Found::new(addresses, text));
+            }
+            Ok(Err(error)) => chain(&error),
+            Err(_) => self.too_long(),
+        };
+        let text = format!("cannot resolve {name}: {reason}");
+        Err(if has_route() {
+            Fault::new(
+                Exit::Unavailable,
+                "name_not_resolved",
+                text,
+                "look at the spelling of upstream.url, and at this machine's name servers \
+                 (/etc/resolv.conf); in a container, at its DNS policy",
+            )
+        } else {
+            no_network(&text)
+        })
+    }
+
+    /// Connects to the first address that answers.
+    pub(super) async fn connect(
+        &self,
+        addresses: &[SocketAddr],
+        deadline: Instant,
+    ) -> Outcome<TcpStream> {
+        let mut failures = Vec::new();
+        for (index, address) in addresses.iter().enumerate() {
+            // One silent address must not use up the time of all.
+            let rest = deadline.saturating_duration_since(Instant::now());
+            let share = rest / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
+            let connected = timeout_at(Instant::now() + share, TcpStream::connect(address)).await;
+            match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                Ok(stream) => return Ok(Found::new(stream, format!("to {address}"))),
+                Err(error) => failures.push((address, error)),
+            }
+        }
+        let texts = failures
+            .iter()
+            .map(|(address, error)| format!("{address}: {error}"));
+        let text = texts.collect::<Vec<_>>().join("; ");
+        let kinds: Vec<_> = failures.iter().map(|(_, error)| error.kind()).collect();
+        let fault = |r#type, advice| Fault::new(Exit::Unavailable, r#type, &text, advice);
+        // Of several failures the one that says most.
+        Err(if kinds.contains(&io::ErrorKind::ConnectionRefused) {
+            fault(
+                "connection_refused",
+                "the machine answers, and nothing listens at this port: look at upstream.url",
+            )
+        } else if kinds.contains(&io::ErrorKind::TimedOut) {
+            fault(
+                "connection_timed_out",
+                "nothing answers: a firewall may drop it; where only an egress proxy leads out, \
+                 note that the environment's proxy variables are ignored",
+            )
+        } else if has_route() {
+            fault("no_route", "look at this machine's routes and its firewall")
+        } else {
+            no_network(&text)
+        })
+    }
+
+    /// Speaks TLS, and says who vouches for the other end.
+    pub(super) async fn encrypt(
+        &self,
+        stream: TcpStream,
+        deadline: Instant,
+        now: SystemTime,
+    ) -> Outcome<Box<dyn Stream>> {
+        let (name, _) = self.origin.name_and_port();
+        let failed = |error: BoxError| tls_failed(chain(&*error));
+        let witness = Witness::new(&self.roots).map_err(failed)?;
+        let config = witness.config().map_err(|error| failed(error.into()))?;
+        let server = ServerName::try_from(name.to_owned()).map_err(|error| failed(error.into()))?;
+        let handshake = TlsConnector::from(Arc::new(config)).connect(server, stream);
+        match timeout_at(deadline, handshake).await {
+            Ok(Ok(stream)) => {
+                let text = match witness.shown() {
+                    Some(Facts { issuer, ends, .. }) => {
+                        format!("certificate of {issuer}, good until {}", time(ends))
+                    }
+                    None => "certificate verified".to_owned(),
+                };
+                Ok(Found::new(Box::new(stream), text))
+            }
+            Ok(Err(error)) => Err(refused(name, &error, witness.shown().as_ref(), now)),
+            Err(_) => Err(tls_failed(self.too_long())),
+        }
+    }
+
+    /// Name, connection and TLS at once.
+    pub(super) async fn reach(&self, now: SystemTime) -> Result<Box<dyn Stream>, Fault> {
+        let deadline = self.deadline();
+        let addresses = self.resolve(deadline).await?.value;
+        let stream = self.connect(&addresses, deadline).await?.value;
+        if self.origin.is_secure() {
+            Ok(self.encrypt(stream, deadline, now).await?.value)
+        } else {
+            Ok(Box::new(stream))
+        }
+    }
+
+    fn too_long(&self) -> String {
+        let limit = humantime::format_duration(self.timeouts.connect);
+        format!("not within upstream.connect_timeout, {limit}")
+    }
+}
+
+// === impl Witness ===
+
+impl Witness {
+    fn new(roots: &Arc<RootCertStore>) -> Result<Arc<Self>, BoxError> {
+        let provider = Arc::new(ring::default_provider());
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(roots), provider);
+        Ok(Arc::new(Self {
+            verifier: verifier.build()?,
+            shown: Mutex::default(),
+        }))
+    }
+
+    /// A client that believes nobody whom the verifier does not.
+    fn config(self: &Arc<Self>) -> Result<ClientConfig, TlsError> {
+        let provider = Arc::new(ring::default_provider());
+        Ok(ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::<Self>::clone(self))
+            .with_no_client_auth())
+    }
+
+    fn shown(&self) -> Option<Facts> {
+        let shown = self.shown.lock();
+        shown.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl ServerCertVerifier for Witness {
+    fn verify_server_cert(
+        &self,
+        own: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, TlsError> {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = Facts::read(own);
+        self.verifier
+            .verify_server_cert(own, others, name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        own: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.verifier
+            .verify_tls12_signature(message, own, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        own: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.verifier
+            .verify_tls13_signature(message, own, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
+    }
+}
+
+/// What a handshake that failed means.
+fn refused(name: &str, error: &io::Error, shown: Option<&Facts>, now: SystemTime) -> Fault {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    let Some(TlsError::InvalidCertificate(wrong)) = cause else {
+        let text = printable(&chain(error)).into_owned();
+        return match cause {
+            Some(TlsError::InvalidMessage(_)) => Fault::new(
+                Exit::Unavailable,
+                "not_tls",
+                format!("what answers for {name} does not speak TLS: {text}"),
+                "look at the port of upstream.url; a hotel's or a guest network may want a login \
+                 first",
+            ),
+            _ => tls_failed(text),
+        };
+    };
+    let issuer = shown.map_or("somebody unknown", |facts| facts.issuer.as_str());
+    match (wrong, shown) {
+        (
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. },
+            Some(Facts { begins, ends, .. }),
+        ) => Fault::new(
+            Exit::Unavailable,
+            "certificate_out_of_time",
+            format!(
+                "the certificate for {name}, issued by {issuer}, is good from {} until {}, and \
+                 this machine's clock says {}",
+                time(*begins),
+                time(*ends),
+                time(now)
+            ),
+            "if the clock is wrong, set it; else whoever runs that server has to renew it",
+        ),
+        (
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            _,
+        ) => Fault::new(
+            Exit::Unavailable,
+            "certificate_of_another_name",
+            format!("another server answers for {name}, with a certificate issued by {issuer}"),
+            "look at upstream.url, and at what this machine's name servers and /etc/hosts say \
+                 of it",
+        ),
+        _ => Fault::new(
+            Exit::Unavailable,
+            "certificate_not_trusted",
+            format!(
+                "the certificate shown for {name} was issued by {issuer}, whom nothing here \
+                 trusts ({})",
+                printable(&TlsError::InvalidCertificate(wrong.clone()).to_string())
+            ),
+            "if that is your network's TLS inspection, name its root certificate in \
+             upstream.ca_file; if nobody knows of one, somebody reads along: use another network",
+        ),
+    }
+}
+
+fn tls_failed(reason: String) -> Fault {
+    Fault::new(
+        Exit::Unavailable,
+        "tls_failed",
+        reason,
+        "something in between may end TLS connections: try another network, or ask who runs this \
+         one",
+    )
+}
+
+fn no_network(text: &str) -> Fault {
+    Fault::new(
+        Exit::Unavailable,
+        "no_network",
+        format!("{text}; this machine has no route to anywhere"),
+        "connect this machine to a network",
+    )
+}
+
+/// Whether this machine knows a way out. Nothing is sent: a datagram socket only looks it up. The
+/// addresses are for documentation (RFC 5737, RFC 3849).
+fn has_route() -> bool {
+    let ways = [
+        ("0.0.0.0:0", "192.0.2.1:443"),
+        ("[::]:0", "[2001:db8::1]:443"),
+    ];
+    ways.into_iter()
+        .any(|(from, to)| UdpSocket::bind(from).is_ok_and(|socket| socket.connect(to).is_ok()))
+}

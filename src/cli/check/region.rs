@@ -1,0 +1,216 @@
+//! Whether another region of Kling knows a key pair. An API key is never asked about: to ask would
+//! be to send it.
+
+use std::time::Duration;
+
+use super::account::{self, Credentials};
+use super::network::Way;
+use super::report::Fault;
+use crate::cli::Exit;
+use crate::token::Validity;
+use crate::upstream::Origin;
+
+/// Where Kling answers. Those that are regions of their own come first.
+const HOSTS: [&str; 3] = [
+    "https://api-singapore.klingai.com",
+    "https://api-beijing.klingai.com",
+    "https://api.klingai.com",
+];
+/// How long the tokens live that other hosts see.
+const LIFETIME: Duration = Duration::from_mins(1);
+
+/// What the other hosts made of a key pair.
+#[derive(Debug, PartialEq, Eq)]
+struct Tried {
+    /// The first that knows it.
+    known_by: Option<Origin>,
+    unreachable: Vec<Origin>,
+}
+
+/// Says why a key pair was refused: by asking Kling's other hosts, where it was one of them that
+/// refused it.
+pub(super) async fn find(
+    text: &str,
+    kind: &'static str,
+    way: &Way,
+    credentials: &Credentials,
+) -> Fault {
+    let others = others(&way.origin);
+    if others.is_empty() {
+        let advice = "copy access key and secret key again, both whole, and see that upstream.url \
+                      is where they come from";
+        return Fault::new(Exit::Refused, kind, text, advice);
+    }
+    let Tried {
+        known_by,
+        unreachable,
+    } = ask_all(&others, way, credentials).await;
+    if let Some(host) = known_by {
+        let text = format!("{text}; {host} knows the pair");
+        let advice = format!("set upstream.url = \"{host}\"");
+        return Fault::new(Exit::Refused, "wrong_region", text, advice);
+    }
+    let mut text = format!("{text}; none of Kling's other hosts knows the pair");
+    for host in unreachable {
+        text = format!("{text}, but {host} could not be asked");
+    }
+    let advice = "the secret key or the access key is wrong or was deleted: copy both again from \
+                  Kling's console";
+    Fault::new(Exit::Refused, kind, text, advice)
+}
+
+/// Kling's other hosts; none where `origin` is no host of Kling's, which is nobody else's business.
+fn others(origin: &Origin) -> Vec<Origin> {
+    let hosts = HOSTS.iter().filter_map(|host| host.parse::<Origin>().ok());
+    let is_own = |host: &Origin| host.to_string().eq_ignore_ascii_case(&origin.to_string());
+    let (own, others): (Vec<_>, Vec<_>) = hosts.partition(is_own);
+    if own.is_empty() { Vec::new() } else { others }
+}
+
+/// Asks one after the other until one knows the pair.
+async fn ask_all(others: &[Origin], way: &Way, credentials: &Credentials) -> Tried {
+    let credentials = Credentials {
+        validity: Validity {
+            lifetime: LIFETIME,
+            ..credentials.validity
+        },
+        ..credentials.clone()
+    };
+    let mut unreachable = Vec::new();
+    for other in others {
+        let way = Way {
+            origin: other.clone(),
+            ..way.clone()
+        };
+        match ask(&way, &credentials).await {
+            Ok(true) => {
+                return Tried {
+                    known_by: Some(other.clone()),
+                    unreachable,
+                };
+            }
+            Ok(false) => {}
+            Err(_) => unreachable.push(other.clone()),
+        }
+    }
+    Tried {
+        known_by: None,
+        unreachable,
+    }
+}
+
+/// Whether a host knows the pair: it may then still refuse for another reason.
+async fn ask(way: &Way, credentials: &Credentials) -> Result<bool, Fault> {
+    let answer = account::ask_anew(way, credentials).await?.value;
+    Ok(!(1000..=1004).contains(&answer.envelope.code))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use base64::Engine;
+    use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+    use rustls::RootCertStore;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::secret::Secret;
+    use crate::token::Credential;
+    use crate::upstream::Timeouts;
+
+    /// Answers one request with this code, and tells what it was.
+    async fn host(code: i64, told: mpsc::UnboundedSender<String>) -> Origin {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let origin = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                request.push(stream.read_u8().await.unwrap());
+            }
+            told.send(String::from_utf8(request).unwrap()).unwrap();
+            let body = format!("{{\"code\":{code}}}");
+            let length = body.len();
+            let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}");
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        });
+        origin.parse().unwrap()
+    }
+
+    fn way(origin: Origin) -> Way {
+        let timeout = Duration::from_secs(20);
+        Way {
+            origin,
+            roots: Arc::new(RootCertStore::empty()),
+            timeouts: Timeouts {
+                connect: timeout,
+                response: timeout,
+                idle: timeout,
+            },
+        }
+    }
+
+    fn credentials() -> Credentials {
+        let [access_key, secret_key] = ["access", "secret"].map(|key| Secret::from(key.to_owned()));
+        Credentials {
+            credential: Credential::Pair {
+                access_key,
+                secret_key,
+            },
+            validity: Validity {
+                lifetime: Duration::from_mins(30),
+                not_before_leeway: Duration::from_secs(5),
+                refresh_before: Duration::from_mins(5),
+            },
+            clock: Arc::new(SystemClock),
+        }
+    }
+
+    #[test]
+    fn only_who_uses_a_host_of_kling_is_helped_to_another() {
+        let texts = |url: &str| -> Vec<_> {
+            let others = others(&url.parse().unwrap());
+            others.iter().map(Origin::to_string).collect()
+        };
+        let [singapore, beijing, old] = HOSTS;
+        assert_eq!(texts(singapore), [beijing, old]);
+        assert_eq!(texts("https://API-Beijing.klingai.com"), [singapore, old]);
+        for url in [
+            "https://kling.example.test",
+            "https://api.klingai.com.evil.test",
+            "https://api.klingai.com:8443",
+            "http://127.0.0.1:5548",
+        ] {
+            assert_eq!(texts(url), [""; 0], "{url}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_first_host_that_knows_the_pair_is_named() {
+        let (told, mut requests) = mpsc::unbounded_channel();
+        let gone: Origin = "http://127.0.0.1:1".parse().unwrap();
+        let ignorant = host(1000, told.clone()).await;
+        let knowing = host(1102, told.clone()).await;
+        let untried = host(0, told).await;
+        let others = [gone.clone(), ignorant, knowing.clone(), untried.clone()];
+        let tried = ask_all(&others, &way(untried), &credentials()).await;
+        let expected = Tried {
+            known_by: Some(knowing),
+            unreachable: vec![gone],
+        };
+        assert_eq!(tried, expected);
+        for _ in 0..2 {
+            let request = requests.try_recv().unwrap();
+            let (_, token) = request.split_once("Bearer ").unwrap();
+            let claims = BASE64_URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap());
+            let claims: serde_json::Value = serde_json::from_slice(&claims.unwrap()).unwrap();
+            let [exp, nbf] = ["exp", "nbf"].map(|name| claims[name].as_u64().unwrap());
+            assert_eq!(exp - nbf, 60 + 5, "a minute, and the leeway");
+        }
+        assert!(requests.try_recv().is_err(), "nobody else is asked");
+    }
+}

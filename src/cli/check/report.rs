@@ -1,0 +1,248 @@
+//! What the steps came to, told as text while they run or as one JSON object at the end.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::Instant;
+
+use crate::cli::{Exit, Failure, Output, say};
+
+/// What a step came to.
+pub(super) type Outcome<T = ()> = Result<Found<T>, Fault>;
+
+/// What was found by a step that did not fail.
+pub(super) struct Found<T = ()> {
+    /// For the steps that follow.
+    pub(super) value: T,
+    text: String,
+    warnings: Vec<Problem>,
+}
+
+/// Why a step failed.
+#[derive(Debug)]
+pub(super) struct Fault {
+    exit: Exit,
+    text: String,
+    problems: Vec<Problem>,
+}
+
+/// Something to correct.
+#[derive(Debug, Serialize)]
+pub(super) struct Problem {
+    /// A stable name, for scripts.
+    r#type: &'static str,
+    /// The next thing to do.
+    advice: String,
+}
+
+/// All steps so far.
+pub(super) struct Report {
+    output: Output,
+    steps: Vec<Step>,
+    /// That of the first step that failed.
+    exit: Option<Exit>,
+}
+
+#[derive(Serialize)]
+struct Step {
+    #[serde(rename = "step")]
+    name: &'static str,
+    status: Status,
+    found: String,
+    problems: Vec<Problem>,
+    took_ms: u128,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Status {
+    Ok,
+    Warning,
+    Failure,
+}
+
+/// The whole report as JSON shows it.
+#[derive(Serialize)]
+struct Shown<'a> {
+    status: Status,
+    exit_code: u8,
+    steps: &'a [Step],
+}
+
+// === impl Found ===
+
+impl<T> Found<T> {
+    pub(super) fn new(value: T, text: impl Into<String>) -> Self {
+        Self {
+            value,
+            text: text.into(),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Adds something that should be corrected, although the proxy works.
+    pub(super) fn warn(&mut self, r#type: &'static str, advice: impl Into<String>) {
+        self.warnings.push(Problem::new(r#type, advice));
+    }
+}
+
+// === impl Fault ===
+
+impl Fault {
+    pub(super) fn new(
+        exit: Exit,
+        r#type: &'static str,
+        text: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
+        Self {
+            exit,
+            text: text.into(),
+            problems: vec![Problem::new(r#type, advice)],
+        }
+    }
+
+    /// One problem for each thing that is wrong with the settings.
+    pub(super) fn of_settings(problems: &[String]) -> Self {
+        let problem = |advice: &String| Problem::new("wrong_settings", advice);
+        Self {
+            exit: Exit::Settings,
+            text: format!("{} to correct", problems.len()),
+            problems: problems.iter().map(problem).collect(),
+        }
+    }
+}
+
+// === impl Problem ===
+
+impl Problem {
+    fn new(r#type: &'static str, advice: impl Into<String>) -> Self {
+        Self {
+            r#type,
+            advice: advice.into(),
+        }
+    }
+}
+
+// === impl Report ===
+
+impl Report {
+    pub(super) fn new(output: Output) -> Self {
+        Self {
+            output,
+            steps: Vec::new(),
+            exit: None,
+        }
+    }
+
+    /// Takes a step and hands on what it found.
+    pub(super) fn take<T>(
+        &mut self,
+        name: &'static str,
+        step: impl FnOnce() -> Outcome<T>,
+    ) -> Option<T> {
+        let start = Instant::now();
+        let outcome = step();
+        self.add(name, start.elapsed(), outcome)
+    }
+
+    /// Waits for a step and hands on what it found.
+    pub(super) async fn wait<T>(
+        &mut self,
+        name: &'static str,
+        step: impl Future<Output = Outcome<T>>,
+    ) -> Option<T> {
+        let start = Instant::now();
+        let outcome = step.await;
+        self.add(name, start.elapsed(), outcome)
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.exit.is_some()
+    }
+
+    /// Tells the end: what scripts read, and the exit code.
+    pub(super) fn end(self) -> Result<(), Failure> {
+        if let Output::Json = self.output {
+            let worst = match self.exit {
+                Some(_) => Status::Failure,
+                None if self.steps.iter().any(|step| step.status != Status::Ok) => Status::Warning,
+                None => Status::Ok,
+            };
+            let shown = Shown {
+                status: worst,
+                exit_code: self.exit.map_or(0, |exit| exit as u8),
+                steps: &self.steps,
+            };
+            // A struct of texts and numbers cannot fail to serialise.
+            say(serde_json::to_string_pretty(&shown).unwrap_or_default());
+        }
+        self.exit.map_or(Ok(()), |exit| {
+            Err(Failure {
+                exit,
+                lines: Vec::new(),
+            })
+        })
+    }
+
+    fn add<T>(&mut self, name: &'static str, took: Duration, outcome: Outcome<T>) -> Option<T> {
+        let (status, value, found, problems) = match outcome {
+            Ok(Found {
+                value,
+                text,
+                warnings,
+            }) => {
+                let status = if warnings.is_empty() {
+                    Status::Ok
+                } else {
+                    Status::Warning
+                };
+                (status, Some(value), text, warnings)
+            }
+            Err(Fault {
+                exit,
+                text,
+                problems,
+            }) => {
+                self.exit.get_or_insert(exit);
+                (Status::Failure, None, text, problems)
+            }
+        };
+        let step = Step {
+            name,
+            status,
+            found,
+            problems,
+            took_ms: took.as_millis(),
+        };
+        if let Output::Text = self.output {
+            step.tell();
+        }
+        self.steps.push(step);
+        value
+    }
+}
+
+// === impl Step ===
+
+impl Step {
+    fn tell(&self) {
+        let Self {
+            name,
+            found,
+            took_ms,
+            ..
+        } = self;
+        let status = match self.status {
+            Status::Ok => "ok",
+            Status::Warning => "warning",
+            Status::Failure => "FAILED",
+        };
+        say(format_args!(
+            "{status:<8} {name:<13}  {found} ({took_ms} ms)"
+        ));
+        for Problem { advice, .. } in &self.problems {
+            say(format_args!("{:<24}-> {advice}", ""));
+        }
+    }
+}
