@@ -8,10 +8,12 @@ use std::{
     thread,
 };
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::time::Instant;
 
 use crate::support::{
     Command, Connection, Credential, Message, Proxy, Signal, Upstream, claims, eventually, get,
+    request,
 };
 
 const ROTATIONS: usize = 100;
@@ -189,4 +191,26 @@ fn half_of_a_pair_that_stays_alone_is_taken() {
     let changed = |line: &str| line.contains("credential changed");
     assert!(proxy.stderr.find(changed).is_some());
     assert_eq!(proxy.get("/v1/x").status(), 200);
+}
+
+/// A pipe whose writer is silent, as a file on a network that hangs.
+#[test]
+fn file_that_hangs_holds_up_neither_requests_nor_the_end() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let tokens = command.file("tokens", "first-token-01234\n");
+    let proxy = command
+        .setting("access.client_tokens_file", tokens.to_str().unwrap())
+        .start();
+    fs::remove_file(&tokens).unwrap();
+    mknodat(CWD, &tokens, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let _silent = fs::File::options().read(true).write(true).open(&tokens);
+    proxy.signal(Signal::HUP);
+    let shown = request("GET /v1/x", "kling-proxy-token: first-token-01234", "");
+    for _ in 0..20 {
+        assert_eq!(proxy.send(&shown).status(), 200);
+        assert_eq!(proxy.admin("/health/ready").status(), 200);
+    }
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.end().0, Some(0));
 }

@@ -2,8 +2,8 @@
 //!
 //! Requests are served by a few threads with a runtime each, which share nothing that locks: a
 //! connection, its requests and the connections that they use upstream stay on one thread. This
-//! thread keeps what is not a request: signals, the admin listener, the sandbox, changed files, and
-//! the connection that is ready for whichever of them has none.
+//! thread keeps what is not a request: signals, the admin listener, the sandbox, and the connection
+//! that is ready for whichever of them has none. Changed files have a thread to wait on.
 
 mod configuration;
 mod listeners;
@@ -148,7 +148,7 @@ impl Proxy {
             ran: None,
             half_new: None,
         };
-        let reloading = tokio::spawn(reload.run(hang_up));
+        reload.start(hang_up).map_err(failed)?;
         lifecycle.enter(Phase::Ready);
         manager.ready();
 
@@ -161,8 +161,7 @@ impl Proxy {
             }
         }
         tracing::info!("shutting down");
-        // It would tell the manager that we are ready again.
-        reloading.abort();
+        lifecycle.enter(Phase::Stopping);
         manager.stopping();
         tokio::select! {
             ended = end(&lifecycle, delay, socket_file, &stop, threads) => ended,
@@ -254,7 +253,7 @@ async fn serve(
     })
 }
 
-/// Ends in order: not ready but serving, then nothing new, then what is in flight.
+/// Ends in order: not ready but serving, as it is already, then nothing new, then what is in flight.
 async fn end(
     lifecycle: &Lifecycle,
     delay: Duration,
@@ -262,7 +261,6 @@ async fn end(
     stop: &latch::Sender<bool>,
     mut threads: mpsc::UnboundedReceiver<Ended>,
 ) -> Result<(), Failure> {
-    lifecycle.enter(Phase::Stopping);
     tokio::time::sleep(delay).await;
     lifecycle.enter(Phase::Draining);
     // Before the socket is closed: then nobody finds a file that does not answer.

@@ -2,8 +2,10 @@
 //! SIGHUP. What is wrong changes nothing, and the log says so.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::mem;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
@@ -15,6 +17,7 @@ use super::systemd::Manager;
 use crate::cli::Failure;
 use crate::credentials;
 use crate::error::chain;
+use crate::lifecycle::Phase;
 use crate::server::Certificate;
 use crate::settings::{Row, Settings};
 use crate::stack::Shared;
@@ -61,8 +64,18 @@ struct Warning(Option<String>);
 // === impl Reload ===
 
 impl Reload {
-    /// Never ends.
-    pub(super) async fn run(mut self, mut hang_up: Signal) {
+    /// Goes on until the process ends, on a thread of its own: a file on a network that hangs holds
+    /// up nothing else.
+    pub(super) fn start(self, hang_up: Signal) -> io::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let thread = thread::Builder::new().name("reload".to_owned());
+        thread.spawn(move || runtime.block_on(self.run(hang_up)))?;
+        Ok(())
+    }
+
+    async fn run(mut self, mut hang_up: Signal) {
         let [mut credential, mut clients, mut certificate] = <[Warning; 3]>::default();
         let mut ticks = interval_at(Instant::now() + INTERVAL, INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -90,7 +103,8 @@ impl Reload {
             credential.tell("credential", self.credential(asked).await);
             clients.tell("client tokens", self.clients());
             certificate.tell("certificate", self.certificate());
-            if asked {
+            // Once it ends, it does not get ready again.
+            if asked && self.shared.lifecycle.phase() == Phase::Ready {
                 self.manager.ready();
             }
         }
