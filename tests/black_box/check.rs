@@ -3,7 +3,7 @@
 use std::{
     fs::{self, Permissions},
     io::{Read as _, Write as _},
-    net::{TcpListener, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
     thread,
@@ -11,6 +11,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 use crate::support::{
     ACCESS_KEY, Command, Credential, Finished, Issued, Proxy, Root, SECRET_KEY, SUCCESS, Step,
@@ -123,6 +124,17 @@ fn peer(answer: Option<&'static str>) -> (TcpListener, u16) {
         });
     }
     (listener, port)
+}
+
+/// A port whose queue of connections is full, so that the kernel does not answer further ones.
+fn full() -> (Socket, TcpStream, u16) {
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let address = SocketAddr::from(([127, 0, 0, 1], 0));
+    listener.bind(&address.into()).unwrap();
+    listener.listen(0).unwrap();
+    let address = listener.local_addr().unwrap().as_socket().unwrap();
+    let first = TcpStream::connect(address).unwrap();
+    (listener, first, address.port())
 }
 
 #[test]
@@ -324,6 +336,7 @@ fn what_is_broken_on_the_way_is_told_apart() {
     let (_plain, plain) = peer(Some("HTTP/1.1 400 Bad Request\r\n\r\n"));
     let (_cut, cut) = peer(Some(""));
     let (_silent, silent) = peer(None);
+    let (_full, _first, full) = full();
     // Without any route, names cannot be resolved for that reason.
     let routed = UdpSocket::bind("0.0.0.0:0")
         .unwrap()
@@ -343,6 +356,11 @@ fn what_is_broken_on_the_way_is_told_apart() {
             format!("https://127.0.0.1:{refused}"),
             "connection",
             "connection_refused",
+        ),
+        (
+            format!("https://127.0.0.1:{full}"),
+            "connection",
+            "connection_timed_out",
         ),
         (format!("https://127.0.0.1:{plain}"), "tls", "not_tls"),
         (format!("https://127.0.0.1:{cut}"), "tls", "tls_failed"),
