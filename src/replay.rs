@@ -24,6 +24,8 @@ pub struct Replay {
     source: Option<Arc<Mutex<Source>>>,
     /// How far this clone is.
     at: u64,
+    /// Which reader this is, once it reads.
+    turn: Option<u64>,
     /// Of the whole body, where it is declared.
     length: Option<u64>,
 }
@@ -51,6 +53,8 @@ struct Source {
     kept: Vec<u8>,
     /// How much was read, kept or not.
     read: u64,
+    /// The latest reader.
+    turn: u64,
     ended: bool,
     /// Whether what was read is not all there any more.
     lost: bool,
@@ -71,6 +75,7 @@ impl Replay {
                 body,
                 kept: Vec::new(),
                 read: 0,
+                turn: 0,
                 ended: false,
                 lost: false,
                 keeper: Arc::clone(keeper),
@@ -79,6 +84,7 @@ impl Replay {
         Self {
             source,
             at: 0,
+            turn: None,
             length,
         }
     }
@@ -112,6 +118,14 @@ impl http_body::Body for Replay {
             return Poll::Ready(None);
         };
         let mut source = lock(source);
+        let turn = *this.turn.get_or_insert_with(|| {
+            source.turn += 1;
+            source.turn
+        });
+        if turn != source.turn {
+            // Nor may it be woken in place of the latest.
+            return Poll::Ready(Some(Err("the body is being sent again".into())));
+        }
         if this.at < source.read {
             let Some(piece) = source.piece(this.at) else {
                 return Poll::Ready(Some(Err("the beginning of the body is gone".into())));
@@ -138,6 +152,10 @@ impl http_body::Body for Replay {
             Some(Err(error)) => {
                 source.lose();
                 Some(Err(error.into_inner()))
+            }
+            None if this.length.is_some_and(|length| this.at < length) => {
+                source.lose();
+                Some(Err("the body ended before its declared end".into()))
             }
             None => {
                 source.ended = true;

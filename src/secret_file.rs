@@ -13,6 +13,8 @@ const READ_BY_OTHERS: u32 = 0o004;
 /// Who else may write it: they could make us spend with a key of theirs, or lock us out.
 const WRITTEN_BY_OTHERS: u32 = 0o022;
 const ROOT: u32 = 0;
+/// As much as is read, in bytes: thousands of client tokens.
+const LARGEST: u64 = 1 << 20;
 
 /// The content of a file.
 #[derive(Debug)]
@@ -45,7 +47,7 @@ pub enum SecretFileError {
 pub fn read(path: &Path) -> Result<SecretFile, SecretFileError> {
     // A named pipe that nobody writes to would keep us here for ever; so it is empty.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .custom_flags(flags)
         .open(path)?;
@@ -61,7 +63,7 @@ pub fn read(path: &Path) -> Result<SecretFile, SecretFileError> {
         return Err(SecretFileError::Foreign(owner));
     }
     let mut text = Zeroizing::new(String::new());
-    file.read_to_string(&mut text)?;
+    file.take(LARGEST).read_to_string(&mut text)?;
     Ok(SecretFile {
         text,
         exposed: mode & READ_BY_OTHERS != 0,

@@ -1,33 +1,34 @@
 //! The names of a task, which is what is paid for: by them it is found again.
 
 use serde::Deserialize;
+use serde_json::Value;
 
 /// What a request or an answer calls a task.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Task {
-    /// Kling's name. Paths of the new standard call it `id`.
-    #[serde(rename = "task_id", alias = "id")]
+    /// Kling's name.
     pub id: Option<String>,
     /// The client's own, unique in the account.
-    #[serde(rename = "external_task_id", alias = "external_id")]
     pub external_id: Option<String>,
-    /// Where legacy paths put the client's name.
-    #[serde(rename = "task_info")]
-    info: Info,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+/// Where the names may be, in whichever generation of the API. A member of another type than
+/// expected hides no other.
+#[derive(Default, Deserialize)]
 #[serde(default)]
-struct Info {
-    external_task_id: Option<String>,
+struct Members {
+    task_id: Value,
+    id: Value,
+    external_task_id: Value,
+    external_id: Value,
+    task_info: Value,
 }
 
 /// An answer's envelope.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Answer {
-    data: Task,
+    data: Value,
 }
 
 // === impl Task ===
@@ -35,17 +36,38 @@ struct Answer {
 impl Task {
     /// The names in the JSON of a create; none if it is something else.
     pub fn ordered(request: &[u8]) -> Self {
-        serde_json::from_slice(request).unwrap_or_default()
+        serde_json::from_slice::<Members>(request)
+            .unwrap_or_default()
+            .into()
     }
 
     /// The names in the JSON of an answer to a create; none if it is something else.
     pub fn answered(answer: &[u8]) -> Self {
         let Answer { data } = serde_json::from_slice(answer).unwrap_or_default();
+        serde_json::from_value::<Members>(data)
+            .unwrap_or_default()
+            .into()
+    }
+}
+
+impl From<Members> for Task {
+    fn from(members: Members) -> Self {
+        let info = &members.task_info["external_task_id"];
         Self {
-            external_id: data.external_id.or(data.info.external_task_id),
-            id: data.id,
-            info: Info::default(),
+            id: text(&members.task_id).or_else(|| text(&members.id)),
+            external_id: text(&members.external_task_id)
+                .or_else(|| text(&members.external_id))
+                .or_else(|| text(info)),
         }
+    }
+}
+
+/// A name is a text, or a number that stands for one.
+fn text(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
     }
 }
 
@@ -65,6 +87,11 @@ mod tests {
                 ["8", "mine"],
             ),
             (r#"{"data":{"id":"8","external_id":"mine"}}"#, ["8", "mine"]),
+            (
+                r#"{"data":{"task_id":"8","id":7,"task_info":null}}"#,
+                ["8", ""],
+            ),
+            (r#"{"data":{"id":7,"external_id":{}}}"#, ["7", ""]),
             (r#"{"data":[{"task_id":"8"}]}"#, ["", ""]),
             (r#"{"data":null}"#, ["", ""]),
             ("<html>", ["", ""]),

@@ -4,9 +4,10 @@ use std::ffi::{OsStr, OsString};
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
 use tokio::io::AsyncReadExt;
-use tokio::process;
+use tokio::process::{self, Child};
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
@@ -76,10 +77,13 @@ impl Command<'_> {
     ///
     /// [`Error::Command`], and what is wrong with the keys.
     pub async fn run(self) -> Result<Found, Error> {
-        let printed = match timeout(LONGEST, self.output()).await {
-            Ok(output) => output?,
-            Err(_) => return Err(CommandError::Slow.into()),
+        let mut child = self.spawn()?;
+        let group = child.id();
+        let Ok(printed) = timeout(LONGEST, output(&mut child)).await else {
+            end(group);
+            return Err(CommandError::Slow.into());
         };
+        let printed = printed?;
         let printed: Printed =
             serde_json::from_slice(&printed).map_err(|_| CommandError::Output)?;
         let read = |name: &str, text: Option<Secret>| -> Result<Option<Key>, Error> {
@@ -101,9 +105,9 @@ impl Command<'_> {
         })
     }
 
-    async fn output(self) -> Result<Zeroizing<Vec<u8>>, CommandError> {
+    fn spawn(self) -> Result<Child, CommandError> {
         let (program, arguments) = self.words.split_first().ok_or(CommandError::Output)?;
-        let mut child = process::Command::new(program)
+        let child = process::Command::new(program)
             .args(arguments)
             .env_clear()
             .envs(
@@ -115,17 +119,33 @@ impl Command<'_> {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
+            .process_group(0)
             .spawn()?;
-        let mut printed = Zeroizing::new(Vec::new());
-        if let Some(stdout) = child.stdout.take() {
-            stdout.take(MOST).read_to_end(&mut printed).await?;
-        }
-        let status = child.wait().await?;
-        if status.success() {
-            Ok(printed)
-        } else {
-            Err(CommandError::Failed(status))
-        }
+        Ok(child)
+    }
+}
+
+/// What a command prints until it ends well.
+async fn output(child: &mut Child) -> Result<Zeroizing<Vec<u8>>, CommandError> {
+    let mut printed = Zeroizing::new(Vec::new());
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(MOST).read_to_end(&mut printed).await?;
+    }
+    let status = child.wait().await?;
+    if status.success() {
+        Ok(printed)
+    } else {
+        Err(CommandError::Failed(status))
+    }
+}
+
+/// Ends a command that is too slow, and what it has started.
+fn end(group: Option<u32>) {
+    let group = group.and_then(|group| Pid::from_raw(group.cast_signed()));
+    if let Some(group) = group
+        && let Err(error) = kill_process_group(group, Signal::KILL)
+    {
+        tracing::debug!(%error, "cannot end a command");
     }
 }
 

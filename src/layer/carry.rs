@@ -2,6 +2,7 @@
 //! with it would go the only trace of a paid task: so a create runs on its own, and what came of it
 //! is logged if nobody is left to be told.
 
+use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -36,10 +37,20 @@ pub struct Carry<S> {
 /// Waits for a create that runs on its own.
 pub struct Carried(oneshot::Receiver<Parcel>);
 
-/// An outcome on its way to the client. Dropped before it was taken, it is logged.
+/// A create on its way to its client. Whatever drops it before it was taken, it is logged.
 struct Parcel {
-    outcome: Option<Result<Response, Error>>,
+    outcome: Outcome,
     order: Order,
+}
+
+/// What came of a create.
+enum Outcome {
+    /// Nothing yet.
+    Coming,
+    /// This.
+    There(Result<Response, Error>),
+    /// The client has it.
+    Taken,
 }
 
 /// What is known of a create without its answer.
@@ -93,9 +104,11 @@ where
         let exchange = self.inner.call(request);
         let (sender, receiver) = oneshot::channel();
         let running = async move {
-            let outcome = Some(exchange.await);
+            let outcome = Outcome::Coming;
+            let mut parcel = Parcel { outcome, order };
+            parcel.outcome = Outcome::There(exchange.await);
             // A parcel that is not taken speaks for itself.
-            let _ = sender.send(Parcel { outcome, order });
+            let _ = sender.send(parcel);
         };
         self.carried.spawn(running.in_current_span());
         Either::Right(Carried(receiver))
@@ -109,10 +122,14 @@ impl Future for Carried {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let parcel = ready!(Pin::new(&mut self.0).poll(cx));
-        let outcome = parcel.ok().and_then(|mut parcel| parcel.outcome.take());
-        // It panicked, which a bug in this program could make it do.
-        let lost = || Error::Disconnected("the exchange was aborted".into());
-        Poll::Ready(outcome.unwrap_or_else(|| Err(lost())))
+        let outcome = parcel.map(|mut parcel| mem::replace(&mut parcel.outcome, Outcome::Taken));
+        Poll::Ready(match outcome {
+            Ok(Outcome::There(outcome)) => outcome,
+            // It panicked, which a bug in this program could make it do.
+            Ok(Outcome::Coming | Outcome::Taken) | Err(_) => {
+                Err(Error::Disconnected("the exchange was aborted".into()))
+            }
+        })
     }
 }
 
@@ -120,8 +137,10 @@ impl Future for Carried {
 
 impl Drop for Parcel {
     fn drop(&mut self) {
-        if let Some(outcome) = &self.outcome {
-            self.order.tell(outcome.as_ref());
+        match &self.outcome {
+            Outcome::There(outcome) => self.order.tell(Some(outcome.as_ref())),
+            Outcome::Coming => self.order.tell(None),
+            Outcome::Taken => {}
         }
     }
 }
@@ -129,25 +148,32 @@ impl Drop for Parcel {
 // === impl Order ===
 
 impl Order {
-    /// Logs what came of a create whose client has gone. It may be all that is left of a paid task.
-    fn tell(&self, outcome: Result<&Response, &Error>) {
+    /// Logs what came of a create whose client was not told; nothing yet, if it was cut off. The
+    /// line may be all that is left of a paid task.
+    fn tell(&self, outcome: Option<Result<&Response, &Error>>) {
         let facts = self.facts.as_ref();
         let task = facts.and_then(Facts::task);
         let ordered = self.body.with_kept(Task::ordered);
         let external_id = task.and_then(|task| task.external_id.as_ref());
         let external_id = external_id.or(ordered.external_id.as_ref());
-        let cause = outcome.err().map(|error| chain(error));
+        let answer = outcome.and_then(Result::ok);
+        let error = outcome.and_then(Result::err);
+        let cause = error.map(|error| chain(error));
         tracing::warn!(
             request_id = facts.map(|facts| facts.id().as_str()),
             client = facts.and_then(Facts::client),
             url.path = &*printable(self.uri.path()),
             task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
             task.external_id = external_id.map(|id| printable(id)).as_deref(),
-            http.response.status_code = outcome.ok().map(|answer| answer.status().as_u16()),
+            http.response.status_code = answer.map(|answer| answer.status().as_u16()),
             http.request.resend_count = facts.and_then(Facts::resend_count),
-            error.type = outcome.err().map(Error::kind),
+            error.type = error.map(Error::kind),
             error.cause = cause.as_deref().map(printable).as_deref(),
-            "the client has gone; its create was carried through"
+            "{}",
+            match outcome {
+                Some(_) => "the client has gone; its create was carried through",
+                None => "a create was cut off; its task may exist and be billed",
+            }
         );
     }
 }

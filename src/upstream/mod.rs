@@ -188,7 +188,11 @@ impl Upstream {
                     return Ok(response.map(|body: Incoming| Download::new(body, lease, idle)));
                 }
                 Err(mut refused) => match refused.take_message() {
-                    Some(unsent) if kept => request = unsent,
+                    Some(unsent) if kept => {
+                        request = unsent;
+                        // HTTP/2 has taken it away, and the next connection may speak HTTP/1.1.
+                        request.headers_mut().insert(HOST, self.pool.host());
+                    }
                     Some(_) => return Err(Error::Unreachable(refused.into_error().into())),
                     None => return Err(classify(refused.into_error())),
                 },

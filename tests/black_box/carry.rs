@@ -155,11 +155,15 @@ fn drain_waits_for_a_create_whose_client_has_gone() {
 fn drain_cuts_a_carried_create_at_its_limit_and_says_so() {
     let (upstream, proxy) = started_with(&[("shutdown.drain", "100ms")]);
     upstream.script(|_| vec![Step::Hang]);
-    hang_up(&upstream, proxy.connect(), post("/v1/x", "{}"));
+    let create = post("/v1/x", r#"{"external_task_id":"my-9"}"#);
+    hang_up(&upstream, proxy.connect(), create);
     proxy.signal(Signal::TERM);
     let (code, log) = proxy.end();
     assert_eq!(code, Some(0));
     assert!(log.contains("\"cut.creates\":1"), "{log}");
+    let named = log.lines().find(|line| line.contains("was cut off"));
+    let named: Value = serde_json::from_str(named.expect("a line for the create")).unwrap();
+    assert_eq!(named["task.external_id"], "my-9", "{named}");
 }
 
 /// A client that just closes cannot be told from one that waits for its answer.

@@ -42,6 +42,7 @@ async function start(t, flags, listeners, variables) {
       HOME: home,
       KLING_PROXY_LISTEN__ADDRESS: "127.0.0.1:0",
       KLING_PROXY_ADMIN__ADDRESS: "127.0.0.1:0",
+      KLING_PROXY_UPSTREAM__WARM_UP: "false", // a test counts what upstream sees
       ...variables,
     },
     stdio: ["ignore", "pipe", "pipe"],

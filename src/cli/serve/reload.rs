@@ -87,7 +87,9 @@ impl Reload {
                     continue;
                 }
                 _ = hang_up.recv() => {
-                    self.manager.reloading();
+                    if self.is_ready() {
+                        self.manager.reloading();
+                    }
                     // Whoever asks wants an answer, be it the same one.
                     [credential, clients, certificate] = Default::default();
                     match self.settings() {
@@ -103,11 +105,15 @@ impl Reload {
             credential.tell("credential", self.credential(asked).await);
             clients.tell("client tokens", self.clients());
             certificate.tell("certificate", self.certificate());
-            // Once it ends, it does not get ready again.
-            if asked && self.shared.lifecycle.phase() == Phase::Ready {
+            if asked && self.is_ready() {
                 self.manager.ready();
             }
         }
+    }
+
+    /// Whether the service manager is to hear of a reload: once we end, that is what it knows.
+    fn is_ready(&self) -> bool {
+        self.shared.lifecycle.phase() == Phase::Ready
     }
 
     /// Reads all settings again and takes over those that can change.
@@ -159,16 +165,16 @@ impl Reload {
             return Ok(());
         }
         let places = self.configuration.places();
-        let found = match (places.find(), places.command()) {
+        let (found, whole) = match (places.find(), places.command()) {
             (Err(credentials::Error::Missing), Some(_)) if !asked => return Ok(()),
             (Err(credentials::Error::Missing), Some(command)) => {
                 self.ran = Some(Instant::now());
-                command.run().await
+                (command.run().await, true)
             }
-            (found, _) => found,
+            (found, _) => (found, false),
         };
         let found = found.map_err(|error| chain(&error))?;
-        if self.is_half_new(&found.credential) {
+        if !whole && self.is_half_new(&found.credential) {
             return Ok(());
         }
         if self.shared.tokens.replace(found.credential) {

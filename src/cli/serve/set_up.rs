@@ -42,6 +42,8 @@ impl Proxy {
     pub(super) fn set_up(configuration: &Configuration) -> Result<Self, Failure> {
         let settings = &configuration.settings;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        // Before a command is run, which would inherit the sockets of a service manager.
+        let listeners = Listeners::open(settings, &configuration.environment)?;
         let credential = if configuration.sandboxed {
             sandbox_credential()
         } else {
@@ -54,7 +56,6 @@ impl Proxy {
         let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
         let metrics = Arc::new(metrics);
 
-        let listeners = Listeners::open(settings, &configuration.environment)?;
         let (sandbox, origin) = if configuration.sandboxed {
             let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox.clone(), &clock)?;
             (Some((listener, sandbox)), origin)
