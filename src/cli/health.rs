@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::{Exit, Failure, SettingsArgs, say};
+use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::admin;
 
 pub(super) fn run(
@@ -19,9 +19,7 @@ pub(super) fn run(
     };
     let url = format!("http://{}{}", reachable(address), admin::READY);
     let failed = |error: &dyn std::error::Error| Failure::because(Exit::Failed, error);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = runtime();
     let answer = runtime.map_err(|error| failed(&error))?.block_on(async {
         let client = reqwest::Client::builder()
             .no_proxy()

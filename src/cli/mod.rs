@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tokio::runtime::Runtime;
 
 use crate::credentials::{self, CommandError, Found, Places};
 use crate::error::chain;
@@ -237,13 +238,18 @@ impl From<credentials::Error> for Failure {
 fn find_credential(places: &Places) -> Result<Found, credentials::Error> {
     match (places.find(), places.command()) {
         (Err(credentials::Error::Missing), Some(command)) => {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build();
+            let runtime = runtime();
             runtime.map_err(CommandError::Run)?.block_on(command.run())
         }
         (found, _) => found,
     }
+}
+
+/// A runtime for one thread: each thread here has its own.
+fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
 }
 
 /// Prints a line. A reader that has gone, such as `head`, is no failure.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::{Semaphore, watch};
 
 use super::signal::Signals;
-use super::{Exit, Failure, SettingsArgs, say};
+use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
 use crate::sandbox::{ACCESS_KEY, SECRET_KEY, Sandbox};
 use crate::server::{self, Limits, Listener};
@@ -32,9 +32,7 @@ pub(super) fn run(
         idle: settings.upstream.timeouts.idle,
         drain: settings.shutdown.drain,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = runtime();
     runtime.map_err(failed)?.block_on(async {
         let mut signals = Signals::new().map_err(failed)?;
         say(format_args!("sandbox  http://{address}"));

@@ -45,7 +45,7 @@ use crate::headers;
 use crate::metrics::Metrics;
 
 /// What we call ourselves where no client does.
-const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
+pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
 
 /// A request that comes at once goes first: two handshakes at a time would slow it down.
 const HEAD_START: Duration = Duration::from_millis(100);

@@ -23,6 +23,7 @@ use crate::error::chain;
 use crate::service_code;
 use crate::telemetry::printable;
 use crate::token::{Credential, Validity};
+use crate::upstream;
 
 /// A person waits for the answer, so `upstream.response_timeout` counts only if it is shorter.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -30,7 +31,6 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const BOUND: usize = 64 << 10;
 /// Packs that were bought earlier are not told, and some are good for a year.
 const SPAN: Duration = Duration::from_hours(400 * 24);
-const AGENT: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
 
 /// What shows who we are.
 #[derive(Clone)]
@@ -211,7 +211,7 @@ async fn exchange(
     request.headers_mut().extend([
         (HOST, host),
         (AUTHORIZATION, authorization),
-        (USER_AGENT, HeaderValue::from_static(AGENT)),
+        (USER_AGENT, HeaderValue::from_static(upstream::NAME)),
     ]);
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
     tokio::spawn(connection);

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use self::account::Credentials;
 use self::network::Way;
 use self::report::{Fault, Report};
-use super::{Exit, Failure, Output, SettingsArgs};
+use super::{Exit, Failure, Output, SettingsArgs, runtime};
 use crate::clock::{Clock, SystemClock};
 use crate::credentials::Places;
 use crate::server::CertificateFiles;
@@ -81,10 +81,7 @@ pub(super) fn run(
         validity: settings.token,
         clock,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::because(Exit::Failed, &error))?;
+    let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
     runtime.block_on(ask(&mut report, &way, credentials));
     // A name that is still being resolved must not keep the process.
     runtime.shutdown_background();

@@ -30,7 +30,7 @@ use self::reload::Reload;
 use self::set_up::Proxy;
 use self::systemd::Manager;
 use super::signal::{self, Signals};
-use super::{Exit, Failure, SettingsArgs, say};
+use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::admin::Control;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::sandbox::Sandbox;
@@ -66,10 +66,7 @@ pub(super) fn run(
         sandboxed: with_sandbox,
     };
     let proxy = Proxy::set_up(&configuration)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::because(Exit::Failed, &error))?;
+    let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
     let ended = runtime.block_on(proxy.run(configuration));
     // A name that is still being resolved must not keep the process.
     runtime.shutdown_background();
@@ -212,9 +209,7 @@ fn start_threads(
             .collect::<io::Result<Vec<_>>>()?;
         let (shared, limits, stopped) = (shared.clone(), limits.clone(), stopped.clone());
         let sender = sender.clone();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let runtime = runtime()?;
         thread::Builder::new()
             .name(format!("requests-{index}"))
             .spawn(move || {

@@ -14,7 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use super::configuration::Configuration;
 use super::set_up::{rules, warn_of_clients};
 use super::systemd::Manager;
-use crate::cli::Failure;
+use crate::cli::{Failure, runtime};
 use crate::credentials;
 use crate::error::chain;
 use crate::lifecycle::Phase;
@@ -67,9 +67,7 @@ impl Reload {
     /// Goes on until the process ends, on a thread of its own: a file on a network that hangs holds
     /// up nothing else.
     pub(super) fn start(self, hang_up: Signal) -> io::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let runtime = runtime()?;
         let thread = thread::Builder::new().name("reload".to_owned());
         thread.spawn(move || runtime.block_on(self.run(hang_up)))?;
         Ok(())
@@ -118,18 +116,17 @@ impl Reload {
 
     /// Reads all settings again and takes over those that can change.
     fn settings(&mut self) -> Result<(), String> {
-        let said = |failure: Failure| failure.lines.join("; ");
         let Configuration {
             args, environment, ..
         } = &self.configuration;
-        let (settings, rows) = args.load(environment).map_err(said)?;
+        let (settings, rows) = args.load(environment).map_err(|failure| told(&failure))?;
         let protected = |settings: &Settings| settings.access.client_tokens_file.is_some();
         if self.exposed && protected(&self.configuration.settings) && !protected(&settings) {
             let reason =
                 "access.client_tokens_file cannot be taken away while other machines can connect";
             return Err(reason.to_owned());
         }
-        let rules = rules(&settings, &self.shared.clock).map_err(said)?;
+        let rules = rules(&settings, &self.shared.clock).map_err(|failure| told(&failure))?;
         for key in changed(&self.configuration.rows, &rows) {
             if LIVE.iter().any(|live| key.starts_with(live)) {
                 tracing::info!(key, "setting changed");
@@ -210,7 +207,7 @@ impl Reload {
             return Ok(());
         }
         let rules = rules(settings, &self.shared.clock);
-        let rules = rules.map_err(|failure| failure.lines.join("; "))?;
+        let rules = rules.map_err(|failure| told(&failure))?;
         if rules.client_tokens != self.shared.rules.load().client_tokens {
             tracing::info!("client tokens changed");
             warn_of_clients(&rules);
@@ -243,6 +240,11 @@ impl Warning {
         }
         self.0 = problem;
     }
+}
+
+/// All that is wrong, in one line of the log.
+fn told(failure: &Failure) -> String {
+    failure.lines.join("; ")
 }
 
 /// The keys that have another value now, or none any more.
