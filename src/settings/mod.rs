@@ -28,7 +28,7 @@ use crate::replay;
 use crate::sandbox;
 use crate::telemetry;
 use crate::token::Validity;
-use crate::upstream::{Origin, Timeouts};
+use crate::upstream::{EgressProxy, Origin, Timeouts};
 
 /// All settings. Keys and units stand in `config/default.toml`.
 #[derive(Debug)]
@@ -92,6 +92,8 @@ pub struct Upstream {
     pub origin: Origin,
     /// A further trust root.
     pub ca_file: Option<PathBuf>,
+    /// The only way out of this network.
+    pub proxy: Option<EgressProxy>,
     /// How long to wait.
     pub timeouts: Timeouts,
     /// How ready to be.
@@ -175,6 +177,12 @@ pub struct Row {
 /// Keys whose value is never shown.
 const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
 
+/// Keys whose value is not shown where it may hold a password.
+const URLS: [&str; 2] = ["upstream.url", "upstream.proxy"];
+
+/// What is shown instead.
+const REDACTED: &str = "[redacted]";
+
 // === impl Settings ===
 
 impl Settings {
@@ -217,6 +225,7 @@ impl Settings {
             upstream: Upstream {
                 origin: from.get("upstream.url"),
                 ca_file: from.get("upstream.ca_file"),
+                proxy: from.get("upstream.proxy"),
                 timeouts: Timeouts {
                     connect: from.get("upstream.connect_timeout"),
                     response: from.get("upstream.response_timeout"),
@@ -326,7 +335,7 @@ impl Reader<'_> {
 impl Row {
     /// Whether its value is a secret.
     pub fn is_secret(&self) -> bool {
-        SECRETS.contains(&self.key.as_str())
+        self.value == REDACTED
     }
 }
 
@@ -364,10 +373,9 @@ fn rows(layers: &Layers) -> Vec<Row> {
 fn shown(key: &str, value: &Value) -> String {
     let shown = serde_json::to_string(value).unwrap_or_default();
     let secret = SECRETS.contains(&key) && value.as_str() != Some("");
-    // A URL that says too much is refused; what it says may be a password.
-    let password = key == "upstream.url" && shown.contains(['@', '?']);
+    let password = URLS.contains(&key) && shown.contains(['@', '?']);
     if secret || password {
-        "[redacted]".to_owned()
+        REDACTED.to_owned()
     } else {
         shown
     }

@@ -12,7 +12,7 @@ use tracing_subscriber::EnvFilter;
 use crate::layer::normalise::{self, Statuses};
 use crate::secret::Secret;
 use crate::telemetry;
-use crate::upstream::Origin;
+use crate::upstream::{EgressProxy, NoEgressProxy, Origin};
 
 /// A type that a setting can have.
 pub(super) trait Setting: Sized {
@@ -71,6 +71,9 @@ texts! {
         Ok(Offset(sign * i64::try_from(size.as_secs()).map_err(|_| None)?))
     };
     Origin, "a URL", |text: &str| text.parse::<Origin>().map_err(|error| Some(error.to_string()));
+    EgressProxy, "a URL", |text: &str| {
+        text.parse().map_err(|error: NoEgressProxy| Some(error.to_string()))
+    };
     HeaderValue, "a header value", |text: &str| text.parse().map_err(|_| None);
     Method, "a method such as \"GET\"", |text: &str| text.parse().map_err(|_| None);
     EnvFilter, "a filter as in RUST_LOG", |text: &str| EnvFilter::try_new(text).map_err(|_| None);

@@ -21,6 +21,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use tower::{Service, ServiceExt};
 
+use super::egress::{EgressProxy, Tcp};
 use crate::error::BoxError;
 
 /// How often TCP, or HTTP/2, asks a silent peer whether it is still there.
@@ -65,7 +66,7 @@ pub enum TlsError {
 /// Makes connections.
 #[derive(Clone)]
 pub(super) struct Connector {
-    inner: HttpsConnector<HttpConnector>,
+    inner: HttpsConnector<Tcp>,
     origin: Origin,
     ping_while_idle: bool,
 }
@@ -96,6 +97,11 @@ impl Origin {
         let default = if self.is_secure() { 443 } else { 80 };
         let port = self.authority.port_u16().unwrap_or(default);
         (without_brackets(self.authority.host()), port)
+    }
+
+    /// The name or address to connect to, as it stands before a port.
+    pub(super) fn bracketed_name(&self) -> &str {
+        self.authority.host()
     }
 
     /// The port to connect to, where that is of this machine itself.
@@ -159,14 +165,19 @@ fn is_loopback(host: &str) -> bool {
 }
 
 /// An IPv6 address stands in brackets where a port may follow.
-fn without_brackets(host: &str) -> &str {
+pub(super) fn without_brackets(host: &str) -> &str {
     host.trim_start_matches('[').trim_end_matches(']')
 }
 
 // === impl Connector ===
 
 impl Connector {
-    pub(super) fn new(origin: &Origin, tls: ClientConfig, idle: Duration) -> Self {
+    pub(super) fn new(
+        origin: &Origin,
+        proxy: Option<EgressProxy>,
+        tls: ClientConfig,
+        idle: Duration,
+    ) -> Self {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
@@ -174,11 +185,13 @@ impl Connector {
         // Nobody else notices that an upstream has answered and reads no further.
         #[cfg(target_os = "linux")]
         tcp.set_tcp_user_timeout(Some(idle));
+        // Plain http is for this machine itself, which no other has to lead to.
+        let proxy = proxy.filter(|_| origin.is_secure());
         let tls = HttpsConnectorBuilder::new().with_tls_config(tls);
         let inner = tls
             .https_or_http()
             .enable_all_versions()
-            .wrap_connector(tcp);
+            .wrap_connector(Tcp::new(tcp, proxy, origin));
         Self {
             inner,
             origin: origin.clone(),

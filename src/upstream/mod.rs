@@ -10,6 +10,7 @@ mod answer;
 mod clock;
 mod connect;
 mod download;
+mod egress;
 mod pool;
 mod spare;
 mod text;
@@ -31,6 +32,7 @@ use tower::Service;
 
 pub use self::clock::UpstreamClock;
 pub use self::connect::{Origin, OriginError, TlsError, client_config, trust_roots};
+pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
 
 use self::connect::{Connection, Connector};
 use self::download::{Download, Lease};
@@ -78,13 +80,14 @@ impl Upstream {
     /// The one that keeps the connection for all. It starts without one.
     pub fn new(
         origin: &Origin,
+        proxy: Option<EgressProxy>,
         tls: rustls::ClientConfig,
         timeouts: Timeouts,
         clock: Arc<dyn Clock>,
         upstream_clock: Arc<UpstreamClock>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let connector = Connector::new(origin, tls, timeouts.idle);
+        let connector = Connector::new(origin, proxy, tls, timeouts.idle);
         let spare = Spare::new(Pool::new(connector, timeouts.connect, clock).spare());
         Self {
             pool: Arc::clone(spare.pool()),

@@ -283,7 +283,7 @@ mod tests {
         });
         let patience = Duration::from_secs(20);
         let origin = origin.parse().unwrap();
-        let connector = Connector::new(&origin, client_config(None).unwrap(), patience);
+        let connector = Connector::new(&origin, None, client_config(None).unwrap(), patience);
         let clock: Arc<dyn Clock> = Arc::<Hand>::clone(clock);
         (Pool::new(connector, patience, clock).spare(), accepted)
     }

@@ -72,6 +72,11 @@ pub(super) fn run(
     }
 
     let way = Way {
+        // As the proxy itself goes.
+        egress: settings
+            .upstream
+            .proxy
+            .filter(|_| settings.upstream.origin.is_secure()),
         origin: settings.upstream.origin,
         roots,
         timeouts: settings.upstream.timeouts,
@@ -94,6 +99,13 @@ async fn ask(report: &mut Report, way: &Way, mut credentials: Credentials) -> Op
     let addresses = report.wait("name", way.resolve(deadline)).await?;
     let connected = way.connect(&addresses, deadline);
     let stream = report.wait("connection", connected).await?;
+    let stream = match &way.egress {
+        Some(egress) => {
+            let tunnel = way.open_tunnel(egress, stream, deadline);
+            report.wait("tunnel", tunnel).await?
+        }
+        None => stream,
+    };
     let stream = if way.origin.is_secure() {
         let encrypted = way.encrypt(stream, deadline, credentials.clock.now());
         report.wait("tls", encrypted).await?

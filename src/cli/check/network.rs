@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use http::StatusCode;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring;
@@ -23,11 +24,13 @@ use super::report::{Fault, Found, Outcome};
 use crate::cli::Exit;
 use crate::error::{BoxError, chain};
 use crate::telemetry::printable;
-use crate::upstream::{Origin, Timeouts};
+use crate::upstream::{EgressProxy, Origin, Timeouts, TunnelError};
 
 /// Where to go, and what to rely on.
 #[derive(Clone)]
 pub(super) struct Way {
+    /// What stands in between.
+    pub(super) egress: Option<EgressProxy>,
     pub(super) origin: Origin,
     pub(super) roots: Arc<RootCertStore>,
     pub(super) timeouts: Timeouts,
@@ -53,12 +56,21 @@ impl Way {
         Instant::now() + self.timeouts.connect
     }
 
-    /// Finds the addresses of the name.
+    /// Where this machine itself connects to, and the setting that says so.
+    fn first_hop(&self) -> (&str, u16, &'static str) {
+        let ((name, port), setting) = match &self.egress {
+            Some(egress) => (egress.name_and_port(), "upstream.proxy"),
+            None => (self.origin.name_and_port(), "upstream.url"),
+        };
+        (name, port, setting)
+    }
+
+    /// Finds the addresses of the first hop's name.
     pub(super) async fn resolve(&self, deadline: Instant) -> Outcome<Vec<SocketAddr>> {
-        let (name, port) = self.origin.name_and_port();
+        let (name, port, setting) = self.first_hop();
         if let Ok(address) = name.parse::<IpAddr>() {
             let addresses = vec![SocketAddr::new(address, port)];
-            return Ok(Found::new(addresses, "upstream.url has an address"));
+            return Ok(Found::new(addresses, format!("{setting} has an address")));
         }
         let reason = match timeout_at(deadline, lookup_host((name, port))).await {
             Ok(Ok(addresses)) => {
@@ -79,8 +91,10 @@ impl Way {
                 Exit::Unavailable,
                 "name_not_resolved",
                 text,
-                "look at the spelling of upstream.url, and at this machine's name servers \
-                 (/etc/resolv.conf); in a container, at its DNS policy",
+                format!(
+                    "look at the spelling of {setting}, and at this machine's name servers \
+                     (/etc/resolv.conf); in a container, at its DNS policy"
+                ),
             )
         } else {
             no_network(&text)
@@ -109,24 +123,60 @@ impl Way {
             .map(|(address, error)| format!("{address}: {error}"));
         let text = texts.collect::<Vec<_>>().join("; ");
         let kinds: Vec<_> = failures.iter().map(|(_, error)| error.kind()).collect();
-        let fault = |r#type, advice| Fault::new(Exit::Unavailable, r#type, &text, advice);
+        let (_, _, setting) = self.first_hop();
+        let fault = |r#type, advice: &str| Fault::new(Exit::Unavailable, r#type, &text, advice);
         // Of several failures the one that says most.
         Err(if kinds.contains(&io::ErrorKind::ConnectionRefused) {
             fault(
                 "connection_refused",
-                "the machine answers, and nothing listens at this port: look at upstream.url",
+                &format!(
+                    "the machine answers, and nothing listens at this port: look at {setting}"
+                ),
             )
         } else if kinds.contains(&io::ErrorKind::TimedOut) {
             fault(
                 "connection_timed_out",
                 "nothing answers: a firewall may drop it; where only an egress proxy leads out, \
-                 note that the environment's proxy variables are ignored",
+                 name it in upstream.proxy, since the environment's proxy variables are ignored",
             )
         } else if has_route() {
             fault("no_route", "look at this machine's routes and its firewall")
         } else {
             no_network(&text)
         })
+    }
+
+    /// Asks the egress proxy for a tunnel to upstream.
+    pub(super) async fn open_tunnel(
+        &self,
+        egress: &EgressProxy,
+        stream: TcpStream,
+        deadline: Instant,
+    ) -> Outcome<TcpStream> {
+        let text = match timeout_at(deadline, egress.open_tunnel(stream, &self.origin)).await {
+            Ok(Ok(tunnel)) => return Ok(Found::new(tunnel, "through upstream.proxy")),
+            Ok(Err(error @ TunnelError::Refused(StatusCode::PROXY_AUTHENTICATION_REQUIRED))) => {
+                return Err(Fault::new(
+                    Exit::Unavailable,
+                    "tunnel_unauthorized",
+                    chain(&error),
+                    "put user and password that the proxy knows into upstream.proxy: \
+                     http://user:password@…",
+                ));
+            }
+            Ok(Err(error)) => chain(&error),
+            Err(_) => self.too_long(),
+        };
+        Err(Fault::new(
+            Exit::Unavailable,
+            "tunnel_refused",
+            printable(&text),
+            format!(
+                "the proxy must allow CONNECT to {}, and reach it: ask who runs it, and look at \
+                 upstream.proxy",
+                self.origin
+            ),
+        ))
     }
 
     /// Speaks TLS, and says who vouches for the other end.
@@ -157,11 +207,15 @@ impl Way {
         }
     }
 
-    /// Name, connection and TLS at once.
+    /// Name, connection, tunnel and TLS at once.
     pub(super) async fn reach(&self, now: SystemTime) -> Result<Box<dyn Stream>, Fault> {
         let deadline = self.deadline();
         let addresses = self.resolve(deadline).await?.value;
         let stream = self.connect(&addresses, deadline).await?.value;
+        let stream = match &self.egress {
+            Some(egress) => self.open_tunnel(egress, stream, deadline).await?.value,
+            None => stream,
+        };
         if self.origin.is_secure() {
             Ok(self.encrypt(stream, deadline, now).await?.value)
         } else {

@@ -144,6 +144,7 @@ mod tests {
     fn way(origin: Origin) -> Way {
         let timeout = Duration::from_secs(20);
         Way {
+            egress: None,
             origin,
             roots: Arc::new(RootCertStore::empty()),
             timeouts: Timeouts {

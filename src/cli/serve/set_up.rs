@@ -75,6 +75,7 @@ impl Proxy {
         let tokens = Arc::new(tokens);
         let upstream = Upstream::new(
             &origin,
+            settings.upstream.proxy.clone(),
             tls,
             settings.upstream.timeouts,
             Arc::clone(&clock),

@@ -1,0 +1,253 @@
+//! The way out through a proxy of the network (`upstream.proxy`).
+
+use std::fmt;
+use std::pin::Pin;
+use std::str::FromStr;
+use std::task::{Context, Poll};
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
+use http::header::{HOST, PROXY_AUTHORIZATION, USER_AGENT};
+use http::uri::{Authority, Scheme};
+use http::{HeaderValue, Method, Request, StatusCode, Uri};
+use http_body_util::Empty;
+use hyper::client::conn::http1;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioIo;
+use percent_encoding::percent_decode_str;
+use tokio::net::TcpStream;
+use tower::Service;
+
+use super::connect::{Origin, without_brackets};
+use crate::error::BoxError;
+
+/// An HTTP proxy that opens tunnels (`CONNECT`: RFC 9110, section 9.3.6).
+///
+/// It learns the name and port of upstream and nothing else: what passes through is TLS. So an
+/// upstream of plain http, which is on this machine, is asked directly.
+#[derive(Clone)]
+pub struct EgressProxy {
+    authority: Authority,
+    /// From `user:password@` of its URL; marked sensitive.
+    authorization: Option<HeaderValue>,
+}
+
+/// A text is no URL of an egress proxy. It may hold a password, so nothing of it is said.
+#[derive(Debug, thiserror::Error)]
+#[error("want a URL such as http://proxy.example:3128 or http://user:password@proxy.example:3128")]
+pub struct NoEgressProxy;
+
+/// Why there is no tunnel.
+#[derive(Debug, thiserror::Error)]
+pub enum TunnelError {
+    /// The proxy does not want to, or cannot reach upstream.
+    #[error("the egress proxy answered {0}")]
+    Refused(StatusCode),
+    /// What listens there is no HTTP proxy, or the connection broke.
+    #[error("the egress proxy did not open a tunnel")]
+    Failed(#[source] BoxError),
+}
+
+/// Connects by TCP: straight to where a URI says, or by a tunnel.
+#[derive(Clone)]
+pub(super) struct Tcp {
+    connector: HttpConnector,
+    tunnel: Option<(EgressProxy, Origin)>,
+}
+
+// === impl EgressProxy ===
+
+impl EgressProxy {
+    /// The name or address to connect to, without brackets, and the port.
+    pub fn name_and_port(&self) -> (&str, u16) {
+        let port = self.authority.port_u16().unwrap_or(80);
+        (without_brackets(self.authority.host()), port)
+    }
+
+    /// Asks for a tunnel on a connection to the proxy; what comes back leads to `origin`.
+    ///
+    /// # Errors
+    ///
+    /// [`TunnelError`]. Nothing was sent to `origin`.
+    pub async fn open_tunnel(
+        &self,
+        stream: TcpStream,
+        origin: &Origin,
+    ) -> Result<TcpStream, TunnelError> {
+        let failed = |error: hyper::Error| TunnelError::Failed(error.into());
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(failed)?;
+        tokio::spawn(connection.with_upgrades());
+        let request = self.request(origin).map_err(TunnelError::Failed)?;
+        let answer = sender.send_request(request).await.map_err(failed)?;
+        if !answer.status().is_success() {
+            return Err(TunnelError::Refused(answer.status()));
+        }
+        let tunnel = hyper::upgrade::on(answer).await.map_err(failed)?;
+        match tunnel.downcast::<TokioIo<TcpStream>>() {
+            // In TLS the client speaks first.
+            Ok(parts) if parts.read_buf.is_empty() => Ok(parts.io.into_inner()),
+            _ => Err(TunnelError::Failed("it said more than its answer".into())),
+        }
+    }
+
+    fn request(&self, origin: &Origin) -> Result<Request<Empty<Bytes>>, BoxError> {
+        let (_, port) = origin.name_and_port();
+        let authority = format!("{}:{port}", origin.bracketed_name());
+        let mut request = Request::builder()
+            .method(Method::CONNECT)
+            .uri(&authority)
+            .header(HOST, &authority)
+            .header(USER_AGENT, super::NAME)
+            .body(Empty::new())?;
+        if let Some(authorization) = &self.authorization {
+            let headers = request.headers_mut();
+            headers.insert(PROXY_AUTHORIZATION, authorization.clone());
+        }
+        Ok(request)
+    }
+
+    fn uri(&self) -> Result<Uri, http::Error> {
+        Uri::builder()
+            .scheme(Scheme::HTTP)
+            .authority(self.authority.clone())
+            .path_and_query("/")
+            .build()
+    }
+}
+
+impl FromStr for EgressProxy {
+    type Err = NoEgressProxy;
+
+    fn from_str(url: &str) -> Result<Self, NoEgressProxy> {
+        let uri: Uri = url.parse().map_err(|_| NoEgressProxy)?;
+        let path = uri.path_and_query().map_or("", |path| path.as_str());
+        let authority = uri.authority().ok_or(NoEgressProxy)?.as_str();
+        if uri.scheme() != Some(&Scheme::HTTP) || !matches!(path, "" | "/") || url.contains('#') {
+            return Err(NoEgressProxy);
+        }
+        let (user, host) = match authority.rsplit_once('@') {
+            Some((user, host)) => (Some(user), host),
+            None => (None, authority),
+        };
+        let authority: Authority = host.parse().map_err(|_| NoEgressProxy)?;
+        if authority.host().is_empty() {
+            return Err(NoEgressProxy);
+        }
+        Ok(Self {
+            authority,
+            authorization: user.map(basic).transpose()?,
+        })
+    }
+}
+
+impl fmt::Debug for EgressProxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EgressProxy")
+            .field("authority", &self.authority)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Credentials of the Basic scheme (RFC 7617) from what stands before `@` in a URL.
+fn basic(user: &str) -> Result<HeaderValue, NoEgressProxy> {
+    // Without a password there is an empty one.
+    let (user, password) = user.split_once(':').unwrap_or((user, ""));
+    let mut credentials: Vec<u8> = percent_decode_str(user).collect();
+    credentials.push(b':');
+    credentials.extend(percent_decode_str(password));
+    let value = format!("Basic {}", BASE64_STANDARD.encode(credentials));
+    let mut value = HeaderValue::try_from(value).map_err(|_| NoEgressProxy)?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+// === impl Tcp ===
+
+impl Tcp {
+    pub(super) fn new(connector: HttpConnector, proxy: Option<EgressProxy>, to: &Origin) -> Self {
+        Self {
+            connector,
+            tunnel: proxy.map(|proxy| (proxy, to.clone())),
+        }
+    }
+}
+
+impl Service<Uri> for Tcp {
+    type Response = TokioIo<TcpStream>;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.connector.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let mut connector = self.connector.clone();
+        let tunnel = self.tunnel.clone();
+        Box::pin(async move {
+            let Some((proxy, origin)) = tunnel else {
+                return Ok(connector.call(uri).await?);
+            };
+            let stream = connector.call(proxy.uri()?).await?;
+            let tunnel = proxy.open_tunnel(stream.into_inner(), &origin).await?;
+            Ok(TokioIo::new(tunnel))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_egress_proxy_is_an_http_url_with_or_without_a_user() {
+        for (url, expected) in [
+            ("http://proxy.test:3128", Some(("proxy.test", 3128, None))),
+            ("http://proxy.test/", Some(("proxy.test", 80, None))),
+            ("http://[::1]:8080", Some(("::1", 8080, None))),
+            (
+                "http://user:pass@proxy.test:1",
+                Some(("proxy.test", 1, Some("user:pass"))),
+            ),
+            (
+                "http://a%40b:%3a%2F@proxy.test:1",
+                Some(("proxy.test", 1, Some("a@b::/"))),
+            ),
+            (
+                "http://user@proxy.test",
+                Some(("proxy.test", 80, Some("user:"))),
+            ),
+            ("https://proxy.test:3128", None),
+            ("socks5://proxy.test:1080", None),
+            ("proxy.test:3128", None),
+            ("http://proxy.test/path", None),
+            ("http://proxy.test?query", None),
+            ("http://proxy.test#fragment", None),
+            ("http://user@", None),
+            ("http://", None),
+        ] {
+            let parsed = url.parse::<EgressProxy>().ok();
+            let actual = parsed.as_ref().map(|proxy| {
+                let (name, port) = proxy.name_and_port();
+                let credentials = proxy.authorization.as_ref().map(|value| {
+                    let encoded = value.to_str().unwrap().strip_prefix("Basic ").unwrap();
+                    String::from_utf8(BASE64_STANDARD.decode(encoded).unwrap()).unwrap()
+                });
+                (name, port, credentials)
+            });
+            let expected = expected
+                .map(|(name, port, credentials)| (name, port, credentials.map(str::to_owned)));
+            assert_eq!(actual, expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_nothing_of_the_password() {
+        let proxy: EgressProxy = "http://user:canary@proxy.test:3128".parse().unwrap();
+        let shown = format!("{proxy:?}");
+        assert_eq!(shown, "EgressProxy { authority: proxy.test:3128, .. }");
+    }
+}

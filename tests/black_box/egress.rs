@@ -1,0 +1,231 @@
+//! `upstream.proxy`: a tunnel is the only way out, and what leads there learns nothing.
+
+use std::{
+    io::{self, BufReader, Write as _},
+    net::{Shutdown, TcpListener, TcpStream},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+use serde_json::json;
+
+use crate::support::{
+    Command, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Upstream, assert_has, parse_headers, post,
+};
+
+const PASSWORD: &str = "canaryOfTheEgressProxy";
+
+/// A proxy of the network. It answers CONNECT as it was told; a 200 is followed by the tunnel.
+struct Egress {
+    url: String,
+    asked: Arc<Mutex<Vec<Message>>>,
+}
+
+// === impl Egress ===
+
+impl Egress {
+    fn answering(answer: &'static str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = Arc::<Mutex<Vec<Message>>>::default();
+        let noted = Arc::clone(&asked);
+        thread::spawn(move || {
+            while let Ok((near, _)) = listener.accept() {
+                let noted = Arc::clone(&noted);
+                thread::spawn(move || {
+                    let request = Message::read_head(&mut BufReader::new(&near));
+                    let request = request.unwrap().unwrap();
+                    let target = request.target().to_owned();
+                    noted.lock().unwrap().push(request);
+                    (&near).write_all(answer.as_bytes()).unwrap();
+                    if answer.starts_with("HTTP/1.1 200") {
+                        splice(&near, &TcpStream::connect(target).unwrap());
+                    }
+                });
+            }
+        });
+        Self {
+            url: format!("http://user:{PASSWORD}@{address}"),
+            asked,
+        }
+    }
+
+    fn open() -> Self {
+        Self::answering("HTTP/1.1 200 Connection established\r\n\r\n")
+    }
+
+    fn asked(&self) -> Vec<Message> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+/// Passes bytes on, both ways, until both ends have said all.
+fn splice(near: &TcpStream, far: &TcpStream) {
+    let pass = |mut from: &TcpStream, mut to: &TcpStream| {
+        let _ = io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| pass(near, far));
+        pass(far, near);
+    });
+}
+
+fn through(egress: &Egress, upstream: &Upstream) -> Command {
+    Proxy::to(upstream).setting("upstream.proxy", &egress.url)
+}
+
+#[test]
+fn requests_go_through_a_tunnel_and_the_egress_proxy_learns_the_name_only() {
+    for protocol in ["http/1.1", "h2"] {
+        let upstream = Upstream::tls(protocol);
+        let egress = Egress::open();
+        let proxy = through(&egress, &upstream).start();
+        let answer = proxy.post("/v1/videos/text2video?a=b", "{\"prompt\":\"a\"}");
+        assert_eq!(answer.text(), SUCCESS, "{protocol}");
+        assert_eq!(upstream.last().target(), "/v1/videos/text2video?a=b");
+        let asked = egress.asked();
+        let (_, authority) = upstream.url.split_once("://").unwrap();
+        let line = format!("CONNECT {authority} HTTP/1.1");
+        let version = env!("CARGO_PKG_VERSION");
+        let headers = format!(
+            "host: {authority}\nuser-agent: kling-proxy/{version}\nproxy-authorization: Basic \
+             dXNlcjpjYW5hcnlPZlRoZUVncmVzc1Byb3h5"
+        );
+        for request in &asked {
+            assert_eq!(request.first_line(), line, "{protocol}");
+            assert_eq!(request.headers(), parse_headers(&headers), "{protocol}");
+        }
+        assert_eq!(asked.len(), upstream.seen().connections, "{protocol}");
+        proxy.signal(Signal::TERM);
+        let (_, log) = proxy.end();
+        assert!(!log.contains(PASSWORD), "{log}");
+    }
+}
+
+#[test]
+fn without_a_tunnel_nothing_is_sent_and_the_client_may_try_again() {
+    for answer in [
+        "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n",
+        "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
+        "HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n",
+        "HTTP/1.1 200 OK\r\n\r\nmore than asked for",
+        "SSH-2.0-OpenSSH_9.2\r\n",
+        "",
+    ] {
+        let upstream = Upstream::tls("http/1.1");
+        let egress = Egress::answering(answer);
+        let proxy = through(&egress, &upstream).start();
+        let refused = proxy.send(post("/v1/videos/text2video", "{\"prompt\":\"a\"}"));
+        assert_eq!(refused.refusal(), (502, 9101), "{answer}");
+        let told = refused.error(["retryable", "attempts"]);
+        assert_eq!(told, [json!(true), json!(3)], "{answer}");
+        assert_eq!(egress.asked().len(), 3, "{answer}");
+        assert_eq!(upstream.seen().requests.len(), 0, "{answer}");
+        proxy.signal(Signal::TERM);
+        let (_, log) = proxy.end();
+        assert!(!log.contains(PASSWORD), "{log}");
+    }
+}
+
+#[test]
+fn egress_proxy_that_says_nothing_is_given_up_in_time() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    let upstream = Upstream::tls("http/1.1");
+    let proxy = Proxy::to(&upstream)
+        .setting("upstream.proxy", url)
+        .setting("upstream.connect_timeout", "200ms")
+        .setting("retry.attempts", "1")
+        .start();
+    assert_eq!(proxy.get("/v1/x").refusal(), (502, 9101));
+}
+
+#[test]
+fn upstream_on_this_machine_is_asked_directly() {
+    let upstream = Upstream::ok();
+    let egress = Egress::open();
+    let proxy = through(&egress, &upstream).start();
+    assert_eq!(proxy.get("/v1/x").status(), 200);
+    let sandboxed = Command::new(["--sandbox"])
+        .setting("upstream.proxy", &egress.url)
+        .start();
+    assert_eq!(sandboxed.get("/v1/videos/text2video").status(), 200);
+    assert_eq!(egress.asked().len(), 0);
+}
+
+#[test]
+fn password_of_the_egress_proxy_is_never_shown() {
+    let egress = Egress::open();
+    let shown = Command::new(["settings"])
+        .setting("upstream.proxy", &egress.url)
+        .run();
+    assert_has(&shown.stdout, &["upstream.proxy = [redacted]"]);
+    for wrong in [
+        format!("https://user:{PASSWORD}@proxy.test"),
+        format!("user:{PASSWORD}@proxy.test:3128"),
+        format!("http://user:{PASSWORD}@proxy.test/path"),
+    ] {
+        let told = Command::new(["settings"])
+            .setting("upstream.proxy", wrong)
+            .run();
+        assert_eq!(told.code, Some(78), "{told:?}");
+        assert!(!format!("{told:?}").contains(PASSWORD), "{told:?}");
+        assert_has(&told.stderr, &["`upstream.proxy`: want a URL such as"]);
+    }
+}
+
+#[test]
+fn check_goes_the_same_way_and_says_where_it_ends() {
+    let upstream = Upstream::tls("http/1.1");
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = format!("http://{}", closed.local_addr().unwrap());
+    drop(closed);
+    let unauthorized = Egress::answering(
+        "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
+    );
+    let refusing = Egress::answering("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n");
+    let open = Egress::open();
+    for (url, code, lines) in [
+        (
+            &nobody,
+            69,
+            &["FAILED   connection", "look at upstream.proxy"][..],
+        ),
+        (
+            &unauthorized.url,
+            69,
+            &[
+                "FAILED   tunnel         the egress proxy answered 407",
+                "put user and password",
+            ],
+        ),
+        (
+            &refusing.url,
+            69,
+            &[
+                "FAILED   tunnel         the egress proxy answered 403",
+                "must allow CONNECT to https://localhost:",
+            ],
+        ),
+        (
+            &open.url,
+            0,
+            &[
+                "ok       tunnel         through upstream.proxy",
+                "ok       tls",
+            ],
+        ),
+    ] {
+        let check = Command::new(["check"])
+            .upstream(&upstream)
+            .keys()
+            .setting("upstream.proxy", url)
+            .run();
+        assert_eq!(check.code, Some(code), "{check:?}");
+        assert_has(&check.stdout, lines);
+        for secret in [PASSWORD, SECRET_KEY] {
+            assert!(!format!("{check:?}").contains(secret), "{check:?}");
+        }
+    }
+}
