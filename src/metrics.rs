@@ -1,8 +1,10 @@
 //! Every metric, its name and its labels.
 //!
 //! Labels come from closed sets, and children that each request uses are looked up once, so that
-//! counting is an atomic addition.
+//! counting is an atomic addition. Counters of what goes wrong stand at 0 from the start: to
+//! Prometheus, one that comes to be with its first event has not increased.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
@@ -10,6 +12,8 @@ use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
 };
+
+use crate::service_code::{self, TABLE};
 
 /// Upper bounds of the duration buckets in seconds: those OpenTelemetry advises for HTTP, to 10.
 const BUCKETS: [f64; 14] = [
@@ -65,15 +69,29 @@ impl Metrics {
             registry.register(Box::new(counters.clone()))?;
             Ok(counters)
         };
+        let known = |name, help, label, values: &[&str]| {
+            let counters = counters(name, help, &[label]);
+            counters.inspect(|counters| {
+                for value in values {
+                    counters.with_label_values(&[value]);
+                }
+            })
+        };
         let requests = counters(
             "requests_total",
             "Requests answered.",
             &["method", "status_class"],
         )?;
-        let attempts = counters(
+        let attempts = known(
             "upstream_attempts_total",
             "Requests sent upstream, by what came of them: response, or the error's type.",
-            &["outcome"],
+            "outcome",
+            &[
+                kinds(1..9000),
+                kinds(9100..9200),
+                vec![service_code::UNKNOWN.kind],
+            ]
+            .concat(),
         )?;
         let buckets = HistogramOpts::new(
             "request_duration_seconds",
@@ -102,27 +120,35 @@ impl Metrics {
             in_flight: gauge("requests_in_flight", "Requests whose answer has not ended.")?,
             answers: attempts.with_label_values(&["response"]),
             attempts,
-            refusals: counters(
+            refusals: known(
                 "guard_refusals_total",
-                "Requests refused unsent.",
-                &["reason"],
+                "Requests refused unsent, by the error's type.",
+                "reason",
+                &[kinds(9000..9100), kinds(9300..9400)].concat(),
             )?,
             clients: counters(
                 "client_requests_total",
                 "Requests that showed a client token, by its name.",
                 &["client"],
             )?,
-            withheld: counters(
+            withheld: known(
                 "resends_withheld_total",
-                "Requests that could be sent again but were not, by what was exhausted.",
-                &["reason"],
+                "Requests that could be sent again but were not, by what was exhausted: body, budget or time.",
+                "reason",
+                &["body", "budget", "time"],
             )?,
-            not_kept: counters(
+            not_kept: known(
                 "request_bodies_not_kept_total",
-                "Request bodies that cannot be sent again, by the bound they exceeded.",
-                &["reason"],
+                "Request bodies that cannot be sent again, by the bound they exceeded: body or memory.",
+                "reason",
+                &["body", "memory"],
             )?,
-            minted: counters("tokens_minted_total", "Tokens minted.", &["outcome"])?,
+            minted: known(
+                "tokens_minted_total",
+                "Tokens minted, by outcome: ok or error.",
+                "outcome",
+                &["ok", "error"],
+            )?,
             token_expiry: gauge(
                 "token_expiry_timestamp_seconds",
                 "When the current token ends; 0 without one.",
@@ -209,6 +235,12 @@ impl Metrics {
     pub fn clock_offset(&self, seconds: f64) {
         self.clock_offset.set(seconds);
     }
+}
+
+/// The types of errors whose codes are in this range: hundreds group them.
+fn kinds(codes: Range<u16>) -> Vec<&'static str> {
+    let rows = TABLE.iter().filter(|row| codes.contains(&row.code));
+    rows.map(|row| row.kind).collect()
 }
 
 /// The method as a label or a field: one of a closed set.
