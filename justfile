@@ -29,6 +29,10 @@ test:
     cargo test --locked
     BLACK_BOX_LOG_FILTER=trace cargo test --locked --test black_box
 
+# Writes the references in `docs/` anew, which `test` compares with the program.
+docs:
+    UPDATE_DOCS=1 cargo test --locked --test black_box docs::
+
 # Each target for a short while; fuzz/README.md says how to go on from there.
 fuzz:
     for target in $(cargo fuzz list); do \

@@ -115,7 +115,7 @@ pub struct Failure {
     pub upstream_request_id: Option<String>,
 }
 
-/// What the proxy may do about a failed attempt: the table of resending in the README.
+/// What the proxy may do about a failed attempt: the table of resending in docs/errors.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resend {
     /// Nothing: it would fail again, or a second one would cost.

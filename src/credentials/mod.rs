@@ -104,7 +104,7 @@ impl Places<'_> {
         (!words.is_empty()).then_some(Command { words, environment })
     }
 
-    /// Looks for a credential, in the order that the README gives.
+    /// Looks for a credential, in the order that docs/configuration.md gives.
     ///
     /// # Errors
     ///

@@ -13,6 +13,7 @@ mod cli;
 mod clock;
 mod credential_command;
 mod credentials;
+mod docs;
 mod egress;
 mod faults;
 mod forward;

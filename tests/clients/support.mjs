@@ -9,12 +9,12 @@ import { join, resolve } from "node:path";
 import { createInterface } from "node:readline";
 import { promisify } from "node:util";
 
-const root = resolve(import.meta.dirname, "../..");
+export const root = resolve(import.meta.dirname, "../..");
 const target = resolve(root, process.env.CARGO_TARGET_DIR ?? "target");
 const binary = process.env.KLING_PROXY_BIN ?? join(target, "debug/kling-proxy");
 
 /** A folder that is gone when the test `t` ends. */
-async function temporaryFolder(t) {
+export async function temporaryFolder(t) {
   const folder = await mkdtemp(join(tmpdir(), "kling-proxy-"));
   t.after(() => rm(folder, { recursive: true }));
   return folder;

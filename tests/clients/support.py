@@ -11,6 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / os.environ.get("CARGO_TARGET_DIR", "target")
 BINARY = os.environ.get("KLING_PROXY_BIN", str(TARGET / "debug/kling-proxy"))
+DEFAULTS = {
+    "KLING_PROXY_LISTEN__ADDRESS": "127.0.0.1:0",
+    "KLING_PROXY_ADMIN__ADDRESS": "127.0.0.1:0",
+    "KLING_PROXY_SANDBOX__TASK_TIME": "300ms",
+}
 LISTENER = re.compile(r"(proxy|admin|sandbox) +(https?://\S+)")
 
 
@@ -20,17 +25,12 @@ def environment(home, **variables):
 
 
 @contextmanager
-def proxy():
-    """`kling-proxy serve --sandbox`; yields the URL of each listener by its name."""
+def proxy(**variables):
+    """`kling-proxy serve --sandbox` with these variables; yields the URL of each listener by its name."""
     with tempfile.TemporaryDirectory() as home, open(f"{home}/log", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(
             [BINARY, "serve", "--sandbox"],
-            env=environment(
-                home,
-                KLING_PROXY_LISTEN__ADDRESS="127.0.0.1:0",
-                KLING_PROXY_ADMIN__ADDRESS="127.0.0.1:0",
-                KLING_PROXY_SANDBOX__TASK_TIME="300ms",
-            ),
+            env=environment(home) | DEFAULTS | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -1,4 +1,4 @@
-//! The body of an error, as the README describes it.
+//! The body of an error, as docs/errors.md describes it.
 
 use serde::Serialize;
 use serde_json::value::RawValue;

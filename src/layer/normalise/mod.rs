@@ -1,4 +1,4 @@
-//! Turns every error into the one response that the README describes. Inside of this layer a
+//! Turns every error into the one response that docs/errors.md describes. Inside of this layer a
 //! request may fail; outside it cannot.
 
 mod body;
