@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, watch};
 use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
-use crate::sandbox::{ACCESS_KEY, SECRET_KEY, Sandbox};
+use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
 use crate::server::{self, Limits, Listener};
 use crate::telemetry;
 
@@ -38,6 +38,7 @@ pub(super) fn run(
         say(format_args!("sandbox  http://{address}"));
         say(format_args!("access key: {ACCESS_KEY}"));
         say(format_args!("secret key: {SECRET_KEY}"));
+        say(format_args!("api key: {API_KEY}"));
         let (_stop, stopped) = watch::channel(false);
         tokio::select! {
             ended = server::run(vec![Listener::Tcp(listener)], sandbox, limits, stopped) => { ended.map_err(failed)?; }

@@ -4,71 +4,48 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
+use super::families::{Family, Output};
 use super::reply::Refusal;
 use super::trigger::Trigger;
 
-/// A resource of the legacy API that makes tasks.
-#[derive(Debug)]
-pub(super) struct Family {
-    pub(super) path: &'static str,
-    pub(super) output: Output,
-    /// Of each group one field at least must be there and not empty.
-    required: &'static [&'static [&'static str]],
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Output {
-    Video,
-    Images,
-}
-
 /// A create whose parameters are in order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Order {
     pub(super) external_id: Option<String>,
-    /// Results to make, and slots held until they are: `n` for images, 1 for a video
+    /// Pictures to make, and slots held until they are: `n` for images, 1 for all else
     /// (vendor's page "Concurrency Rules", as quoted by `aself101/kling-api`, read 2026-11-22).
-    pub(super) count: usize,
+    pub(super) count: u32,
     pub(super) trigger: Trigger,
+    /// The fields that come back in an answer.
+    pub(super) echo: Map<String, Value>,
 }
-
-/// The legacy families that most clients use, with what the vendor's pages call required
-/// (as quoted by public mirrors, read 2026-11-22).
-pub(super) const FAMILIES: &[Family] = &[
-    Family {
-        path: "/v1/videos/text2video",
-        output: Output::Video,
-        required: &[&["prompt", "multi_prompt"]],
-    },
-    Family {
-        path: "/v1/videos/image2video",
-        output: Output::Video,
-        required: &[&["image", "image_tail"]],
-    },
-    Family {
-        path: "/v1/videos/multi-image2video",
-        output: Output::Video,
-        required: &[&["image_list"], &["prompt"]],
-    },
-    Family {
-        path: "/v1/images/generations",
-        output: Output::Images,
-        required: &[&["prompt"]],
-    },
-    Family {
-        path: "/v1/images/kolors-virtual-try-on",
-        output: Output::Images,
-        required: &[&["human_image"]],
-    },
-];
-
-/// In characters.
-const LONGEST_PROMPT: usize = 2500;
 
 /// In characters. Kling documents none; this one bounds what the sandbox remembers.
 const LONGEST_EXTERNAL_ID: usize = 1024;
 
-const IMAGE_COUNTS: RangeInclusive<usize> = 1..=9;
+const IMAGE_COUNTS: RangeInclusive<u32> = 1..=9;
+
+const SERIES_COUNTS: RangeInclusive<u32> = 2..=9;
+
+/// What `series_amount` is by default, and so what `auto` comes to here.
+const SERIES_COUNT: u32 = 4;
+
+/// The fields that some answer repeats.
+const ECHOED: &[&str] = &[
+    "element_description",
+    "element_name",
+    "frame_index",
+    "model_name",
+    "reference_type",
+    "result_type",
+    "session_id",
+    "video_id",
+    "video_url",
+    "voice_name",
+];
+
+/// In bytes: a longer text is not repeated.
+const LONGEST_ECHO: usize = 1024;
 
 // === impl Order ===
 
@@ -79,52 +56,106 @@ impl Order {
     ///
     /// 1200 when it is no JSON object, 1201 when a value is missing or illegal.
     pub(super) fn parse(family: &Family, body: &[u8]) -> Result<Self, Refusal> {
-        let fields: Map<String, Value> = serde_json::from_slice(body)
-            .map_err(|_| Refusal::new(1200, "The request body must be a JSON object"))?;
-        for group in family.required {
-            if !group.iter().any(|name| is_filled(fields.get(*name))) {
-                let names = group.join(" or ");
-                return Err(Refusal::parameter(format!("{names} is missing or empty")));
+        let body = object(body)?;
+        for names in family.required {
+            require(&body, names)?;
+        }
+        for &(name, longest) in family.limits {
+            text(&body, name, longest)?;
+        }
+        for &(name, values) in family.values {
+            let value = at(&body, name).filter(|value| !value.is_null());
+            if let Some(value) = value
+                && !value.as_str().is_some_and(|text| values.contains(&text))
+            {
+                return Err(invalid(name, value));
             }
         }
-        if let Some(name) = data_url(&fields) {
+        if let Some(name) = data_url(&body) {
             let message = format!("{name} must be Base64 without a data: prefix");
             return Err(Refusal::parameter(message));
         }
-        let prompt = text(&fields, "prompt", LONGEST_PROMPT)?.unwrap_or_default();
-        let external_id = text(&fields, "external_task_id", LONGEST_EXTERNAL_ID)?;
+        let external_id = match family.external_id {
+            Some(name) => text(&body, name, LONGEST_EXTERNAL_ID)?,
+            None => None,
+        };
         Ok(Self {
             external_id: external_id.map(str::to_owned),
-            count: count(family.output, fields.get("n"))?,
-            trigger: Trigger::parse(prompt)?,
+            count: count(family.output, &body)?,
+            trigger: Trigger::of(&body)?,
+            echo: echo(&body),
         })
     }
 }
 
-fn is_filled(value: Option<&Value>) -> bool {
+/// The JSON object that a body must be.
+///
+/// # Errors
+///
+/// 1200 for anything else.
+pub(super) fn object(body: &[u8]) -> Result<Value, Refusal> {
+    let object = serde_json::from_slice::<Value>(body).ok();
+    object
+        .filter(Value::is_object)
+        .ok_or_else(|| Refusal::new(1200, "The request body must be a JSON object"))
+}
+
+/// A value that is not one of those documented, in the words that were measured for `settings.resolution`.
+pub(super) fn invalid(name: &str, value: &Value) -> Refusal {
+    let value = value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned);
+    Refusal::parameter(format!("{name} value '{value}' is invalid"))
+}
+
+/// The value at a path as the rows of `families` write it.
+pub(super) fn at<'a>(body: &'a Value, path: &str) -> Option<&'a Value> {
+    path.split('.').try_fold(body, |value, step| match value {
+        Value::Array(items) => match step.parse::<usize>() {
+            Ok(index) => items.get(index),
+            Err(_) => items.iter().find(|item| item["type"] == step),
+        },
+        value => value.get(step),
+    })
+}
+
+fn require(body: &Value, names: &str) -> Result<(), Refusal> {
+    let filled = |name: &&str| at(body, name).is_some_and(is_filled);
+    let count = names.split(['|', '^']).filter(filled).count();
+    if count == 0 {
+        let names = names.replace(['|', '^'], " or ");
+        return Err(Refusal::parameter(format!("{names} is missing or empty")));
+    }
+    if count > 1 && names.contains('^') {
+        let names = names.replace('^', " and ");
+        let message = format!("{names} cannot be used together");
+        return Err(Refusal::parameter(message));
+    }
+    Ok(())
+}
+
+fn is_filled(value: &Value) -> bool {
     match value {
-        Some(Value::String(text)) => !text.trim().is_empty(),
-        Some(Value::Array(items)) => !items.is_empty(),
-        _ => false,
+        Value::Null => false,
+        Value::Bool(_) | Value::Number(_) => true,
+        Value::String(text) => !text.trim().is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
     }
 }
 
 /// The first image that is a `data:` URL, which the vendor's pages name as a mistake.
-fn data_url(fields: &Map<String, Value>) -> Option<&String> {
+fn data_url(body: &Value) -> Option<&String> {
     let is_data_url = |value: &Value| value.as_str().is_some_and(|text| text.starts_with("data:"));
-    let mut images = fields.iter().filter(|(name, _)| name.contains("image"));
+    let mut images = body.as_object()?.iter();
     images
-        .find(|(_, value)| is_data_url(value))
+        .find(|(name, value)| name.contains("image") && is_data_url(value))
         .map(|(name, _)| name)
 }
 
 /// An optional text; empty counts as absent, as in the vendor's examples.
-fn text<'a>(
-    fields: &'a Map<String, Value>,
-    name: &str,
-    longest: usize,
-) -> Result<Option<&'a str>, Refusal> {
-    match fields.get(name) {
+fn text<'a>(body: &'a Value, name: &str, longest: usize) -> Result<Option<&'a str>, Refusal> {
+    match at(body, name) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) if text.chars().count() > longest => Err(Refusal::parameter(
             format!("{name} cannot exceed {longest} characters"),
@@ -134,14 +165,34 @@ fn text<'a>(
     }
 }
 
-fn count(output: Output, n: Option<&Value>) -> Result<usize, Refusal> {
-    let Some(n) = n.filter(|n| output == Output::Images && !n.is_null()) else {
-        return Ok(1);
+fn count(output: Output, body: &Value) -> Result<u32, Refusal> {
+    let (name, range, default) = match output {
+        Output::Series if body["result_type"] == "series" => {
+            ("series_amount", SERIES_COUNTS, SERIES_COUNT)
+        }
+        Output::Images | Output::Series => ("n", IMAGE_COUNTS, 1),
+        _ => return Ok(1),
     };
-    let count = n.as_u64().and_then(|count| usize::try_from(count).ok());
+    let value = &body[name];
+    if value.is_null() || (name == "series_amount" && value == "auto") {
+        return Ok(default);
+    }
+    let count = value.as_u64().and_then(|count| u32::try_from(count).ok());
     count
-        .filter(|count| IMAGE_COUNTS.contains(count))
-        .ok_or_else(|| Refusal::parameter("n must be an integer from 1 to 9"))
+        .filter(|count| range.contains(count))
+        .ok_or_else(|| invalid(name, value))
+}
+
+fn echo(body: &Value) -> Map<String, Value> {
+    let is_short = |value: &&Value| match value {
+        Value::String(text) => text.len() <= LONGEST_ECHO,
+        value => value.is_number(),
+    };
+    let fields = ECHOED.iter().filter_map(|&name| {
+        let value = body.get(name).filter(is_short)?;
+        Some((name.to_owned(), value.clone()))
+    });
+    fields.collect()
 }
 
 #[cfg(test)]
@@ -149,12 +200,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::sandbox::families::tests::family;
 
-    fn family(path: &str) -> &'static Family {
-        FAMILIES
-            .iter()
-            .find(|family| family.path.ends_with(path))
-            .unwrap()
+    fn parse(path: &str, body: &Value) -> Result<Order, Refusal> {
+        Order::parse(family(path), body.to_string().as_bytes())
     }
 
     #[test]
@@ -171,68 +220,174 @@ mod tests {
 
     #[test]
     fn an_illegal_value_is_refused_with_1201_and_named() {
-        for (path, body, name) in [
-            ("text2video", json!({}), "prompt"),
-            ("text2video", json!({"prompt": ""}), "prompt"),
-            ("text2video", json!({"prompt": 7}), "prompt"),
-            ("text2video", json!({"prompt": "a".repeat(2501)}), "prompt"),
+        let image = json!({ "type": "first_frame", "url": "AA" });
+        for (path, body, message) in [
+            (
+                "text2video",
+                json!({}),
+                "prompt or multi_prompt is missing or empty",
+            ),
+            (
+                "text2video",
+                json!({"prompt": ""}),
+                "prompt or multi_prompt is missing or empty",
+            ),
+            (
+                "text2video",
+                json!({"prompt": 7}),
+                "prompt must be a string",
+            ),
+            (
+                "text2video",
+                json!({"prompt": "a".repeat(2501)}),
+                "prompt cannot exceed 2500 characters",
+            ),
             (
                 "text2video",
                 json!({"prompt": "a", "external_task_id": 7}),
-                "external_task_id",
+                "external_task_id must be a string",
             ),
-            ("generations", json!({"n": 1}), "prompt"),
-            ("generations", json!({"prompt": "a", "n": 0}), "n"),
-            ("generations", json!({"prompt": "a", "n": 10}), "n"),
-            ("generations", json!({"prompt": "a", "n": "2"}), "n"),
-            ("generations", json!({"prompt": "a", "n": 2.0}), "n"),
-            ("/image2video", json!({"prompt": "a"}), "image"),
-            ("/image2video", json!({"image": null}), "image"),
+            ("generations", json!({"n": 1}), "prompt is missing or empty"),
             (
-                "/image2video",
+                "generations",
+                json!({"prompt": "a", "n": 0}),
+                "n value '0' is invalid",
+            ),
+            (
+                "generations",
+                json!({"prompt": "a", "n": 10}),
+                "n value '10' is invalid",
+            ),
+            (
+                "generations",
+                json!({"prompt": "a", "n": "2"}),
+                "n value '2' is invalid",
+            ),
+            (
+                "generations",
+                json!({"prompt": "a", "n": 2.0}),
+                "n value '2.0' is invalid",
+            ),
+            (
+                "omni-image",
+                json!({"prompt": "a", "result_type": "series", "series_amount": 1}),
+                "series_amount value '1' is invalid",
+            ),
+            (
+                "videos/image2video",
+                json!({"image": null}),
+                "image or image_tail is missing or empty",
+            ),
+            (
+                "videos/image2video",
                 json!({"image": "data:image/png;base64,AA"}),
-                "image",
+                "image must be Base64 without a data: prefix",
             ),
             (
                 "multi-image2video",
                 json!({"prompt": "a", "image_list": []}),
-                "image_list",
+                "image_list is missing or empty",
             ),
-            ("kolors-virtual-try-on", json!({}), "human_image"),
+            (
+                "avatar/image2video",
+                json!({"image": "AA", "audio_id": "1", "sound_file": "AA"}),
+                "audio_id and sound_file cannot be used together",
+            ),
+            (
+                "advanced-lip-sync",
+                json!({"session_id": "1", "face_choose": [{}]}),
+                "face_choose.0.face_id is missing or empty",
+            ),
+            (
+                "/text-to-video/{model}",
+                json!({"prompt": "a", "settings": {"resolution": "9000p"}}),
+                "settings.resolution value '9000p' is invalid",
+            ),
+            (
+                "/image-to-video/{model}",
+                json!({"contents": [{"type": "prompt", "text": "a"}]}),
+                "contents.first_frame.url is missing or empty",
+            ),
+            (
+                "/image-to-video/{model}",
+                json!({"contents": [image, {"type": "prompt", "text": "a".repeat(3073)}]}),
+                "contents.prompt.text cannot exceed 3072 characters",
+            ),
         ] {
-            let refusal = Order::parse(family(path), body.to_string().as_bytes()).unwrap_err();
-            assert_eq!(
-                (refusal.status.as_u16(), refusal.code),
-                (400, 1201),
-                "{path} {body}"
-            );
-            assert!(
-                refusal.message.starts_with(name),
-                "{path} {body}: {}",
-                refusal.message
-            );
+            let refusal = parse(path, &body).unwrap_err();
+            assert_eq!(refusal, Refusal::parameter(message), "{path} {body}");
         }
     }
 
     #[test]
-    fn a_video_counts_once_and_images_count_n_times() {
+    fn images_count_n_times_a_series_its_amount_and_all_else_once() {
         for (path, body, count) in [
             ("text2video", json!({"prompt": "a", "n": 3}), 1),
-            ("/image2video", json!({"image_tail": "AA"}), 1),
-            ("generations", json!({"prompt": "a"}), 1),
+            ("videos/image2video", json!({"image_tail": "AA"}), 1),
             (
-                "generations",
-                json!({"prompt": "a", "n": null, "external_task_id": ""}),
+                "kolors-virtual-try-on",
+                json!({"human_image": "AA", "n": 3}),
                 1,
             ),
+            ("generations", json!({"prompt": "a"}), 1),
+            ("generations", json!({"prompt": "a", "n": null}), 1),
             ("generations", json!({"prompt": "a", "n": 9}), 9),
+            (
+                "omni-image",
+                json!({"prompt": "a", "n": 2, "series_amount": 5}),
+                2,
+            ),
+            (
+                "omni-image",
+                json!({"prompt": "a", "n": 2, "result_type": "series"}),
+                4,
+            ),
+            (
+                "omni-image",
+                json!({"prompt": "a", "result_type": "series", "series_amount": 5}),
+                5,
+            ),
+            (
+                "omni-image",
+                json!({"prompt": "a", "result_type": "series", "series_amount": "auto"}),
+                4,
+            ),
         ] {
-            let order = Order::parse(family(path), body.to_string().as_bytes()).unwrap();
-            assert_eq!(
-                (order.count, order.external_id),
-                (count, None),
-                "{path} {body}"
-            );
+            assert_eq!(parse(path, &body).unwrap().count, count, "{path} {body}");
         }
+    }
+
+    #[test]
+    fn an_external_id_is_read_where_the_family_has_it() {
+        let body = json!({
+            "prompt": "a",
+            "text": "a",
+            "voice_id": "1",
+            "voice_language": "en",
+            "external_task_id": "mine",
+            "options": { "external_task_id": "ours" },
+        });
+        for (path, external_id) in [
+            ("text2video", Some("mine")),
+            ("/text-to-video/{model}", Some("ours")),
+            ("tts", None),
+        ] {
+            let order = parse(path, &body).unwrap();
+            assert_eq!(order.external_id.as_deref(), external_id, "{path}");
+        }
+        let body = json!({ "prompt": "a", "external_task_id": "" });
+        assert_eq!(parse("text2video", &body).unwrap().external_id, None);
+    }
+
+    #[test]
+    fn what_comes_back_is_bounded() {
+        let long = "a".repeat(LONGEST_ECHO + 1);
+        let body =
+            json!({ "prompt": "a", "model_name": "kling-v3", "video_url": long, "session_id": {} });
+        let order = parse("text2video", &body).unwrap();
+        assert_eq!(
+            Value::Object(order.echo),
+            json!({ "model_name": "kling-v3" })
+        );
     }
 }

@@ -1,10 +1,22 @@
 //! The envelope around every answer, and the service codes it may carry.
 
-use axum::Json;
+use axum::body::Body;
 use axum::http::StatusCode;
 use axum::response::{Html, IntoResponse, Response};
+use axum::{Extension, Json};
 use serde::Serialize;
 use serde_json::Value;
+
+use super::Reset;
+
+/// What a handler comes to. It gets its envelope, and so its request id, in one place: `render`.
+#[derive(Clone, Debug)]
+pub(super) enum Reply {
+    Success(Value),
+    Refusal(Refusal),
+    BrokenGateway,
+    Reset,
+}
 
 /// An answer other than success.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,32 +66,39 @@ const CODES: &[(u16, u16, &str)] = &[
 const BROKEN_GATEWAY: &str = "<html>\n<head><title>502 Bad Gateway</title></head>\n\
     <body><center><h1>502 Bad Gateway</h1></center></body>\n</html>\n";
 
-/// Wraps `data` in the envelope of success.
-pub(super) fn succeed(data: Value) -> Response {
-    Json(Envelope {
-        code: 0,
-        message: "SUCCEED".to_owned(),
-        request_id: request_id(),
-        data: Some(data),
-    })
-    .into_response()
-}
+// === impl Reply ===
 
-/// Answers as a gateway does that cannot reach the API: a page, not an envelope.
-pub(super) fn broken_gateway() -> Response {
-    (StatusCode::BAD_GATEWAY, Html(BROKEN_GATEWAY)).into_response()
-}
-
-/// A version 4 UUID (RFC 9562, section 5.4), as in the vendor's examples.
-fn request_id() -> String {
-    const VERSION: u128 = 0xf << 76;
-    const VARIANT: u128 = 0b11 << 62;
-    let bits = fastrand::u128(..) & !VERSION & !VARIANT | 0x4 << 76 | 0b10 << 62;
-    let mut id = format!("{bits:032x}");
-    for hyphen in [20, 16, 12, 8] {
-        id.insert(hyphen, '-');
+impl Reply {
+    /// Writes the answer, with `request_id` where it has an envelope.
+    ///
+    /// # Errors
+    ///
+    /// [`Reset`] where the connection is to be dropped instead.
+    pub(super) fn render(self, request_id: String) -> Result<Response<Body>, Reset> {
+        let (status, code, message, data) = match self {
+            Self::Success(data) => (StatusCode::OK, 0, "SUCCEED".to_owned(), Some(data)),
+            Self::Refusal(refusal) => (refusal.status, refusal.code, refusal.message, None),
+            // As a gateway does that cannot reach the API: a page, not an envelope.
+            Self::BrokenGateway => {
+                return Ok((StatusCode::BAD_GATEWAY, Html(BROKEN_GATEWAY)).into_response());
+            }
+            Self::Reset => return Err(Reset),
+        };
+        let envelope = Envelope {
+            code,
+            message,
+            request_id,
+            data,
+        };
+        Ok((status, Json(envelope)).into_response())
     }
-    id
+}
+
+/// Leaves the reply in the extensions, for `render`.
+impl IntoResponse for Reply {
+    fn into_response(self) -> Response {
+        Extension(self).into_response()
+    }
 }
 
 // === impl Refusal ===
@@ -112,13 +131,7 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let envelope = Envelope {
-            code: self.code,
-            message: self.message,
-            request_id: request_id(),
-            data: None,
-        };
-        (self.status, Json(envelope)).into_response()
+        Reply::Refusal(self).into_response()
     }
 }
 
@@ -132,14 +145,5 @@ mod tests {
         for &(code, status, _) in CODES {
             assert_eq!(Refusal::documented(code).status.as_u16(), status, "{code}");
         }
-    }
-
-    #[test]
-    fn a_request_id_is_a_version_4_uuid() {
-        let id = request_id();
-        let lengths: Vec<_> = id.split('-').map(str::len).collect();
-        assert_eq!(lengths, [8, 4, 4, 4, 12], "{id}");
-        assert_eq!(&id[14..15], "4", "{id}");
-        assert!("89ab".contains(&id[19..20]), "{id}");
     }
 }

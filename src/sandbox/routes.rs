@@ -2,67 +2,80 @@
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
-use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
 
+use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
-use axum::http::header::CONTENT_TYPE;
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use axum::{Extension, Router};
-use serde_json::json;
+use axum::response::Response;
+use axum::routing::{get, post};
+use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::order::{FAMILIES, Family, Order};
-use super::reply::{self, Refusal};
+use super::families::{self, Family, Output, Serves};
+use super::files::{self, RESULTS};
+use super::listing::{self, Listing};
+use super::order::{self, Order};
+use super::reply::{Refusal, Reply};
+use super::task::{Status, Task};
 use super::trigger::Ending;
-use super::{Account, Reset, authorization};
+use super::{Account, authorization, billing, presets};
 
-type Answer = Result<Response, Refusal>;
+type Answer = Result<Reply, Refusal>;
+type Body = Result<Bytes, BytesRejection>;
 type Parameters = Query<HashMap<String, String>>;
 type FamilyState = State<(Arc<Account>, &'static Family)>;
+type ListingState = State<(Arc<Account>, &'static Listing)>;
 
 /// Ten images in Base64 come to 133 MB.
 const LARGEST_BODY: usize = 256 << 20;
 
-/// Both results were drawn for this project with ffmpeg's `geq` filter.
-const VIDEO: &[u8] = include_bytes!("result.mp4");
-const IMAGE: &[u8] = include_bytes!("result.png");
-
-/// Where results are, under the base of their URLs.
-pub(super) const RESULTS: &str = "/results";
-
-/// How far ahead the one resource pack expires.
-const PACK_LIFE: Duration = Duration::from_hours(365 * 24);
-
 const PAGES: RangeInclusive<usize> = 1..=1000;
-const PAGE_SIZES: RangeInclusive<usize> = 1..=500;
+const PAGE_SIZE: usize = 30;
 
 /// Builds the router; all but the results and `/` asks for a token.
 pub(super) fn router(account: Arc<Account>) -> Router {
     let mut api = Router::new()
         .route("/account/costs", get(costs))
         .with_state(account.clone());
-    for family in FAMILIES {
-        let routes = Router::new()
-            .route(family.path, get(list).post(create))
-            .route(&format!("{}/{{id}}", family.path), get(query))
-            .with_state((account.clone(), family));
-        api = api.merge(routes);
+    for family in families::all() {
+        let routes = match family.serves {
+            Serves::Tasks => Router::new()
+                .route(family.path, get(list).post(create))
+                .route(&format!("{}/{{id}}", family.path), get(query)),
+            Serves::NewTasks | Serves::Solutions | Serves::Answers => {
+                Router::new().route(family.path, post(create))
+            }
+            Serves::Presets => Router::new().route(family.path, get(list)),
+            Serves::Deletes(_) => Router::new().route(family.path, post(delete)),
+        };
+        api = api.merge(routes.with_state((account.clone(), family)));
     }
+    for listing in [&listing::TASKS, &listing::SOLUTIONS] {
+        let routes = get(tasks_by_ids).post(tasks_by_cursor);
+        let routes = Router::new().route(listing.path, routes);
+        api = api.merge(routes.with_state((account.clone(), listing)));
+    }
+    for listing in [&listing::PACKAGE, &listing::BALANCE] {
+        let routes = Router::new().route(listing.path, post(ledger));
+        api = api.merge(routes.with_state((account.clone(), listing)));
+    }
+    let results = get(result).with_state(account.clone());
     api.fallback(async || Refusal::documented(1203))
         .method_not_allowed_fallback(async || Refusal::documented(1202))
         .layer(middleware::from_fn_with_state(account, authorize))
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
-        .route(&format!("{RESULTS}/{{file}}"), get(result))
+        .route(&format!("{RESULTS}/{{until}}/{{name}}"), results)
         .route("/", get(()))
 }
 
-async fn authorize(State(account): State<Arc<Account>>, request: Request, next: Next) -> Answer {
+async fn authorize(
+    State(account): State<Arc<Account>>,
+    request: Request,
+    next: Next,
+) -> Result<Response, Refusal> {
     let now = account.now().as_secs();
     authorization::verify(request.uri().path(), request.headers(), now)?;
     Ok(next.run(request).await)
@@ -70,11 +83,20 @@ async fn authorize(State(account): State<Arc<Account>>, request: Request, next: 
 
 async fn create(
     State((account, family)): FamilyState,
-    body: Result<Bytes, BytesRejection>,
+    Path(path): Path<HashMap<String, String>>,
+    body: Body,
 ) -> Answer {
-    let body = body.map_err(|rejection| Refusal::parameter(rejection.body_text()))?;
-    let order = Order::parse(family, &body)?;
+    let model = path.get("model");
+    if model.is_some_and(|model| !family.models.contains(&model.as_str())) {
+        return Err(Refusal::documented(1203));
+    }
+    let body = read(body)?;
+    let mut order = Order::parse(family, &body)?;
     drop(body);
+    if let Some(model) = model {
+        let model = json!(model);
+        order.echo.insert("model_name".to_owned(), model);
+    }
     let delay = order.trigger.delay;
     let answer = place(&account, family, order);
     sleep(delay).await;
@@ -87,84 +109,137 @@ fn place(account: &Account, family: &'static Family, order: Order) -> Answer {
     tasks.check_unused(order.external_id.as_deref())?;
     match &order.trigger.ending {
         Ending::Refuse(refusal) => return Err(refusal.clone()),
-        Ending::BrokenGateway => return Ok(reply::broken_gateway()),
+        Ending::BrokenGateway => return Ok(Reply::BrokenGateway),
+        // Guessed: an old element has no task that could fail.
+        Ending::Fail if family.output == Output::OldElement => {
+            return Err(Refusal::documented(1301));
+        }
         Ending::Succeed | Ending::Fail | Ending::Reset => {}
     }
     let is_reset = order.trigger.ending == Ending::Reset;
-    let task = tasks.create(family, order, account.now(), Instant::now())?;
-    Ok(if is_reset {
-        Extension(Reset).into_response()
+    let now = Instant::now();
+    let task = tasks.create(family, order, account.now(), now)?;
+    if is_reset {
+        return Ok(Reply::Reset);
+    }
+    // However short it is, a task begins as submitted.
+    let status = if family.has_tasks() {
+        Status::Submitted
     } else {
-        reply::succeed(task)
-    })
+        task.status(now)
+    };
+    Ok(Reply::Success(account.report(task, status).created()))
 }
 
 async fn query(State((account, family)): FamilyState, Path(id): Path<String>) -> Answer {
-    let task = account.tasks().find(family, &id, Instant::now())?;
-    Ok(reply::succeed(task))
+    let tasks = account.tasks();
+    let task = tasks.find(family, &id)?;
+    let status = task.status(Instant::now());
+    Ok(Reply::Success(account.report(task, status).legacy()))
 }
 
+/// One page of a family, newest first.
 async fn list(State((account, family)): FamilyState, Query(parameters): Parameters) -> Answer {
     let page = number(&parameters, "pageNum", PAGES)?.unwrap_or(1);
-    let size = number(&parameters, "pageSize", PAGE_SIZES)?.unwrap_or(30);
+    let size = number(&parameters, "pageSize", 1..=family.largest_page)?.unwrap_or(PAGE_SIZE);
+    let now = Instant::now();
+    let report = |task: &Task| account.report(task, task.status(now)).legacy();
     let skip = (page - 1) * size;
-    let tasks = account.tasks().list(family, skip, size, Instant::now());
-    Ok(reply::succeed(tasks))
+    let page: Value = if family.serves == Serves::Presets {
+        let presets = presets::of(family, now);
+        presets.iter().skip(skip).take(size).map(report).collect()
+    } else {
+        let tasks = account.tasks();
+        let newest = tasks.of(family).rev();
+        newest.skip(skip).take(size).map(report).collect()
+    };
+    Ok(Reply::Success(page))
 }
 
-/// Lists one resource pack that never ends, inside the second envelope of this path
-/// (vendor's page "Account Usage", as quoted by `aself101/kling-api`, read 2026-11-22).
-async fn costs(State(account): State<Arc<Account>>, Query(parameters): Parameters) -> Answer {
-    let time = |name| {
-        let missing = || Refusal::parameter(format!("{name} is required"));
-        number(&parameters, name, 0..=u64::MAX)?.ok_or_else(missing)
+/// Guessed: the id and the status of what does the deleting.
+async fn delete(State((account, family)): FamilyState, body: Body) -> Answer {
+    let Serves::Deletes(name) = family.serves else {
+        return Err(Refusal::documented(1203));
     };
-    let (start, end) = (time("start_time")?, time("end_time")?);
-    if end < start {
-        return Err(Refusal::parameter("end_time must not be before start_time"));
-    }
-    Ok(reply::succeed(json!({
-        "code": 0,
-        "msg": "success",
-        "resource_pack_subscribe_infos": [{
-            "resource_pack_name": "Sandbox",
-            "resource_pack_id": "00000000000000000000000000000000",
-            "resource_pack_type": "decreasing_total",
-            "total_quantity": 1000.0,
-            "remaining_quantity": 1000.0,
-            "purchase_time": start,
-            "effective_time": start,
-            "invalid_time": (account.now() + PACK_LIFE).as_secs() * 1000,
-            "status": "online",
-        }],
+    let body = order::object(&read(body)?)?;
+    let id = match &body[name] {
+        Value::String(id) if !id.is_empty() => id.clone(),
+        Value::Number(id) => id.to_string(),
+        Value::Null | Value::String(_) => {
+            return Err(Refusal::parameter(format!("{name} is missing or empty")));
+        }
+        value => return Err(order::invalid(name, value)),
+    };
+    let mut tasks = account.tasks();
+    tasks.delete(family.output, &id, Instant::now())?;
+    let id = tasks.ids.number().to_string();
+    Ok(Reply::Success(
+        json!({ "task_id": id, "task_status": "succeed" }),
+    ))
+}
+
+async fn tasks_by_ids(
+    State((account, listing)): ListingState,
+    Query(parameters): Parameters,
+) -> Answer {
+    let (tasks, now) = (account.tasks(), Instant::now());
+    let found = listing.by_ids(&tasks, &parameters)?;
+    let reports = found
+        .iter()
+        .map(|task| account.report(task, task.status(now)).standard());
+    Ok(Reply::Success(reports.collect()))
+}
+
+async fn tasks_by_cursor(State((account, listing)): ListingState, body: Body) -> Answer {
+    let body = order::object(&read(body)?)?;
+    let (tasks, now) = (account.tasks(), Instant::now());
+    let page = listing.page(&tasks, &body, account.now(), now)?;
+    let reports = page
+        .tasks
+        .iter()
+        .map(|task| account.report(task, task.status(now)).standard());
+    Ok(Reply::Success(json!({
+        "result": reports.collect::<Value>(),
+        "count": page.tasks.len(),
+        "next_cursor": page.next_cursor,
+        "has_more": page.has_more,
     })))
 }
 
-async fn result(Path(file): Path<String>) -> Answer {
-    let (content_type, bytes) = match file.rsplit_once('.') {
-        Some((_, "mp4")) => ("video/mp4", VIDEO),
-        Some((_, "png")) => ("image/png", IMAGE),
-        _ => return Err(Refusal::documented(1203)),
-    };
-    Ok(([(CONTENT_TYPE, content_type)], bytes).into_response())
+async fn ledger(State((account, listing)): ListingState, body: Body) -> Answer {
+    let body = order::object(&read(body)?)?;
+    let tasks = account.tasks();
+    let page = listing.page(&tasks, &body, account.now(), Instant::now())?;
+    Ok(Reply::Success(billing::ledger(&page)))
+}
+
+async fn costs(State(account): State<Arc<Account>>, Query(parameters): Parameters) -> Answer {
+    let spent = account.tasks().spent;
+    billing::costs(&parameters, spent, account.now()).map(Reply::Success)
+}
+
+async fn result(
+    State(account): State<Arc<Account>>,
+    Path((until, name)): Path<(u64, String)>,
+) -> Result<Response, Refusal> {
+    files::serve(until, &name, account.now().as_secs())
+}
+
+fn read(body: Body) -> Result<Bytes, Refusal> {
+    body.map_err(|rejection| Refusal::parameter(rejection.body_text()))
 }
 
 /// An optional number of the query, within what is documented.
-fn number<T>(
+fn number(
     parameters: &HashMap<String, String>,
     name: &str,
-    range: RangeInclusive<T>,
-) -> Result<Option<T>, Refusal>
-where
-    T: FromStr + PartialOrd,
-{
+    range: RangeInclusive<usize>,
+) -> Result<Option<usize>, Refusal> {
     let Some(text) = parameters.get(name) else {
         return Ok(None);
     };
     match text.parse() {
         Ok(number) if range.contains(&number) => Ok(Some(number)),
-        _ => Err(Refusal::parameter(format!(
-            "{name} value '{text}' is invalid"
-        ))),
+        _ => Err(order::invalid(name, &json!(text))),
     }
 }

@@ -1,352 +1,355 @@
 //! The tasks of the one account; their state follows from their age, so nothing runs in the background.
 
 use std::collections::VecDeque;
-use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use fastrand::Rng;
-use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::order::{Family, Order, Output};
+use super::families::{Family, Output};
+use super::ids::Ids;
+use super::order::Order;
 use super::reply::Refusal;
-use super::trigger::Ending;
+use super::task::{Status, Task};
 
-/// The tasks that are remembered.
+/// The tasks that are remembered, and what answers at once too: it is paid for like them.
 #[derive(Debug)]
 pub(super) struct Tasks {
-    /// Oldest first, and so the first to end first, since all take equally long.
+    /// Oldest first, and so the first to end first, since all take equally long or no time.
     known: VecDeque<Task>,
-    ids: Rng,
+    pub(super) ids: Ids,
     task_time: Duration,
-    concurrency: usize,
-    /// Base of the result URLs, without a slash at its end.
-    results: String,
+    concurrency: u32,
+    /// The units that all tasks have cost, also those that are forgotten.
+    pub(super) spent: u32,
 }
 
-#[derive(Debug)]
-struct Task {
-    id: String,
-    family: &'static Family,
-    order: Order,
-    /// What clients are told, since the epoch.
-    created_at: Duration,
-    /// What the age is counted from.
-    created: Instant,
-}
-
-/// With as many, the oldest is forgotten for each new one.
+/// With as many, the oldest that has ended is forgotten for each new one.
 const MOST_TASKS: usize = 10_000;
-
-/// Task ids have 18 digits.
-const IDS: RangeInclusive<u64> = 100_000_000_000_000_000..=999_999_999_999_999_999;
-
-/// Measured by `aself101/kling-api`, 2026.
-const FAILURE: &str = "Failure to pass the risk control system";
 
 // === impl Tasks ===
 
 impl Tasks {
-    pub(super) fn new(seed: u64, task_time: Duration, concurrency: usize, results: String) -> Self {
+    pub(super) fn new(seed: u64, task_time: Duration, concurrency: usize) -> Self {
         Self {
             known: VecDeque::new(),
-            ids: Rng::with_seed(seed),
+            ids: Ids::new(seed),
             task_time,
-            // Those that run always fit, so only ended ones are forgotten.
-            concurrency: concurrency.min(MOST_TASKS),
-            results,
+            // Those that run always fit.
+            concurrency: u32::try_from(concurrency.min(MOST_TASKS)).unwrap_or(u32::MAX),
+            spent: 0,
         }
     }
 
     /// Refuses an external id that is in use with 1201.
     pub(super) fn check_unused(&self, external_id: Option<&str>) -> Result<(), Refusal> {
-        let is_same = |task: &Task| task.order.external_id.as_deref() == external_id;
         match external_id {
-            Some(id) if self.known.iter().any(is_same) => Err(Refusal::parameter(format!(
-                "External_task_id {id} already exists"
-            ))),
+            Some(id) if self.known.iter().any(|task| task.is_called(id)) => Err(
+                Refusal::parameter(format!("External_task_id {id} already exists")),
+            ),
             _ => Ok(()),
         }
     }
 
-    /// Creates a task and describes it; 1303 when it finds too few free slots.
+    /// Creates a task; 1303 when it finds too few free slots.
     pub(super) fn create(
         &mut self,
         family: &'static Family,
         order: Order,
         created_at: Duration,
         now: Instant,
-    ) -> Result<Value, Refusal> {
-        let running = self
-            .known
-            .iter()
-            .rev()
-            .take_while(|task| task.age(now) < self.task_time);
-        let held: usize = running.map(|task| task.order.count).sum();
-        if held + order.count > self.concurrency {
-            return Err(Refusal::documented(1303));
+    ) -> Result<&Task, Refusal> {
+        let is_running = |task: &Task| task.age(now) < task.time;
+        if family.has_tasks() {
+            let youngest = self.known.iter().rev();
+            let held: u32 = youngest
+                .take_while(|task| task.age(now) < self.task_time)
+                .filter(|task| is_running(task))
+                .map(|task| task.order.count)
+                .sum();
+            if held + order.count > self.concurrency {
+                return Err(Refusal::documented(1303));
+            }
         }
-        if self.known.len() == MOST_TASKS {
-            self.known.pop_front();
+        if self.known.len() >= MOST_TASKS {
+            let oldest = self.known.iter().position(|task| !is_running(task));
+            oldest.map(|index| self.known.remove(index));
         }
+        let [id, product] = [(); 2].map(|()| self.ids.number());
         let task = Task {
-            id: self.ids.u64(IDS).to_string(),
+            id,
+            product,
             family,
             order,
             created_at,
             created: now,
+            time: if family.has_tasks() {
+                self.task_time
+            } else {
+                Duration::ZERO
+            },
+            spent_before: self.spent,
+            is_deleted: false,
         };
-        let answer = task.describe("submitted", Duration::ZERO);
+        self.spent = self.spent.saturating_add(task.price());
         self.known.push_back(task);
-        Ok(answer)
+        Ok(&self.known[self.known.len() - 1])
     }
 
-    /// The task with this id or external id; 1201, not 404, where there is none (measured).
-    pub(super) fn find(&self, family: &Family, id: &str, now: Instant) -> Result<Value, Refusal> {
-        let has_id = |task: &&Task| task.id == id || task.order.external_id.as_deref() == Some(id);
-        match self.of(family).find(has_id) {
-            Some(task) => Ok(self.report(task, now)),
-            None => Err(Refusal::parameter(format!(
-                "Task not found by id/external id: {id}"
-            ))),
-        }
+    /// The task of a family with this id, or external id where the family allows; 1201, not 404, where there is
+    /// none (measured).
+    pub(super) fn find(&self, family: &Family, id: &str) -> Result<&Task, Refusal> {
+        let number = id.parse().ok();
+        let is_it = |task: &&Task| {
+            let name = match family.output {
+                // Guessed: an old element has no other id.
+                Output::OldElement => task.product,
+                _ => task.id,
+            };
+            number == Some(name) || (family.by_external_id && task.is_called(id))
+        };
+        self.of(family)
+            .find(is_it)
+            .ok_or_else(|| Refusal::parameter(format!("Task not found by id/external id: {id}")))
     }
 
-    /// One page of the tasks of a family, newest first.
-    pub(super) fn list(&self, family: &Family, skip: usize, take: usize, now: Instant) -> Value {
-        let page = self.of(family).rev().skip(skip).take(take);
-        page.map(|task| self.report(task, now)).collect()
-    }
-
-    fn of(&self, family: &Family) -> impl DoubleEndedIterator<Item = &Task> {
+    /// The tasks of a family, oldest first.
+    pub(super) fn of(&self, family: &Family) -> impl DoubleEndedIterator<Item = &Task> {
         self.known
             .iter()
-            .filter(|task| task.family.path == family.path)
+            .filter(|task| task.family.path == family.path && !task.is_gone())
     }
 
-    /// Describes a task as it is `now`, with its result where it has one.
-    fn report(&self, task: &Task, now: Instant) -> Value {
-        let age = task.age(now);
-        let fails = task.order.trigger.ending == Ending::Fail;
-        let (status, since) = if age >= self.task_time {
-            (if fails { "failed" } else { "succeed" }, self.task_time)
-        } else if age >= self.task_time / 3 {
-            ("processing", self.task_time / 3)
-        } else {
-            ("submitted", Duration::ZERO)
+    /// All tasks, newest first.
+    pub(super) fn newest(&self) -> impl Iterator<Item = &Task> {
+        self.known.iter().rev()
+    }
+
+    /// Deletes a voice or an element that was made here and not yet deleted.
+    ///
+    /// # Errors
+    ///
+    /// 1201 where there is none, in the words measured for voices.
+    pub(super) fn delete(&mut self, output: Output, id: &str, now: Instant) -> Result<(), Refusal> {
+        let number = id.parse().ok();
+        let found = self.known.iter_mut().find(|task| {
+            let is_of_sort = task.family.output == output
+                || (output, task.family.output) == (Output::OldElement, Output::Element);
+            is_of_sort
+                && number == Some(task.product)
+                && task.status(now) == Status::Succeeded
+                && !task.is_deleted
+        });
+        let sort = match output {
+            Output::Voice => "Voice",
+            _ => "Element",
         };
-        let mut report = task.describe(status, since);
-        report["task_status_msg"] = json!(if status == "failed" { FAILURE } else { "" });
-        if status == "succeed" {
-            report["task_result"] = self.result(task);
-        }
-        report
+        found
+            .map(|task| task.is_deleted = true)
+            .ok_or_else(|| Refusal::parameter(format!("{sort} id not found")))
     }
-
-    fn result(&self, task: &Task) -> Value {
-        let Self { results, .. } = self;
-        let Task {
-            id, family, order, ..
-        } = task;
-        match family.output {
-            Output::Video => {
-                let url = format!("{results}/{id}.mp4");
-                json!({ "videos": [{ "id": id, "url": url, "duration": "5" }] })
-            }
-            Output::Images => {
-                let image =
-                    |index| json!({ "index": index, "url": format!("{results}/{id}-{index}.png") });
-                json!({ "images": (0..order.count).map(image).collect::<Vec<_>>() })
-            }
-        }
-    }
-}
-
-// === impl Task ===
-
-impl Task {
-    fn age(&self, now: Instant) -> Duration {
-        now.duration_since(self.created)
-    }
-
-    /// The fields of every answer; `since` is the age at which `status` began.
-    fn describe(&self, status: &str, since: Duration) -> Value {
-        let info = match &self.order.external_id {
-            Some(id) => json!({ "external_task_id": id }),
-            None => json!({}),
-        };
-        json!({
-            "task_id": self.id,
-            "task_status": status,
-            "task_info": info,
-            "created_at": milliseconds(self.created_at),
-            "updated_at": milliseconds(self.created_at + since),
-        })
-    }
-}
-
-fn milliseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
-    use crate::sandbox::order::FAMILIES;
+    use crate::sandbox::families::tests::family;
 
     const TIME: Duration = Duration::from_secs(3);
-    const TEXT: &Family = &FAMILIES[0];
-    const IMAGES: &Family = &FAMILIES[3];
 
     fn tasks() -> Tasks {
-        Tasks::new(7, TIME, 3, "http://sandbox/results".to_owned())
+        Tasks::new(7, TIME, 3)
     }
 
-    fn create(
-        tasks: &mut Tasks,
-        family: &'static Family,
+    fn create<'a>(
+        tasks: &'a mut Tasks,
+        path: &str,
         body: &Value,
         now: Instant,
-    ) -> Result<Value, Refusal> {
-        let order = Order::parse(family, body.to_string().as_bytes())?;
-        tasks.create(family, order, Duration::from_secs(1000), now)
-    }
-
-    fn id(task: &Value) -> &str {
-        task["task_id"].as_str().unwrap()
-    }
-
-    #[test]
-    fn a_task_is_described_as_the_legacy_api_does() {
-        let (mut tasks, now) = (tasks(), Instant::now());
-        let body = json!({ "prompt": "a", "n": 2, "external_task_id": "mine" });
-        let created = create(&mut tasks, IMAGES, &body, now).unwrap();
-        let id = id(&created);
-        let mut expected = json!({
-            "task_id": id,
-            "task_status": "submitted",
-            "task_info": { "external_task_id": "mine" },
-            "created_at": 1_000_000,
-            "updated_at": 1_000_000,
-        });
-        assert_eq!(created, expected);
-        expected["task_status"] = json!("succeed");
-        expected["task_status_msg"] = json!("");
-        expected["updated_at"] = json!(1_003_000);
-        expected["task_result"] = json!({ "images": [
-            { "index": 0, "url": format!("http://sandbox/results/{id}-0.png") },
-            { "index": 1, "url": format!("http://sandbox/results/{id}-1.png") },
-        ] });
-        assert_eq!(tasks.find(IMAGES, "mine", now + TIME), Ok(expected));
+    ) -> Result<&'a Task, Refusal> {
+        let order = Order::parse(family(path), body.to_string().as_bytes())?;
+        tasks.create(family(path), order, Duration::from_secs(1000), now)
     }
 
     #[test]
     fn a_task_is_processing_after_a_third_of_its_time_and_then_ends() {
         let (mut tasks, now) = (tasks(), Instant::now());
-        for (prompt, end, message) in [("a", "succeed", ""), ("sandbox:failed", "failed", FAILURE)]
-        {
-            let created = create(&mut tasks, TEXT, &json!({ "prompt": prompt }), now).unwrap();
-            for (milliseconds, status, message) in [
-                (0, "submitted", ""),
-                (999, "submitted", ""),
-                (1000, "processing", ""),
-                (2999, "processing", ""),
-                (3000, end, message),
+        for (prompt, end) in [("a", Status::Succeeded), ("sandbox:failed", Status::Failed)] {
+            let task = create(&mut tasks, "text2video", &json!({ "prompt": prompt }), now).unwrap();
+            for (milliseconds, status) in [
+                (0, Status::Submitted),
+                (999, Status::Submitted),
+                (1000, Status::Processing),
+                (2999, Status::Processing),
+                (3000, end),
             ] {
                 let then = now + Duration::from_millis(milliseconds);
-                let found = tasks.find(TEXT, id(&created), then).unwrap();
                 assert_eq!(
-                    found["task_status"], status,
+                    task.status(then),
+                    status,
                     "{prompt} after {milliseconds} ms"
-                );
-                assert_eq!(
-                    found["task_status_msg"], message,
-                    "{prompt} after {milliseconds} ms"
-                );
-                assert_eq!(
-                    found.get("task_result").is_some(),
-                    status == "succeed",
-                    "{found}"
                 );
             }
         }
     }
 
     #[test]
-    fn tasks_hold_their_slots_until_they_end() {
+    fn tasks_hold_their_slots_until_they_end_and_answers_hold_none() {
         let (mut tasks, now) = (tasks(), Instant::now());
-        let (image, video) = (json!({ "prompt": "a", "n": 2 }), json!({ "prompt": "a" }));
-        for (family, body, after, fits) in [
-            (IMAGES, &image, 0, true),
-            (IMAGES, &image, 1, false),
-            (TEXT, &video, 1, true),
-            (TEXT, &video, 2, false),
-            (IMAGES, &image, 3, true),
-            (TEXT, &video, 3, false),
-            (TEXT, &video, 4, true),
+        let (image, video) = (
+            json!({ "prompt": "a", "n": 2 }),
+            json!({ "prompt": "sandbox:failed" }),
+        );
+        let answer = json!({ "image": "AA" });
+        for (path, body, after, fits) in [
+            ("generations", &image, 0, true),
+            ("generations", &image, 1, false),
+            ("text2video", &video, 1, true),
+            ("/text-to-video/{model}", &video, 1, false),
+            ("image-recognize", &answer, 1, true),
+            ("text2video", &video, 2, false),
+            ("generations", &image, 3, true),
+            ("text2video", &video, 3, false),
+            ("text2video", &video, 4, true),
         ] {
-            let outcome = create(&mut tasks, family, body, now + Duration::from_secs(after));
+            let outcome = create(&mut tasks, path, body, now + Duration::from_secs(after));
             assert_eq!(
                 outcome.map_err(|refusal| refusal.code).err(),
                 (!fits).then_some(1303),
-                "{after} s"
+                "{path} after {after} s"
             );
         }
+    }
+
+    #[test]
+    fn each_result_costs_a_unit_and_a_failure_nothing() {
+        let (mut tasks, mut now) = (tasks(), Instant::now());
+        for (path, body, spent) in [
+            ("text2video", json!({ "prompt": "a" }), 1),
+            ("generations", json!({ "prompt": "a", "n": 3 }), 4),
+            ("text2video", json!({ "prompt": "sandbox:failed" }), 4),
+            ("identify-face", json!({ "video_id": "1" }), 5),
+        ] {
+            now += TIME;
+            let spent_before = tasks.spent;
+            let task = create(&mut tasks, path, &body, now).unwrap();
+            assert_eq!(task.spent_before, spent_before, "{path}");
+            assert_eq!(tasks.spent, spent, "{path}");
+        }
+        now += TIME;
+        create(
+            &mut tasks,
+            "generations",
+            &json!({ "prompt": "a", "n": 9 }),
+            now,
+        )
+        .unwrap_err();
+        assert_eq!(tasks.spent, 5, "a refusal");
     }
 
     #[test]
     fn an_external_id_is_unique_among_all_families() {
         let (mut tasks, now) = (tasks(), Instant::now());
         let body = json!({ "prompt": "a", "external_task_id": "mine" });
-        create(&mut tasks, TEXT, &body, now).unwrap();
+        create(&mut tasks, "text2video", &body, now).unwrap();
         let refusal = tasks.check_unused(Some("mine")).unwrap_err();
         assert_eq!(
             refusal,
             Refusal::parameter("External_task_id mine already exists")
         );
         assert_eq!(tasks.check_unused(Some("other")), Ok(()));
-        create(&mut tasks, TEXT, &json!({ "prompt": "a" }), now).unwrap();
+        create(&mut tasks, "text2video", &json!({ "prompt": "a" }), now).unwrap();
         assert_eq!(tasks.check_unused(None), Ok(()));
     }
 
     #[test]
-    fn a_task_is_found_in_its_own_family_only() {
+    fn a_task_is_found_in_its_own_family_and_by_its_external_id_where_that_is_documented() {
         let (mut tasks, now) = (tasks(), Instant::now());
-        let created = create(&mut tasks, TEXT, &json!({ "prompt": "a" }), now).unwrap();
-        let refusal = tasks.find(IMAGES, id(&created), now).unwrap_err();
-        let message = format!("Task not found by id/external id: {}", id(&created));
-        assert_eq!(refusal, Refusal::parameter(message));
-    }
-
-    #[test]
-    fn a_seed_decides_the_ids_which_have_18_digits() {
-        let ids = |mut tasks: Tasks| {
-            let create = |_| create(&mut tasks, TEXT, &json!({ "prompt": "a" }), Instant::now());
-            (0..3)
-                .map(create)
-                .map(|task| id(&task.unwrap()).to_owned())
-                .collect::<Vec<_>>()
-        };
-        let expected = ids(tasks());
-        assert_eq!(ids(tasks()), expected);
-        assert!(expected.iter().all(|id| id.len() == 18), "{expected:?}");
-        assert_ne!(ids(Tasks::new(8, TIME, 3, String::new())), expected);
-    }
-
-    #[test]
-    fn a_list_shows_the_newest_first_and_the_oldest_is_forgotten_in_the_end() {
-        let mut tasks = Tasks::new(0, Duration::ZERO, 1, String::new());
-        let now = Instant::now();
-        let mut created = Vec::new();
-        for _ in 0..=MOST_TASKS {
-            let task = create(&mut tasks, TEXT, &json!({ "prompt": "a" }), now).unwrap();
-            created.push(id(&task).to_owned());
+        let body = json!({
+            "prompt": "a",
+            "element_frontal_image": "AA",
+            "external_task_id": "mine",
+        });
+        for (path, by_external_id) in [("text2video", true), ("ai-multi-shot", false)] {
+            let id = create(&mut tasks, path, &body, now).unwrap().id.to_string();
+            let found = |path, id| tasks.find(family(path), id).map(|task| task.id.to_string());
+            assert_eq!(found(path, &id), Ok(id.clone()), "{path}");
+            assert_eq!(found(path, "mine").is_ok(), by_external_id, "{path}");
+            let message = format!("Task not found by id/external id: {id}");
+            assert_eq!(found("generations", &id), Err(Refusal::parameter(message)));
         }
-        let page = tasks.list(TEXT, 1, 2, now);
-        let ids: Vec<_> = page.as_array().unwrap().iter().map(id).collect();
-        assert_eq!(ids, [&created[MOST_TASKS - 1], &created[MOST_TASKS - 2]]);
-        assert!(tasks.find(TEXT, &created[0], now).is_err());
-        assert!(tasks.find(TEXT, &created[1], now).is_ok());
-        assert_eq!(tasks.list(IMAGES, 0, 30, now), json!([]));
+    }
+
+    #[test]
+    fn what_was_made_is_deleted_once_and_by_its_own_path() {
+        let (mut tasks, now) = (tasks(), Instant::now());
+        let body = json!({
+            "voice_name": "a", "voice_url": "https://a.test/b.mp3",
+            "element_name": "a", "element_description": "b", "reference_type": "image_refer",
+            "element_image_list": { "frontal_image": "AA" },
+            "element_frontal_image": "AA", "element_refer_list": [{ "image_url": "AA" }],
+        });
+        for (path, listed) in [
+            ("custom-voices", 0),
+            ("advanced-custom-elements", 1),
+            ("/custom-elements", 0),
+        ] {
+            let output = family(path).output;
+            let product = create(&mut tasks, path, &body, now)
+                .unwrap()
+                .product
+                .to_string();
+            let other = match output {
+                Output::Voice => Output::OldElement,
+                _ => Output::Voice,
+            };
+            tasks.delete(other, &product, now + TIME).unwrap_err();
+            assert_eq!(tasks.delete(output, &product, now + TIME), Ok(()), "{path}");
+            tasks.delete(output, &product, now + TIME).unwrap_err();
+            assert_eq!(tasks.of(family(path)).count(), listed, "{path}");
+        }
+        let product = create(&mut tasks, "custom-voices", &body, now + TIME)
+            .unwrap()
+            .product
+            .to_string();
+        assert_eq!(
+            tasks.delete(Output::Voice, &product, now + TIME),
+            Err(Refusal::parameter("Voice id not found")),
+            "which is not made yet"
+        );
+    }
+
+    #[test]
+    fn the_oldest_is_forgotten_in_the_end() {
+        let mut tasks = Tasks::new(0, Duration::ZERO, 1);
+        let (now, body) = (Instant::now(), json!({ "prompt": "a" }));
+        let mut ids = Vec::new();
+        for _ in 0..=MOST_TASKS {
+            let task = create(&mut tasks, "text2video", &body, now).unwrap();
+            ids.push(task.id.to_string());
+        }
+        assert!(tasks.find(family("text2video"), &ids[0]).is_err());
+        assert!(tasks.find(family("text2video"), &ids[1]).is_ok());
+        assert_eq!(tasks.newest().count(), MOST_TASKS);
+        assert_eq!(tasks.spent, 10_001);
+    }
+
+    #[test]
+    fn a_task_that_runs_is_not_forgotten() {
+        let (mut tasks, now) = (tasks(), Instant::now());
+        let task = create(&mut tasks, "text2video", &json!({ "prompt": "a" }), now).unwrap();
+        let id = task.id.to_string();
+        for _ in 0..=MOST_TASKS {
+            create(
+                &mut tasks,
+                "image-recognize",
+                &json!({ "image": "AA" }),
+                now,
+            )
+            .unwrap();
+        }
+        assert!(tasks.find(family("text2video"), &id).is_ok());
+        assert_eq!(tasks.newest().count(), MOST_TASKS);
     }
 }

@@ -1,10 +1,12 @@
-//! Words in a prompt that ask the sandbox for a fault, such as `sandbox:1303`.
+//! Words in a request that ask the sandbox for a fault, such as `sandbox:1303`.
 
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::reply::Refusal;
 
-/// What a prompt asks for; of several wishes of one sort the last counts.
+/// What a request asks for; of several wishes of one sort the last counts.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Trigger {
     /// Time between the creation of the task and the answer: `sandbox:slow=5s`.
@@ -17,7 +19,7 @@ pub(super) struct Trigger {
 pub(super) enum Ending {
     #[default]
     Succeed,
-    /// `sandbox:failed`: a task that fails.
+    /// `sandbox:failed`: a task that fails, or an answer that nothing was found.
     Fail,
     /// `sandbox:CODE`, or `sandbox:CODE@STATUS` for another HTTP status than the documented one: no task.
     Refuse(Refusal),
@@ -34,32 +36,51 @@ const LONGEST_DELAY: Duration = Duration::from_mins(10);
 // === impl Trigger ===
 
 impl Trigger {
-    /// Finds the triggers of a prompt.
+    /// Finds the triggers in all texts of a body, since every family calls its prompt something else and some
+    /// have none.
     ///
     /// # Errors
     ///
     /// 1201 for a word after `sandbox:` that is none: a test with a typing error must not pass.
-    pub(super) fn parse(prompt: &str) -> Result<Self, Refusal> {
+    pub(super) fn of(body: &Value) -> Result<Self, Refusal> {
         let mut trigger = Self::default();
-        for text in prompt.split(MARK).skip(1) {
-            let end = text.find(|c: char| !c.is_ascii_alphanumeric() && c != '=' && c != '@');
-            match &text[..end.unwrap_or(text.len())] {
+        trigger.read(body)?;
+        Ok(trigger)
+    }
+
+    fn read(&mut self, value: &Value) -> Result<(), Refusal> {
+        match value {
+            Value::String(text) => self.read_text(text),
+            Value::Array(items) => items.iter().try_for_each(|item| self.read(item)),
+            Value::Object(fields) => fields.values().try_for_each(|value| self.read(value)),
+            Value::Null | Value::Bool(_) | Value::Number(_) => Ok(()),
+        }
+    }
+
+    fn read_text(&mut self, text: &str) -> Result<(), Refusal> {
+        for (start, _) in text.match_indices(MARK) {
+            let (before, rest) = (&text[..start], &text[start + MARK.len()..]);
+            if before.ends_with("//") {
+                continue; // a URL of a host of that name, and its port
+            }
+            let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '=' && c != '@');
+            match &rest[..end.unwrap_or(rest.len())] {
                 "" => {}
-                "failed" => trigger.ending = Ending::Fail,
-                "html" => trigger.ending = Ending::BrokenGateway,
-                "reset" => trigger.ending = Ending::Reset,
+                "failed" => self.ending = Ending::Fail,
+                "html" => self.ending = Ending::BrokenGateway,
+                "reset" => self.ending = Ending::Reset,
                 word => {
                     if let Some(delay) = delay(word) {
-                        trigger.delay = delay;
+                        self.delay = delay;
                     } else if let Some(refusal) = refusal(word) {
-                        trigger.ending = Ending::Refuse(refusal);
+                        self.ending = Ending::Refuse(refusal);
                     } else {
                         return Err(Refusal::parameter(format!("Unknown trigger {MARK}{word}")));
                     }
                 }
             }
         }
-        Ok(trigger)
+        Ok(())
     }
 }
 
@@ -83,7 +104,13 @@ fn refusal(word: &str) -> Option<Refusal> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    fn parse(prompt: &str) -> Result<Trigger, Refusal> {
+        Trigger::of(&json!({ "prompt": prompt }))
+    }
 
     #[test]
     fn a_code_is_answered_with_its_documented_status_or_the_one_asked_for() {
@@ -98,7 +125,7 @@ mod tests {
             let Ok(Trigger {
                 ending: Ending::Refuse(refusal),
                 ..
-            }) = Trigger::parse(prompt)
+            }) = parse(prompt)
             else {
                 panic!("no refusal in {prompt:?}");
             };
@@ -127,12 +154,27 @@ mod tests {
             ("sandbox:slow=5s sandbox:reset", seconds(5), Ending::Reset),
             ("sandbox:slow=1year", LONGEST_DELAY, Ending::Succeed),
         ] {
-            assert_eq!(
-                Trigger::parse(prompt),
-                Ok(Trigger { delay, ending }),
-                "{prompt:?}"
-            );
+            assert_eq!(parse(prompt), Ok(Trigger { delay, ending }), "{prompt:?}");
         }
+    }
+
+    #[test]
+    fn a_trigger_is_found_in_every_text_of_a_body() {
+        for body in [
+            json!({ "text": "sandbox:failed" }),
+            json!({ "contents": [{ "type": "prompt", "text": "a cat sandbox:failed" }] }),
+            json!({ "input": { "images": ["https://a.test/sandbox:failed.png"] } }),
+        ] {
+            let trigger = Trigger::of(&body).unwrap();
+            assert_eq!(trigger.ending, Ending::Fail, "{body}");
+        }
+    }
+
+    #[test]
+    fn a_host_called_sandbox_is_no_trigger() {
+        let body =
+            json!({ "image": "http://sandbox:5548/results/1.png", "n": 1, "x": [null, true] });
+        assert_eq!(Trigger::of(&body), Ok(Trigger::default()));
     }
 
     #[test]
@@ -140,7 +182,7 @@ mod tests {
         for word in [
             "faild", "slow", "slow=", "slow=5", "1303@", "1303@99", "1303@100", "99999", "=", "Ü",
         ] {
-            let outcome = Trigger::parse(&format!("sandbox:{word}"));
+            let outcome = parse(&format!("sandbox:{word}"));
             assert_eq!(outcome.is_err(), word != "Ü", "{word}");
         }
     }

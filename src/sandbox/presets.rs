@@ -1,0 +1,35 @@
+//! What Kling provides to everyone: guessed, but for the shape.
+
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::families::Family;
+use super::order::Order;
+use super::task::Task;
+
+/// Ids of 18 digits, and names.
+const PRESETS: &[(u64, &str)] = &[
+    (829_836_802_793_406_551, "Sandbox 1"),
+    (829_836_802_793_406_552, "Sandbox 2"),
+];
+
+/// The first day of 2026.
+const CREATED_AT: Duration = Duration::from_hours(24 * 20_454);
+
+/// The elements or voices of a row that lists them.
+pub(super) fn of(family: &'static Family, now: Instant) -> Vec<Task> {
+    let preset = |&(id, name): &(u64, &str)| {
+        let fields = ["element_name", "element_description", "voice_name"];
+        let order = Order {
+            echo: fields
+                .map(|field| (field.to_owned(), json!(name)))
+                .into_iter()
+                .collect(),
+            ..Order::default()
+        };
+        Task::preset(family, id, order, CREATED_AT, now)
+    };
+    PRESETS.iter().map(preset).collect()
+}

@@ -1,0 +1,360 @@
+//! How a task is told: in the words of the legacy API, or in those of the new standard.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::END_OF_TIME;
+use super::families::{Output, Serves};
+use super::files::{Files, LIFE};
+use super::task::{Status, Task};
+
+/// A task as it is at some moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Report<'a> {
+    pub(super) task: &'a Task,
+    pub(super) status: Status,
+    /// Where its results are.
+    pub(super) files: &'a Files,
+}
+
+/// Measured by `aself101/kling-api`, 2026.
+const FAILURE: &str = "Failure to pass the risk control system";
+
+/// Who made what is made here; Kling's own is `kling`'s.
+const CREATOR: &str = "100000001";
+
+// === impl Report ===
+
+impl Report<'_> {
+    /// The answer to the create.
+    pub(super) fn created(&self) -> Value {
+        let family = self.task.family;
+        match family.serves {
+            Serves::Answers => self.answer(),
+            Serves::NewTasks | Serves::Solutions => {
+                let mut head = self.standard_head();
+                if family.is_hybrid {
+                    head["task_id"] = head["id"].take();
+                    head.as_object_mut().map(|head| head.remove("id"));
+                }
+                head
+            }
+            _ if family.output == Output::OldElement => self.old_element(),
+            _ => self.legacy_head(),
+        }
+    }
+
+    /// The answer to a query below the family's own path.
+    pub(super) fn legacy(&self) -> Value {
+        if self.task.family.output == Output::OldElement {
+            return self.old_element();
+        }
+        let mut report = self.legacy_head();
+        report["task_status_msg"] = json!(self.message());
+        if self.status == Status::Succeeded {
+            report["task_result"] = self.result();
+        }
+        if self.has_ended() && !self.is_preset() {
+            self.add_deduction(&mut report);
+        }
+        report
+    }
+
+    /// The answer to a query at `/tasks` or `/solutions`.
+    pub(super) fn standard(&self) -> Value {
+        let mut report = self.standard_head();
+        report["message"] = json!(self.message());
+        report["outputs"] = match self.status {
+            Status::Succeeded => self.outputs(),
+            _ => json!([]),
+        };
+        report["billing"] = match self.task.price() {
+            price if price > 0 && self.has_ended() => json!([{
+                "charge_type": "unit",
+                "amount": price.to_string(),
+                "package_type": self.package(),
+            }]),
+            _ => json!([]),
+        };
+        report
+    }
+
+    fn legacy_head(&self) -> Value {
+        let [created_at, updated_at] = self.times();
+        let mut head = json!({
+            "task_id": self.task.id.to_string(),
+            "task_status": self.word("succeed"),
+            "created_at": created_at,
+            "updated_at": updated_at,
+        });
+        if self.task.family.has_tasks() {
+            head["task_info"] = self.info();
+        }
+        head
+    }
+
+    fn info(&self) -> Value {
+        let echo = &self.task.order.echo;
+        let mut info = json!({});
+        if let Some(id) = &self.task.order.external_id {
+            info["external_task_id"] = json!(id);
+        }
+        if let Output::ChildVideo | Output::VideoSound = self.task.family.output {
+            let id = echo.get("video_id").cloned();
+            let url = echo.get("video_url").cloned();
+            info["parent_video"] = json!({
+                "id": id.unwrap_or_else(|| json!("")),
+                "url": url.unwrap_or_else(|| json!(self.file(".mp4"))),
+                "duration": "2",
+            });
+        }
+        info
+    }
+
+    fn standard_head(&self) -> Value {
+        let [create_time, update_time] = self.times();
+        json!({
+            "id": self.task.id.to_string(),
+            "status": self.word(if self.task.family.is_hybrid { "succeed" } else { "succeeded" }),
+            "create_time": create_time,
+            "update_time": update_time,
+            "external_id": self.task.order.external_id.as_deref().unwrap_or_default(),
+        })
+    }
+
+    /// Adds what it has cost: units of a resource pack, and no money.
+    pub(super) fn add_deduction(&self, report: &mut Value) {
+        report["final_unit_deduction"] = json!(self.task.price().to_string());
+        report["final_balance_deduction"] = json!({ "quota": "0", "list_price": "0" });
+    }
+
+    /// Packs have no sort for try-on here (page "Query Task").
+    fn package(&self) -> &'static str {
+        match self.task.family.output.product() {
+            "try_on" => "image",
+            product => product,
+        }
+    }
+
+    /// When it was created, and when its state began; in ms.
+    fn times(&self) -> [u64; 2] {
+        let since = match self.status {
+            Status::Submitted => Duration::ZERO,
+            Status::Processing => self.task.time / 3,
+            Status::Succeeded | Status::Failed => self.task.time,
+        };
+        let created_at = self.task.created_at;
+        [created_at, created_at + since].map(milliseconds)
+    }
+
+    fn word(&self, success: &'static str) -> &'static str {
+        match self.status {
+            Status::Succeeded => success,
+            status => status.name(),
+        }
+    }
+
+    fn message(&self) -> &'static str {
+        match self.status {
+            Status::Failed => FAILURE,
+            _ => "",
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self.status, Status::Succeeded | Status::Failed)
+    }
+
+    fn is_preset(&self) -> bool {
+        self.task.family.serves == Serves::Presets
+    }
+
+    pub(super) fn owner(&self) -> &'static str {
+        if self.is_preset() { "kling" } else { CREATOR }
+    }
+
+    /// The URL of a file of this task. What Kling provides is not deleted.
+    pub(super) fn file(&self, end: &str) -> String {
+        let until = if self.is_preset() {
+            END_OF_TIME
+        } else {
+            self.task.created_at + LIFE
+        };
+        self.files.url(until, &format!("{}{end}", self.task.id))
+    }
+}
+
+pub(super) fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::sandbox::families::tests::family;
+    use crate::sandbox::order::Order;
+    use crate::sandbox::tasks::Tasks;
+
+    /// What is told of a task: at its creation, and after in the words of either generation.
+    fn told(path: &str, body: &Value) -> [Value; 3] {
+        let files = Files::new("http://sandbox/");
+        let (mut tasks, now) = (Tasks::new(7, Duration::from_secs(3), 9), Instant::now());
+        let order = Order::parse(family(path), body.to_string().as_bytes()).unwrap();
+        let created_at = Duration::from_secs(1000);
+        let task = tasks.create(family(path), order, created_at, now).unwrap();
+        let at = |status| Report {
+            task,
+            status,
+            files: &files,
+        };
+        let created = if family(path).has_tasks() {
+            Status::Submitted
+        } else {
+            task.status(now)
+        };
+        let later = at(task.status(now + task.time));
+        [at(created).created(), later.legacy(), later.standard()]
+    }
+
+    #[test]
+    fn a_task_is_told_as_the_legacy_api_does() {
+        let body = json!({ "prompt": "a", "n": 2, "external_task_id": "mine" });
+        let [created, ended, _] = told("generations", &body);
+        let id = created["task_id"].as_str().unwrap();
+        let mut expected = json!({
+            "task_id": id,
+            "task_status": "submitted",
+            "task_info": { "external_task_id": "mine" },
+            "created_at": 1_000_000,
+            "updated_at": 1_000_000,
+        });
+        assert_eq!(created, expected);
+        expected["task_status"] = json!("succeed");
+        expected["task_status_msg"] = json!("");
+        expected["updated_at"] = json!(1_003_000);
+        // 1000 s and 30 days.
+        expected["task_result"] = json!({ "images": [
+            { "index": 0, "url": format!("http://sandbox/results/2593000/{id}-0.png") },
+            { "index": 1, "url": format!("http://sandbox/results/2593000/{id}-1.png") },
+        ] });
+        expected["final_unit_deduction"] = json!("2");
+        expected["final_balance_deduction"] = json!({ "quota": "0", "list_price": "0" });
+        assert_eq!(ended, expected);
+    }
+
+    #[test]
+    fn a_task_is_told_as_the_new_standard_does_whichever_path_created_it() {
+        let body = json!({
+            "prompt": "a",
+            "external_task_id": "mine",
+            "options": { "external_task_id": "mine" },
+        });
+        for path in ["text2video", "/text-to-video/{model}"] {
+            let [created, _, ended] = told(path, &body);
+            let id = ended["id"].as_str().unwrap();
+            let video = ended["outputs"][0]["id"].as_str().unwrap();
+            let expected = json!({
+                "id": id,
+                "status": "succeeded",
+                "message": "",
+                "create_time": 1_000_000,
+                "update_time": 1_003_000,
+                "external_id": "mine",
+                "outputs": [{
+                    "type": "video",
+                    "id": video,
+                    "url": format!("http://sandbox/results/2593000/{id}.mp4"),
+                    "duration": "2",
+                }],
+                "billing": [{ "charge_type": "unit", "amount": "1", "package_type": "video" }],
+            });
+            assert_eq!(ended, expected, "{path}");
+            assert_ne!(video, id, "{path}");
+            if path.starts_with('/') {
+                let expected = json!({
+                    "id": id,
+                    "status": "submitted",
+                    "create_time": 1_000_000,
+                    "update_time": 1_000_000,
+                    "external_id": "mine",
+                });
+                assert_eq!(created, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_hybrid_is_created_by_one_name_and_queried_by_another() {
+        let body = json!({ "contents": [
+            { "type": "product_image", "url": "https://a.test/b.png" },
+            { "type": "person_image", "url": "https://a.test/c.png" },
+        ] });
+        let [created, _, ended] = told("/solutions/virtual_try_on", &body);
+        assert_eq!(created.get("id"), None, "{created}");
+        assert_eq!(created["task_id"], ended["id"]);
+        assert_eq!(ended["status"], "succeed");
+        assert_eq!(ended["billing"][0]["package_type"], "image");
+    }
+
+    #[test]
+    fn a_failure_has_a_message_and_neither_result_nor_price() {
+        let body = json!({ "prompt": "sandbox:failed" });
+        let [_, legacy, standard] = told("text2video", &body);
+        assert_eq!(legacy["task_status"], "failed");
+        assert_eq!(legacy["task_status_msg"], FAILURE);
+        assert_eq!(legacy.get("task_result"), None);
+        assert_eq!(legacy["final_unit_deduction"], "0");
+        let told = ["status", "message", "outputs", "billing"].map(|name| standard[name].clone());
+        assert_eq!(
+            told,
+            [json!("failed"), json!(FAILURE), json!([]), json!([])]
+        );
+    }
+
+    #[test]
+    fn an_answer_without_a_task_can_find_nothing() {
+        for (path, body, place, found) in [
+            (
+                "identify-face",
+                json!({ "video_id": "1" }),
+                "/face_data",
+                json!([]),
+            ),
+            (
+                "image-recognize",
+                json!({ "image": "AA" }),
+                "/task_result/images/0/is_contain",
+                json!(false),
+            ),
+            (
+                "init-selection",
+                json!({ "video_id": "1" }),
+                "/status",
+                json!(1),
+            ),
+            (
+                "tts",
+                json!({ "text": "a", "voice_id": "1", "voice_language": "en" }),
+                "/task_status",
+                json!("failed"),
+            ),
+        ] {
+            let [expected, mut failing] = [false, true].map(|fails| {
+                let mut body = body.clone();
+                if fails {
+                    body["callback_url"] = json!("https://a.test/sandbox:failed");
+                }
+                told(path, &body)[0].take()
+            });
+            assert_ne!(expected.pointer(place), Some(&found), "{path}");
+            assert_eq!(
+                failing.pointer_mut(place).map(Value::take),
+                Some(found),
+                "{path}"
+            );
+        }
+    }
+}

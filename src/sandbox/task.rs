@@ -1,0 +1,117 @@
+//! A task, from its creation to its end.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::families::{Family, Output, Serves};
+use super::order::Order;
+use super::trigger::Ending;
+
+/// A task, or an answer.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub(super) id: u64,
+    /// The id of the one thing that it makes: a video, an element, a session.
+    pub(super) product: u64,
+    pub(super) family: &'static Family,
+    pub(super) order: Order,
+    /// What clients are told, since the epoch.
+    pub(super) created_at: Duration,
+    /// What the age is counted from.
+    pub(super) created: Instant,
+    /// How long it runs.
+    pub(super) time: Duration,
+    /// What had been spent before it.
+    pub(super) spent_before: u32,
+    /// Whether what it made was deleted.
+    pub(super) is_deleted: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Status {
+    Submitted,
+    Processing,
+    Succeeded,
+    Failed,
+}
+
+// === impl Task ===
+
+impl Task {
+    /// Something that Kling provides.
+    pub(super) fn preset(
+        family: &'static Family,
+        id: u64,
+        order: Order,
+        created_at: Duration,
+        now: Instant,
+    ) -> Self {
+        Self {
+            id,
+            product: id,
+            family,
+            order,
+            created_at,
+            created: now,
+            time: Duration::ZERO,
+            spent_before: 0,
+            is_deleted: false,
+        }
+    }
+
+    pub(super) fn status(&self, now: Instant) -> Status {
+        let age = self.age(now);
+        if age < self.time / 3 {
+            Status::Submitted
+        } else if age < self.time {
+            Status::Processing
+        } else if self.fails() {
+            Status::Failed
+        } else {
+            Status::Succeeded
+        }
+    }
+
+    /// In units. Guessed: a unit for each result, and nothing for a task that fails.
+    pub(super) fn price(&self) -> u32 {
+        if self.fails() || self.family.serves == Serves::Presets {
+            0
+        } else {
+            self.order.count
+        }
+    }
+
+    pub(super) fn fails(&self) -> bool {
+        self.order.trigger.ending == Ending::Fail
+    }
+
+    /// Whether this is its external id.
+    pub(super) fn is_called(&self, external_id: &str) -> bool {
+        self.order.external_id.as_deref() == Some(external_id)
+    }
+
+    /// Whether lists leave it out: an element that was deleted stays, with another status (documented). That
+    /// others do not is guessed.
+    pub(super) fn is_gone(&self) -> bool {
+        self.is_deleted && self.family.output != Output::Element
+    }
+
+    pub(super) fn age(&self, now: Instant) -> Duration {
+        now.duration_since(self.created)
+    }
+}
+
+// === impl Status ===
+
+impl Status {
+    /// As the new standard calls it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Submitted => "submitted",
+            Self::Processing => "processing",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+        }
+    }
+}

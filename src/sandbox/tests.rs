@@ -1,0 +1,290 @@
+//! The sandbox as a service, from request to answer.
+
+use axum::body::{Bytes, to_bytes};
+use axum::http::{Method, StatusCode, header};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::sandbox::authorization::tests::{NOW, good};
+
+const TEXT: &str = "/v1/videos/text2video";
+const IMAGES: &str = "/v1/images/generations";
+
+struct Fixed;
+
+impl Clock for Fixed {
+    fn now(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(NOW)
+    }
+}
+
+fn options() -> Options {
+    Options {
+        task_time: Duration::ZERO,
+        concurrency: 3,
+        clock_offset: 0,
+        seed: 0,
+        public_url: None,
+    }
+}
+
+fn sandbox(options: Options) -> Sandbox {
+    Sandbox::new(
+        options,
+        SocketAddr::from(([127, 0, 0, 1], 5548)),
+        Arc::new(Fixed),
+    )
+}
+
+async fn send(
+    sandbox: &Sandbox,
+    method: Method,
+    path: &str,
+    body: String,
+) -> Result<Response<Body>, Reset> {
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::AUTHORIZATION, format!("Bearer {}", good()))
+        .body(Body::from(body));
+    sandbox.clone().oneshot(request.unwrap()).await
+}
+
+async fn bytes(response: Response<Body>) -> Bytes {
+    to_bytes(response.into_body(), usize::MAX).await.unwrap()
+}
+
+async fn json_of(answer: Result<Response<Body>, Reset>) -> (u16, Value) {
+    let response = answer.unwrap();
+    let status = response.status().as_u16();
+    (
+        status,
+        serde_json::from_slice(&bytes(response).await).unwrap(),
+    )
+}
+
+async fn get(sandbox: &Sandbox, path: &str) -> (u16, Value) {
+    json_of(send(sandbox, Method::GET, path, String::new()).await).await
+}
+
+async fn post(sandbox: &Sandbox, path: &str, body: Value) -> (u16, Value) {
+    json_of(send(sandbox, Method::POST, path, body.to_string()).await).await
+}
+
+#[tokio::test]
+async fn a_task_goes_from_its_creation_to_a_result_that_can_be_fetched_without_a_token() {
+    for (path, folder, content_type) in [
+        (TEXT, "videos", "video/mp4"),
+        (IMAGES, "images", "image/png"),
+    ] {
+        let sandbox = sandbox(options());
+        let (status, created) = post(&sandbox, path, json!({ "prompt": "a cat" })).await;
+        assert_eq!(
+            (status, &created["data"]["task_status"]),
+            (200, &json!("submitted"))
+        );
+        let id = created["data"]["task_id"].as_str().unwrap();
+        let (_, found) = get(&sandbox, &format!("{path}/{id}")).await;
+        let url = found["data"]["task_result"][folder][0]["url"]
+            .as_str()
+            .unwrap();
+        let target = url.strip_prefix("http://127.0.0.1:5548").unwrap();
+        let request = Request::get(target).body(Body::empty()).unwrap();
+        let file = sandbox.clone().oneshot(request).await.unwrap();
+        assert_eq!(file.headers()[header::CONTENT_TYPE], content_type);
+        assert!(bytes(file).await.len() > 1000, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn empty_segments_of_a_path_do_not_count() {
+    let sandbox = sandbox(options());
+    let body = json!({ "prompt": "a", "external_task_id": "mine" });
+    let (status, _) = post(&sandbox, "/v1/videos//text2video/", body).await;
+    assert_eq!(status, 200);
+    let (status, found) = get(&sandbox, "/v1/videos/text2video//mine").await;
+    assert_eq!((status, &found["code"]), (200, &json!(0)), "{found}");
+    let (_, list) = get(&sandbox, "/v1/videos/text2video/?pageNum=1&pageSize=500").await;
+    assert_eq!(list["data"].as_array().unwrap().len(), 1, "{list}");
+}
+
+#[tokio::test]
+async fn a_refusal_has_the_status_and_code_of_its_reason() {
+    let sandbox = sandbox(options());
+    let times = "start_time=1&end_time=2";
+    for (path, status, code) in [
+        (format!("/account/costs?{times}"), 200, 0),
+        ("/account/costs".to_owned(), 400, 1201),
+        ("/account/costs?start_time=1".to_owned(), 400, 1201),
+        (
+            "/account/costs?start_time=2&end_time=1".to_owned(),
+            400,
+            1201,
+        ),
+        (
+            "/account/costs?start_time=1.5&end_time=2".to_owned(),
+            400,
+            1201,
+        ),
+        (format!("{TEXT}?pageNum=0"), 400, 1201),
+        (format!("{TEXT}?pageNum=1001"), 400, 1201),
+        (format!("{TEXT}?pageSize=501"), 400, 1201),
+        (format!("{TEXT}/123456789012345678"), 400, 1201),
+        ("/v1/videos/unknown".to_owned(), 404, 1203),
+        ("/tasks?task_ids=1".to_owned(), 401, 1002),
+    ] {
+        let (got, answer) = get(&sandbox, &path).await;
+        assert_eq!(
+            (got, &answer["code"]),
+            (status, &json!(code)),
+            "{path}: {answer}"
+        );
+    }
+    let wrong_method = send(&sandbox, Method::DELETE, TEXT, String::new()).await;
+    let (status, answer) = json_of(wrong_method).await;
+    assert_eq!((status, &answer["code"]), (404, &json!(1202)));
+    let unauthorized = Request::get(TEXT).body(Body::empty()).unwrap();
+    let (status, answer) = json_of(sandbox.clone().oneshot(unauthorized).await).await;
+    assert_eq!((status, &answer["code"]), (401, &json!(1001)));
+}
+
+#[tokio::test]
+async fn a_trigger_is_obeyed_after_the_parameters_are_checked() {
+    let sandbox = sandbox(options());
+    for (prompt, status, code) in [("sandbox:5001", 503, 5001), ("sandbox:1303@200", 200, 1303)] {
+        let (got, answer) = post(&sandbox, TEXT, json!({ "prompt": prompt })).await;
+        assert_eq!((got, &answer["code"]), (status, &json!(code)), "{prompt}");
+        let (_, answer) = post(&sandbox, IMAGES, json!({ "prompt": prompt, "n": 0 })).await;
+        assert_eq!(answer["code"], 1201, "{prompt}");
+    }
+    let body = json!({ "prompt": "sandbox:html" }).to_string();
+    let page = send(&sandbox, Method::POST, TEXT, body).await.unwrap();
+    assert_eq!(page.status(), StatusCode::BAD_GATEWAY);
+    assert_eq!(
+        page.headers()[header::CONTENT_TYPE],
+        "text/html; charset=utf-8"
+    );
+    let (_, list) = get(&sandbox, TEXT).await;
+    assert_eq!(list["data"], json!([]), "none of them creates a task");
+}
+
+#[tokio::test]
+async fn a_reset_comes_after_the_task_was_created() {
+    let sandbox = sandbox(options());
+    let body = json!({ "prompt": "sandbox:slow=10ms sandbox:reset", "external_task_id": "mine" });
+    let begin = tokio::time::Instant::now();
+    let answer = send(&sandbox, Method::POST, TEXT, body.to_string()).await;
+    assert_eq!(answer.unwrap_err(), Reset);
+    assert!(begin.elapsed() >= Duration::from_millis(10));
+    let (status, _) = get(&sandbox, &format!("{TEXT}/mine")).await;
+    assert_eq!(status, 200);
+    let (_, again) = post(&sandbox, TEXT, body).await;
+    assert_eq!(again["message"], "External_task_id mine already exists");
+}
+
+#[tokio::test]
+async fn the_clock_offset_is_seen_in_the_date_and_in_the_verdict_on_a_token() {
+    for (clock_offset, date, status) in [
+        (0, "Fri, 15 Jan 2027 08:00:00 GMT", 200),
+        (-60, "Fri, 15 Jan 2027 07:59:00 GMT", 401),
+        (3600, "Fri, 15 Jan 2027 09:00:00 GMT", 401),
+        (i64::MIN, "Thu, 01 Jan 1970 00:00:00 GMT", 401),
+        (i64::MAX, "Fri, 31 Dec 9999 23:59:59 GMT", 401),
+    ] {
+        let sandbox = sandbox(Options {
+            clock_offset,
+            ..options()
+        });
+        let answer = send(&sandbox, Method::GET, TEXT, String::new())
+            .await
+            .unwrap();
+        assert_eq!(answer.headers()[DATE], date, "{clock_offset}");
+        assert_eq!(answer.status().as_u16(), status, "{clock_offset}");
+    }
+}
+
+#[tokio::test]
+async fn the_root_answers_without_a_token() {
+    let request = Request::head("/").body(Body::empty()).unwrap();
+    let answer = sandbox(options()).oneshot(request).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+}
+
+#[test]
+fn the_keys_are_as_long_as_real_ones() {
+    assert_eq!((ACCESS_KEY.len(), SECRET_KEY.len()), (32, 32));
+}
+
+#[tokio::test]
+async fn what_remains_goes_down_with_what_is_used() {
+    let sandbox = sandbox(options());
+    let costs = "/account/costs?start_time=1&end_time=2";
+    let remaining = async |path: &str| {
+        let (_, answer) = get(&sandbox, path).await;
+        let pack = &answer["data"]["resource_pack_subscribe_infos"][0];
+        [&pack["total_quantity"], &pack["remaining_quantity"]].map(Value::as_f64)
+    };
+    assert_eq!(remaining(costs).await, [Some(1e6), Some(1e6)]);
+    post(&sandbox, IMAGES, json!({ "prompt": "a", "n": 3 })).await;
+    post(&sandbox, TEXT, json!({ "prompt": "sandbox:1301" })).await;
+    assert_eq!(remaining(costs).await, [Some(1e6), Some(999_997.0)]);
+    let named = |name| format!("{costs}&resource_pack_name={name}");
+    assert_eq!(remaining(&named("Sandbox")).await[1], Some(999_997.0));
+    assert_eq!(remaining(&named("Other")).await, [None, None]);
+    let times = json!({ "start_time": 0, "end_time": 1000 * NOW + 1 });
+    let (_, ledger) = post(&sandbox, "/account/billing/package", times).await;
+    assert_eq!(ledger["data"]["result"]["count"], 1, "{ledger}");
+    let entry = &ledger["data"]["result"]["detail"][0];
+    let told = [
+        "product_function",
+        "product_type",
+        "unit_before_deduction",
+        "unit_after_deduction",
+    ];
+    assert_eq!(
+        told.map(|name| entry[name].clone()),
+        [
+            json!("generations"),
+            json!("image"),
+            json!(1e6),
+            json!(999_997.0)
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_result_is_deleted_after_30_days_and_its_task_is_not() {
+    let made = sandbox(options());
+    let (_, created) = post(&made, TEXT, json!({ "prompt": "a" })).await;
+    let id = created["data"]["task_id"].as_str().unwrap();
+    let (_, found) = get(&made, &format!("{TEXT}/{id}")).await;
+    let url = &found["data"]["task_result"]["videos"][0]["url"];
+    let path = url
+        .as_str()
+        .unwrap()
+        .strip_prefix("http://127.0.0.1:5548")
+        .unwrap();
+    let days = 24 * 3600;
+    for (clock_offset, status) in [(30 * days - 1, 200), (30 * days, 404)] {
+        let later = sandbox(Options {
+            clock_offset,
+            ..options()
+        });
+        let answer = send(&later, Method::GET, path, String::new())
+            .await
+            .unwrap();
+        assert_eq!(answer.status(), status, "after {clock_offset} s");
+    }
+}
+
+#[tokio::test]
+async fn an_unknown_model_is_refused_with_1203() {
+    let sandbox = sandbox(options());
+    for (model, status) in [("kling-3.0", 200), ("kling-o1", 404), ("kling-9", 404)] {
+        let request = Request::post(format!("/text-to-video/{model}"))
+            .header(header::AUTHORIZATION, format!("Bearer {API_KEY}"))
+            .body(Body::from(r#"{"prompt":"a"}"#));
+        let answer = sandbox.clone().oneshot(request.unwrap()).await.unwrap();
+        assert_eq!(answer.status(), status, "{model}");
+    }
+}
