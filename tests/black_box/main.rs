@@ -15,6 +15,7 @@ mod credential_command;
 mod credentials;
 mod docs;
 mod egress;
+mod families;
 mod faults;
 mod forward;
 mod guard;

@@ -164,20 +164,53 @@ fn external_task_id_is_unique_and_finds_its_task() {
     );
 }
 
+/// A day of the sandbox's clock takes no day.
 #[test]
-fn account_answers_and_new_paths_want_an_api_key() {
+fn result_is_deleted_after_30_days() {
     let proxy = sandboxed().start();
-    let costs = proxy.get("/account/costs?start_time=1700000000000&end_time=1800000000000");
-    assert_eq!(costs.refusal(), (200, 0));
-    let create = proxy.post("/text-to-video/kling-3.0", r#"{"prompt":"a cat"}"#);
-    assert_eq!(create.refusal(), (401, 1002));
-    assert_eq!(proxy.get("/tasks?task_ids=1").refusal(), (401, 1002));
+    let task = ended(&proxy, VIDEOS, &create(&proxy, "a cat"));
+    let url = task.pointer("/task_result/videos/0/url").expect("a result");
+    let (_, path) = url.as_str().unwrap().split_once("/results/").unwrap();
+    for (offset, status) in [("29d", 200), ("31d", 404)] {
+        let later = sandboxed().setting("sandbox.clock_offset", offset).start();
+        let url = format!("http://{}/results/{path}", later.listener("sandbox"));
+        assert_eq!(download(&json!(url)).status(), status, "{offset}");
+    }
 }
 
-/// A sandbox alone, with its access key and secret key.
-fn alone() -> (Proxy, [String; 2]) {
+#[test]
+fn seed_decides_every_id() {
+    let ids = |seed: &str| {
+        let proxy = sandboxed().setting("sandbox.seed", seed).start();
+        let created = create(&proxy, "a cat").json();
+        let body = json!({ "video_id": "1" }).to_string();
+        let faces = proxy.post("/v1/videos/identify-face", body).json();
+        let video = ended(&proxy, VIDEOS, &create(&proxy, "another"));
+        [
+            &created["request_id"],
+            &created["data"]["task_id"],
+            &faces["data"]["session_id"],
+            &video["task_id"],
+            &video["task_result"]["videos"][0]["id"],
+        ]
+        .map(|id| id.as_str().expect("an id").to_owned())
+    };
+    let expected = ids("7");
+    assert_eq!(ids("7"), expected);
+    let others = ids("8");
+    assert!(
+        expected
+            .iter()
+            .zip(&others)
+            .all(|(one, other)| one != other),
+        "{others:?}"
+    );
+}
+
+/// A sandbox alone, with its access key, secret key and API key.
+fn alone() -> (Proxy, [String; 3]) {
     let sandbox = Command::new(["sandbox", "--address", "127.0.0.1:0"]).listening("sandbox");
-    let keys = ["access key: ", "secret key: "].map(|label| {
+    let keys = ["access key: ", "secret key: ", "api key: "].map(|label| {
         let line = sandbox
             .stdout
             .find(|line| line.contains(label))
@@ -191,13 +224,13 @@ fn alone() -> (Proxy, [String; 2]) {
 fn keys_of_the_sandbox_are_the_same_at_every_start() {
     let [first, second] = [(); 2].map(|()| alone().1);
     assert_eq!(first, second);
-    assert_eq!(first.map(|key| key.len()), [32, 32]);
+    assert_eq!(first.map(|key| key.len()), [32, 32, 32]);
 }
 
 /// R24.
 #[test]
 fn wrong_tokens_are_refused_with_their_codes() {
-    let (sandbox, [access_key, secret_key]) = alone();
+    let (sandbox, [access_key, secret_key, _]) = alone();
     let header = json!({ "alg": "HS256", "typ": "JWT" });
     let time = |offset| now().checked_add_signed(offset).unwrap();
     let claims = json!({ "iss": access_key, "exp": time(1800), "nbf": time(-5) });
