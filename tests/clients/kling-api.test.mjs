@@ -1,19 +1,20 @@
 // The npm package `kling-api`, unchanged: it signs with dummy keys, and what it shows its user is asserted.
 
 import assert from "node:assert/strict";
+import { execFile } from "node:child_process";
+import { join } from "node:path";
 import { describe, test } from "node:test";
+import { promisify } from "node:util";
 
-import { KlingAPI, KlingAPIError } from "kling-api";
+import { KlingAPIError } from "kling-api";
 
-import { assertPlayable, startProxy } from "./support.mjs";
+import { client, runFlows } from "./kling-api.flows.mjs";
+import { assertPlayable, makeCertificate, startProxy } from "./support.mjs";
 
 const POLLING = { interval: 100, timeout: 30_000, showSpinner: false };
 
-function client(baseURL) {
-  const api = new KlingAPI({ accessKey: "no-access-key", secretKey: "no-secret-key" });
-  api.httpClient.client.defaults.baseURL = baseURL; // `baseUrl` takes https only
-  return api;
-}
+/** All flows run at once, and images hold a slot each. */
+const SLOTS = { KLING_PROXY_SANDBOX__CONCURRENCY: "13" };
 
 /** What the user of the client sees of the error that `prompt` provokes. */
 async function seenFor(baseURL, prompt) {
@@ -36,6 +37,25 @@ describe("kling-api", { concurrency: true, timeout: 60_000 }, () => {
     const download = await fetch(result.data.task_result.videos[0].url);
     assert.deepEqual([download.status, download.headers.get("content-type")], [200, "video/mp4"]);
     await assertPlayable(t, new Uint8Array(await download.arrayBuffer()));
+  });
+
+  test("every family that it knows is used over http", async (t) => {
+    const { proxy } = await startProxy(t, SLOTS);
+    await runFlows(client(proxy));
+  });
+
+  test("every family that it knows is used over https, with nothing but its options changed", async (t) => {
+    const { certificate, key } = await makeCertificate(t);
+    const { proxy } = await startProxy(t, {
+      ...SLOTS,
+      KLING_PROXY_LISTEN__TLS__CERTIFICATE_FILE: certificate,
+      KLING_PROXY_LISTEN__TLS__KEY_FILE: key,
+    });
+    assert.match(proxy, /^https:/);
+    const flows = join(import.meta.dirname, "kling-api.flows.mjs");
+    const run = (environment) => promisify(execFile)(process.execPath, [flows, proxy], { env: { ...process.env, ...environment } });
+    await run({ NODE_EXTRA_CA_CERTS: certificate });
+    await assert.rejects(run({}), /certificate/, "it is the certificate that makes it trusted");
   });
 
   test("a failed task is still a task, with its own message", async (t) => {

@@ -20,6 +20,19 @@ export async function temporaryFolder(t) {
   return folder;
 }
 
+/** A certificate for this machine and its key, as the README makes them, until the test `t` ends. */
+export async function makeCertificate(t) {
+  const folder = await temporaryFolder(t);
+  const [certificate, key] = ["certificate.pem", "key.pem"].map((name) => join(folder, name));
+  const names = "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1";
+  await promisify(execFile)("openssl", [
+    ...["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "365"],
+    ...["-subj", "/CN=localhost", "-addext", "basicConstraints=critical,CA:FALSE", "-addext", names],
+    ...["-keyout", key, "-out", certificate],
+  ]);
+  return { certificate, key };
+}
+
 /**
  * `kling-proxy serve --sandbox`, until the test `t` ends; resolves to the URL of each listener by its name: `proxy`,
  * `admin`, `sandbox`. It sees no variable of the caller but `PATH`, and no settings file.
