@@ -8,15 +8,15 @@ use crate::settings::{Row, Settings};
 use crate::telemetry::Filter;
 
 /// The settings in force, and where they came from.
-pub(super) struct Configuration {
-    pub(super) args: SettingsArgs,
-    pub(super) environment: Vec<(OsString, OsString)>,
-    pub(super) settings: Settings,
-    pub(super) rows: Vec<Row>,
+pub(in crate::cli) struct Configuration {
+    pub(in crate::cli) args: SettingsArgs,
+    pub(in crate::cli) environment: Vec<(OsString, OsString)>,
+    pub(in crate::cli) settings: Settings,
+    pub(in crate::cli) rows: Vec<Row>,
     /// What decides which lines are logged.
-    pub(super) filter: Filter,
+    pub(in crate::cli) filter: Filter,
     /// Whether the embedded sandbox is upstream; its credential never changes.
-    pub(super) sandboxed: bool,
+    pub(in crate::cli) sandboxed: bool,
 }
 
 // === impl Configuration ===

@@ -14,7 +14,7 @@ use crate::settings::{Listen, Problem, Settings};
 use crate::upstream::Origin;
 
 /// All listening sockets but the sandbox's.
-pub(super) struct Listeners {
+pub(in crate::cli) struct Listeners {
     /// Where requests come from.
     pub(super) data: Vec<Listener>,
     /// Health and metrics.
@@ -33,7 +33,7 @@ const ADMIN: &str = "admin";
 impl Listeners {
     /// Takes over the sockets that a service manager has opened, else opens what the settings ask
     /// for. Call it before the first thread is started, as [`SocketFile::bind`] says.
-    pub(super) fn open(
+    pub(in crate::cli) fn open(
         settings: &Settings,
         environment: &[(OsString, OsString)],
     ) -> Result<Self, Failure> {

@@ -65,15 +65,15 @@ struct Warning(Option<String>);
 
 impl Reload {
     /// Goes on until the process ends, on a thread of its own: a file on a network that hangs holds
-    /// up nothing else.
-    pub(super) fn start(self, hang_up: Signal) -> io::Result<()> {
+    /// up nothing else. Without `hang_up`, settings stay what they are.
+    pub(super) fn start(self, hang_up: Option<Signal>) -> io::Result<()> {
         let runtime = runtime()?;
         let thread = thread::Builder::new().name("reload".to_owned());
         thread.spawn(move || runtime.block_on(self.run(hang_up)))?;
         Ok(())
     }
 
-    async fn run(mut self, mut hang_up: Signal) {
+    async fn run(mut self, mut hang_up: Option<Signal>) {
         let [mut credential, mut clients, mut certificate] = <[Warning; 3]>::default();
         let mut ticks = interval_at(Instant::now() + INTERVAL, INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -84,7 +84,7 @@ impl Reload {
                     credential.tell("credential", self.refused().await);
                     continue;
                 }
-                _ = hang_up.recv() => {
+                Some(()) = next(hang_up.as_mut()) => {
                     if self.is_ready() {
                         self.manager.reloading();
                     }
@@ -240,6 +240,11 @@ impl Warning {
         }
         self.0 = problem;
     }
+}
+
+/// The next signal, if any is to come.
+async fn next(signal: Option<&mut Signal>) -> Option<()> {
+    signal?.recv().await
 }
 
 /// All that is wrong, in one line of the log.

@@ -28,8 +28,8 @@ use crate::token::{Credential, Tokens};
 use crate::upstream::{Origin, Upstream, UpstreamClock, client_config};
 
 /// Everything that is set up before the first request.
-pub(super) struct Proxy {
-    pub(super) shared: Shared,
+pub(in crate::cli) struct Proxy {
+    pub(in crate::cli) shared: Shared,
     pub(super) limits: Limits,
     pub(super) listeners: Listeners,
     pub(super) sandbox: Option<(Listener, Sandbox)>,
@@ -39,11 +39,12 @@ pub(super) struct Proxy {
 // === impl Proxy ===
 
 impl Proxy {
-    pub(super) fn set_up(configuration: &Configuration) -> Result<Self, Failure> {
+    pub(in crate::cli) fn set_up(
+        configuration: &Configuration,
+        listeners: Listeners,
+    ) -> Result<Self, Failure> {
         let settings = &configuration.settings;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        // Before a command is run, which would inherit the sockets of a service manager.
-        let listeners = Listeners::open(settings, &configuration.environment)?;
         let credential = if configuration.sandboxed {
             sandbox_credential()
         } else {
@@ -73,6 +74,9 @@ impl Proxy {
             Arc::clone(&metrics),
         );
         let tokens = Arc::new(tokens);
+        tokens
+            .bearer()
+            .map_err(|error| Failure::because(Exit::Settings, &error))?;
         let upstream = Upstream::new(
             &origin,
             settings.upstream.proxy.clone(),

@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Who started us and waits for word, if anybody.
 #[derive(Debug)]
-pub(super) struct Manager(Option<(UnixDatagram, SocketAddr)>);
+pub(in crate::cli) struct Manager(Option<(UnixDatagram, SocketAddr)>);
 
 /// The listening sockets that were opened for us, with their names.
 ///
@@ -86,7 +86,7 @@ fn variable<'a>(environment: &'a [(OsString, OsString)], name: &str) -> Option<&
 
 impl Manager {
     /// The manager that the environment names.
-    pub(super) fn new(environment: &[(OsString, OsString)]) -> Self {
+    pub(in crate::cli) fn new(environment: &[(OsString, OsString)]) -> Self {
         let connect = |name: &OsStr| {
             let socket = UnixDatagram::unbound()?;
             socket.set_write_timeout(Some(PATIENCE))?;

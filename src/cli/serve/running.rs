@@ -1,0 +1,259 @@
+//! A proxy while it runs, and how it ends.
+//!
+//! Requests are served by a few threads with a runtime each, which share nothing that locks: a
+//! connection, its requests and the connections that they use upstream stay on one thread. The thread
+//! that starts them keeps what is not a request: signals, the admin listener, the sandbox, and the
+//! connection that is ready for whichever of them has none. Changed files have a thread to wait on.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use tokio::signal::unix::Signal;
+use tokio::sync::{Notify, Semaphore, mpsc, watch as latch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::task::TaskTracker;
+
+use super::configuration::Configuration;
+use super::listeners::Listeners;
+use super::reload::Reload;
+use super::set_up::Proxy;
+use super::systemd::Manager;
+use crate::admin::Control;
+use crate::cli::{Exit, Failure, runtime};
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::server::{self, Limits, Listener, SocketFile};
+use crate::settings::Warmth;
+use crate::stack::Shared;
+
+/// More would not make the Kling API faster, and each keeps connections of its own.
+const MOST_THREADS: usize = 4;
+/// The admin listener's own bound: probes and scrapers are few.
+const ADMIN_CONNECTIONS: usize = 64;
+
+/// A proxy that serves.
+pub(in crate::cli) struct Running {
+    lifecycle: Arc<Lifecycle>,
+    manager: Arc<Manager>,
+    delay: Duration,
+    socket_file: Option<SocketFile>,
+    /// Told by the admin listener to end.
+    quit: Arc<Notify>,
+    /// Tells the threads to end.
+    stop: latch::Sender<bool>,
+    threads: mpsc::UnboundedReceiver<Ended>,
+    others: JoinSet<io::Result<usize>>,
+    /// They serve until the last request has ended, so nobody tells them to stop.
+    _serving: latch::Sender<bool>,
+}
+
+/// How a thread ended.
+type Ended = io::Result<Cut>;
+
+/// What had to be cut in the end.
+#[derive(Default)]
+struct Cut {
+    connections: usize,
+    /// Many of them those of the connections.
+    creates: usize,
+}
+
+// === impl Proxy ===
+
+impl Proxy {
+    /// Serves from now on. `hang_up` is the word to read the settings again.
+    pub(in crate::cli) fn start(
+        self,
+        configuration: Configuration,
+        manager: Manager,
+        hang_up: Option<Signal>,
+    ) -> Result<Running, Failure> {
+        let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
+        let Self {
+            shared,
+            limits,
+            listeners,
+            sandbox,
+            delay,
+        } = self;
+        let exposed = listeners.are_exposed();
+        let Listeners {
+            data,
+            admin,
+            socket_file,
+            certificate,
+        } = listeners;
+
+        let quit = Arc::new(Notify::new());
+        let (stop, stopped) = latch::channel(false);
+        let threads = start_threads(&data, &shared, &limits, &stopped).map_err(failed)?;
+        drop(data);
+        let (serving, never) = latch::channel(false);
+        let mut others = JoinSet::new();
+        let own = |connections| Limits {
+            connections: Arc::new(Semaphore::new(connections)),
+            ..limits.clone()
+        };
+        if let Some((listener, sandbox)) = sandbox {
+            let limits = own(Semaphore::MAX_PERMITS);
+            others.spawn(server::run(vec![listener], sandbox, limits, never.clone()));
+        }
+        if !admin.is_empty() {
+            let local = admin.iter().all(Listener::is_local);
+            let control = local.then(|| Control {
+                quit: configuration.settings.admin.quit.then(|| quit.clone()),
+            });
+            let (router, limits) = (shared.admin(control), own(ADMIN_CONNECTIONS));
+            others.spawn(server::run(admin, router, limits, never));
+        }
+        keep_warm(&shared, configuration.settings.upstream.warmth);
+        let lifecycle = Arc::clone(&shared.lifecycle);
+        let manager = Arc::new(manager);
+        let reload = Reload {
+            configuration,
+            shared,
+            certificate,
+            exposed,
+            manager: Arc::clone(&manager),
+            ran: None,
+            half_new: None,
+        };
+        reload.start(hang_up).map_err(failed)?;
+        lifecycle.enter(Phase::Ready);
+        manager.ready();
+        Ok(Running {
+            lifecycle,
+            manager,
+            delay,
+            socket_file,
+            quit,
+            stop,
+            threads,
+            others,
+            _serving: serving,
+        })
+    }
+}
+
+// === impl Running ===
+
+impl Running {
+    /// Waits for the word to end by `POST /quit`.
+    pub(in crate::cli) async fn asked_to_end(&mut self) -> Result<(), Failure> {
+        let quit = Arc::clone(&self.quit);
+        tokio::select! {
+            () = quit.notified() => Ok(()),
+            failure = self.died() => Err(failure),
+        }
+    }
+
+    /// Waits for a part that ends although nobody told it to.
+    pub(in crate::cli) async fn died(&mut self) -> Failure {
+        let error = tokio::select! {
+            ended = self.threads.recv() => ended.and_then(Result::err),
+            Some(ended) = self.others.join_next() => ended.ok().and_then(Result::err),
+        };
+        match error {
+            Some(error) => Failure::because(Exit::Failed, &error),
+            None => Failure::new(Exit::Failed, "a listener ended unexpectedly"),
+        }
+    }
+
+    /// Ends in order: not ready but serving, as it is already, then nothing new, then what is in
+    /// flight.
+    pub(in crate::cli) async fn end(mut self) -> Result<(), Failure> {
+        tracing::info!("shutting down");
+        self.lifecycle.enter(Phase::Stopping);
+        self.manager.stopping();
+        tokio::time::sleep(self.delay).await;
+        self.lifecycle.enter(Phase::Draining);
+        // Before the socket is closed: then nobody finds a file that does not answer.
+        drop(self.socket_file);
+        self.stop.send_replace(true);
+        let mut cut = Cut::default();
+        while let Some(ended) = self.threads.recv().await {
+            let ended = ended.map_err(|error| Failure::because(Exit::Failed, &error))?;
+            cut.connections += ended.connections;
+            cut.creates += ended.creates;
+        }
+        if cut.connections + cut.creates > 0 {
+            tracing::warn!(
+                cut.connections,
+                cut.creates,
+                "shutdown.drain is over: what was in flight is cut"
+            );
+        }
+        tracing::info!("shut down");
+        Ok(())
+    }
+}
+
+/// Asks upstream once, and keeps a connection ready, as far as the settings want that.
+fn keep_warm(shared: &Shared, Warmth { probe, keep }: Warmth) {
+    let upstream = shared.upstream.clone();
+    tokio::spawn(async move {
+        if probe {
+            upstream.warm_up().await;
+        }
+        if !keep.is_zero() {
+            upstream.keep_warm(keep).await;
+        }
+    });
+}
+
+/// Starts the threads that serve requests. The channel closes when all have ended.
+fn start_threads(
+    listeners: &[Listener],
+    shared: &Shared,
+    limits: &Limits,
+    stopped: &latch::Receiver<bool>,
+) -> io::Result<mpsc::UnboundedReceiver<Ended>> {
+    let (sender, ended) = mpsc::unbounded_channel();
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    for index in 0..cores.min(MOST_THREADS) {
+        let listeners = listeners
+            .iter()
+            .map(Listener::try_clone)
+            .collect::<io::Result<Vec<_>>>()?;
+        let (shared, limits, stopped) = (shared.clone(), limits.clone(), stopped.clone());
+        let sender = sender.clone();
+        let runtime = runtime()?;
+        thread::Builder::new()
+            .name(format!("requests-{index}"))
+            .spawn(move || {
+                let ended = runtime.block_on(serve(listeners, &shared, limits, stopped));
+                runtime.shutdown_background();
+                // Nobody listens any more after a second signal.
+                let _ = sender.send(ended);
+            })?;
+    }
+    Ok(ended)
+}
+
+/// What a thread does: serves connections, and after the word to stop waits for them, and for creates
+/// whose clients have gone. Tells what had to be cut.
+async fn serve(
+    listeners: Vec<Listener>,
+    shared: &Shared,
+    limits: Limits,
+    stopped: latch::Receiver<bool>,
+) -> Ended {
+    let carried = TaskTracker::new();
+    let (drain, mut told) = (limits.drain, stopped.clone());
+    let connections = server::run(listeners, shared.stack(&carried), limits, stopped);
+    let deadline = async {
+        // A sender that has gone is the word to stop too.
+        let _ = told.wait_for(|stop| *stop).await;
+        Ok(Instant::now() + drain)
+    };
+    let (connections, deadline) = tokio::try_join!(connections, deadline)?;
+    carried.close();
+    // Whether in time or not: what is left then is what is cut.
+    let _ = timeout_at(deadline, carried.wait()).await;
+    Ok(Cut {
+        connections,
+        creates: carried.len(),
+    })
+}
