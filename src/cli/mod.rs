@@ -7,6 +7,7 @@
 
 mod check;
 mod explain;
+mod flags;
 mod health;
 mod sandbox;
 mod serve;
@@ -14,19 +15,17 @@ mod settings;
 mod signal;
 mod token;
 
-use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{FromArgMatches, Parser, Subcommand, ValueEnum};
 use tokio::runtime::Runtime;
 
+use self::flags::{SettingsArgs, WithSandbox, command_line, refuse_idle};
 use crate::credentials::{self, CommandError, Found, Places};
 use crate::error::chain;
-use crate::settings::{Flags, Problem, Row, Settings};
 
 /// Local authenticating reverse proxy for the Kling AI API.
 ///
@@ -83,36 +82,6 @@ enum Command {
     Health,
 }
 
-#[derive(Args, Clone, Copy)]
-struct WithSandbox {
-    /// Use the embedded Kling API as upstream: no account, no network
-    #[arg(long, conflicts_with = "upstream")]
-    sandbox: bool,
-}
-
-/// Settings of the command line; they override variables and file.
-#[derive(Args)]
-struct SettingsArgs {
-    /// Configuration file instead of the one in the configuration folder
-    #[arg(long, global = true, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Where clients connect [default: 127.0.0.1:5546]
-    #[arg(long, global = true, value_name = "ADDRESS")]
-    listen: Option<String>,
-    /// Where health and metrics are, or "off" [default: 127.0.0.1:5547]
-    #[arg(long, global = true, value_name = "ADDRESS")]
-    admin: Option<String>,
-    /// The API [default: api-singapore.klingai.com]
-    #[arg(long, global = true, value_name = "URL")]
-    upstream: Option<String>,
-    /// Log lines: auto, pretty or json
-    #[arg(long, global = true, value_name = "FORMAT")]
-    log_format: Option<String>,
-    /// What is logged, as in RUST_LOG
-    #[arg(long, global = true, value_name = "FILTER")]
-    log_filter: Option<String>,
-}
-
 #[derive(Clone, Copy, Default, ValueEnum)]
 enum Output {
     #[default]
@@ -154,30 +123,13 @@ enum Exit {
 
 /// Runs the command of this process.
 pub fn run() -> ExitCode {
-    let CommandLine {
-        command,
-        sandbox: WithSandbox { sandbox },
-        settings,
-    } = CommandLine::parse();
-    let environment: Vec<_> = std::env::vars_os().collect();
-    let done = match command {
-        None => serve::run(sandbox, settings, environment),
-        Some(Command::Serve(with)) => serve::run(sandbox || with.sandbox, settings, environment),
-        Some(_) if sandbox => Err(Failure::new(
-            Exit::Usage,
-            "--sandbox goes with `serve` only",
-        )),
-        Some(Command::Sandbox { address }) => sandbox::run(address, &settings, &environment),
-        Some(Command::Check { offline, output }) => {
-            check::run(offline, output, &settings, &environment)
-        }
-        Some(Command::Token { decode }) => token::run(decode, &settings, &environment),
-        Some(Command::Explain { code, output }) => explain::run(code, output),
-        Some(Command::Settings) => settings::run(&settings, &environment),
-        Some(Command::Health) => health::run(&settings, &environment),
+    let matches = command_line().get_matches();
+    let done = match CommandLine::from_arg_matches(&matches) {
+        Ok(command_line) => refuse_idle(&matches).and_then(|()| command_line.run()),
+        Err(error) => error.exit(),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(Failure { exit, lines }) => {
             lines.iter().for_each(complain);
             ExitCode::from(exit as u8)
@@ -185,31 +137,31 @@ pub fn run() -> ExitCode {
     }
 }
 
-// === impl SettingsArgs ===
+// === impl CommandLine ===
 
-impl SettingsArgs {
-    fn flags(&self) -> Flags {
-        let values = [
-            ("listen.address", "--listen", &self.listen),
-            ("admin.address", "--admin", &self.admin),
-            ("upstream.url", "--upstream", &self.upstream),
-            ("log.format", "--log-format", &self.log_format),
-            ("log.filter", "--log-filter", &self.log_filter),
-        ];
-        let given = values
-            .into_iter()
-            .filter_map(|(key, flag, value)| Some((key, flag, value.as_ref()?.clone())));
-        Flags {
-            config: self.config.clone(),
-            values: given.collect(),
+impl CommandLine {
+    fn run(self) -> Result<ExitCode, Failure> {
+        let Self {
+            command,
+            sandbox: WithSandbox { sandbox },
+            settings,
+        } = self;
+        let environment: Vec<_> = std::env::vars_os().collect();
+        match command {
+            None => serve::run(sandbox, settings, environment)?,
+            Some(Command::Serve(with)) => {
+                serve::run(sandbox || with.sandbox, settings, environment)?;
+            }
+            Some(Command::Sandbox { address }) => sandbox::run(address, &settings, &environment)?,
+            Some(Command::Check { offline, output }) => {
+                check::run(offline, output, &settings, &environment)?;
+            }
+            Some(Command::Token { decode }) => token::run(decode, &settings, &environment)?,
+            Some(Command::Explain { code, output }) => explain::run(code, output)?,
+            Some(Command::Settings) => settings::run(&settings, &environment)?,
+            Some(Command::Health) => health::run(&settings, &environment)?,
         }
-    }
-
-    fn load(&self, environment: &[(OsString, OsString)]) -> Result<(Settings, Vec<Row>), Failure> {
-        Settings::load(&self.flags(), environment).map_err(|problems| Failure {
-            exit: Exit::Settings,
-            lines: problems.iter().map(Problem::to_string).collect(),
-        })
+        Ok(ExitCode::SUCCESS)
     }
 }
 

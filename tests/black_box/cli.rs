@@ -79,6 +79,33 @@ fn explain_of_an_unknown_code_fails() {
     assert_has(&finished.stderr, &["4242"]);
 }
 
+/// A flag that is heeded by no part of a command would be taken for one that is.
+#[test]
+fn flag_without_effect_is_refused() {
+    for line in [
+        "explain --listen 127.0.0.1:1",
+        "--listen 127.0.0.1:1 explain",
+        "health --listen 127.0.0.1:1",
+        "token --admin off",
+        "sandbox --upstream https://api.test",
+        "--sandbox check",
+    ] {
+        let words = line.split(' ');
+        let finished = words.fold(Command::new([]), Command::argument).run();
+        assert_eq!(finished.code, Some(2), "{line}: {finished:?}");
+        assert_has(&finished.stderr, &["has no effect on"]);
+    }
+    for (command, heeded) in [("serve", true), ("settings", true), ("explain", false)] {
+        let help = Command::new([command, "--help"]).run().stdout;
+        assert_eq!(help.contains("--listen"), heeded, "{command}: {help}");
+    }
+    let flag = ["--listen", "127.0.0.1:1"];
+    let before = Command::new([flag[0], flag[1], "settings"]).run();
+    let after = Command::new(["settings", flag[0], flag[1]]).run();
+    assert_has(&before.stdout, &[r#"listen.address = "127.0.0.1:1""#]);
+    assert_eq!(before.stdout, after.stdout);
+}
+
 #[test]
 fn help_says_what_a_newcomer_needs() {
     let finished = Command::new(["--help"]).run();

@@ -1,0 +1,117 @@
+//! The flags that commands share, and which of them a command heeds.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, Id};
+
+use super::{CommandLine, Exit, Failure};
+use crate::settings::{Flags, Problem, Row, Settings};
+
+#[derive(Args, Clone, Copy)]
+pub(super) struct WithSandbox {
+    /// Use the embedded Kling API as upstream: no account, no network
+    #[arg(long, conflicts_with = "upstream")]
+    pub(super) sandbox: bool,
+}
+
+/// Settings of the command line; they override variables and file.
+#[derive(Args)]
+pub(super) struct SettingsArgs {
+    /// Configuration file instead of the one in the configuration folder
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where clients connect [default: 127.0.0.1:5546]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// Where health and metrics are, or "off" [default: 127.0.0.1:5547]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    admin: Option<String>,
+    /// The API [default: api-singapore.klingai.com]
+    #[arg(long, global = true, value_name = "URL")]
+    upstream: Option<String>,
+    /// Log lines: auto, pretty or json
+    #[arg(long, global = true, value_name = "FORMAT")]
+    log_format: Option<String>,
+    /// What is logged, as in RUST_LOG
+    #[arg(long, global = true, value_name = "FILTER")]
+    log_filter: Option<String>,
+}
+
+/// What clap takes. Flags of settings may stand before and after a command; its help shows those that
+/// it heeds.
+pub(super) fn command_line() -> clap::Command {
+    let command = CommandLine::command();
+    let shared = command.get_arguments().filter(|flag| flag.is_global_set());
+    let shared: Vec<_> = shared.cloned().collect();
+    command.mut_subcommands(|command| {
+        let name = command.get_name().to_owned();
+        let idle = shared.iter().filter(|flag| !heeds(&name, flag.get_id()));
+        // Else clap would add them as they are.
+        let hidden: Vec<_> = idle.map(|flag| flag.clone().hide(true)).collect();
+        command.args(hidden)
+    })
+}
+
+/// Whether a flag that commands share changes what this one does.
+fn heeds(command: &str, flag: &Id) -> bool {
+    let flag = flag.as_str();
+    match command {
+        "serve" => true,
+        "check" | "settings" => flag != "sandbox",
+        "sandbox" => ["config", "log_format", "log_filter"].contains(&flag),
+        "health" => ["config", "admin"].contains(&flag),
+        "token" => flag == "config",
+        _ => false,
+    }
+}
+
+/// A flag without effect would be taken for one that has some.
+pub(super) fn refuse_idle(matches: &ArgMatches) -> Result<(), Failure> {
+    let command = matches.subcommand_name().unwrap_or("serve");
+    let given = |flag: &&Id| matches.value_source(flag.as_str()) == Some(ValueSource::CommandLine);
+    let idle = matches
+        .ids()
+        .filter(given)
+        .find(|flag| !heeds(command, flag));
+    match idle {
+        Some(flag) => {
+            let flag = flag.as_str().replace('_', "-");
+            let reason = format!("--{flag} has no effect on `{command}`");
+            Err(Failure::new(Exit::Usage, reason))
+        }
+        None => Ok(()),
+    }
+}
+
+// === impl SettingsArgs ===
+
+impl SettingsArgs {
+    fn flags(&self) -> Flags {
+        let values = [
+            ("listen.address", "--listen", &self.listen),
+            ("admin.address", "--admin", &self.admin),
+            ("upstream.url", "--upstream", &self.upstream),
+            ("log.format", "--log-format", &self.log_format),
+            ("log.filter", "--log-filter", &self.log_filter),
+        ];
+        let given = values
+            .into_iter()
+            .filter_map(|(key, flag, value)| Some((key, flag, value.as_ref()?.clone())));
+        Flags {
+            config: self.config.clone(),
+            values: given.collect(),
+        }
+    }
+
+    pub(super) fn load(
+        &self,
+        environment: &[(OsString, OsString)],
+    ) -> Result<(Settings, Vec<Row>), Failure> {
+        Settings::load(&self.flags(), environment).map_err(|problems| Failure {
+            exit: Exit::Settings,
+            lines: problems.iter().map(Problem::to_string).collect(),
+        })
+    }
+}
