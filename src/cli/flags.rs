@@ -61,7 +61,7 @@ fn heeds(command: &str, flag: &Id) -> bool {
         "serve" => true,
         "check" | "settings" => flag != "sandbox",
         "sandbox" => ["config", "log_format", "log_filter"].contains(&flag),
-        "health" => ["config", "admin"].contains(&flag),
+        "health" | "wait" => ["config", "admin"].contains(&flag),
         "token" => flag == "config",
         _ => false,
     }

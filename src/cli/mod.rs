@@ -19,6 +19,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{FromArgMatches, Parser, Subcommand, ValueEnum};
 use tokio::runtime::Runtime;
@@ -80,6 +81,12 @@ enum Command {
     Settings,
     /// Ask a running proxy whether it is ready; exit 0 if so
     Health,
+    /// Wait until a proxy is ready; exit 1 if that takes too long
+    Wait {
+        /// How long to wait at most
+        #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
+    },
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -160,6 +167,7 @@ impl CommandLine {
             Some(Command::Explain { code, output }) => explain::run(code, output)?,
             Some(Command::Settings) => settings::run(&settings, &environment)?,
             Some(Command::Health) => health::run(&settings, &environment)?,
+            Some(Command::Wait { timeout }) => health::wait(timeout, &settings, &environment)?,
         }
         Ok(ExitCode::SUCCESS)
     }

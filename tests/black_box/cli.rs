@@ -86,6 +86,7 @@ fn flag_without_effect_is_refused() {
         "explain --listen 127.0.0.1:1",
         "--listen 127.0.0.1:1 explain",
         "health --listen 127.0.0.1:1",
+        "wait --log-filter debug",
         "token --admin off",
         "sandbox --upstream https://api.test",
         "--sandbox check",
@@ -113,7 +114,7 @@ fn help_says_what_a_newcomer_needs() {
     assert_has(
         &finished.stdout,
         &[
-            "serve", "sandbox", "check", "token", "explain", "settings", "health",
+            "serve", "sandbox", "check", "token", "explain", "settings", "health", "wait",
         ],
     );
     assert_has(&finished.stdout, &["--sandbox", "KLING_ACCESS_KEY", "5546"]);

@@ -33,4 +33,5 @@ mod stream;
 mod systemd;
 mod timeouts;
 mod unix_socket;
+mod wait;
 mod warm;

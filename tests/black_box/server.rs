@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::TcpStream, time::Duration};
 use tokio::time::Instant;
 
 use crate::support::{
-    Command, Connection, Gate, Proxy, SUCCESS, Signal, Step, Upstream, assert_has, eventually, get,
-    kling, post, reply, send, started, started_with,
+    Connection, Gate, Proxy, SUCCESS, Signal, Step, Upstream, assert_has, eventually, get, kling,
+    post, reply, send, started, started_with,
 };
 
 /// Sends a request and waits until upstream has it.
@@ -243,20 +243,6 @@ fn healthy_proxy_says_so_on_the_admin_listener_whatever_the_host() {
         [""; 0],
         "health asks nothing of upstream"
     );
-}
-
-#[test]
-fn health_command_asks_a_running_proxy() {
-    let (_upstream, proxy) = started();
-    let admin = proxy.listener("admin").to_string();
-    let health = || {
-        Command::new(["health"])
-            .setting("admin.address", &admin)
-            .run()
-    };
-    assert_eq!(health().code, Some(0));
-    drop(proxy);
-    assert_eq!(health().code, Some(1));
 }
 
 #[test]

@@ -1,0 +1,81 @@
+//! `health` and `wait`: whether a proxy is ready, now or soon.
+
+use std::{net::SocketAddr, os::fd::OwnedFd, thread};
+
+use socket2::{Domain, Socket, Type};
+
+use crate::support::{Command, Proxy, Signal, Upstream, assert_has, eventually, started_with};
+
+/// A socket that nobody can connect to yet.
+fn closed() -> (Socket, String) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    socket.bind(&any.into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    (socket, address.to_string())
+}
+
+#[test]
+fn proxy_that_is_ready_is_waited_for_no_longer() {
+    let (_upstream, proxy) = started_with(&[]);
+    let admin = proxy.listener("admin").to_string();
+    let asked = |command: &str| {
+        Command::new([command])
+            .setting("admin.address", &admin)
+            .run()
+    };
+    let [health, wait] = ["health", "wait"].map(asked);
+    assert_eq!((health.code, wait.code), (Some(0), Some(0)), "{wait:?}");
+    assert_eq!(wait.stdout, health.stdout);
+    assert_has(&wait.stdout, &[r#""phase":"ready""#]);
+}
+
+#[test]
+fn proxy_that_starts_later_is_waited_for() {
+    let (socket, address) = closed();
+    let wait = Command::new(["wait"]).setting("admin.address", &address);
+    let waiting = thread::spawn(|| wait.run());
+    socket.listen(16).unwrap();
+    let upstream = Upstream::ok();
+    let _proxy = Proxy::to(&upstream)
+        .sockets(vec![("admin", OwnedFd::from(socket))])
+        .start();
+    let finished = waiting.join().unwrap();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    assert_has(&finished.stdout, &[r#""phase":"ready""#]);
+}
+
+#[test]
+fn failed_wait_tells_what_was_wrong_last() {
+    let (_socket, address) = closed();
+    let (_upstream, proxy) = started_with(&[("shutdown.delay", "1h")]);
+    proxy.signal(Signal::TERM);
+    eventually("it stops", || proxy.admin("/health/ready").status() == 503);
+    let stopping = proxy.listener("admin").to_string();
+    for (admin, reason) in [
+        (&*address, "Connection refused"),
+        (&stopping, "the proxy is shutting down"),
+    ] {
+        let asked = |command: Command| command.setting("admin.address", admin).run();
+        let wait = asked(Command::new(["wait", "--timeout", "300ms"]));
+        assert_eq!((wait.code, &*wait.stdout), (Some(1), ""), "{wait:?}");
+        assert_has(&wait.stderr, &["not within 300ms", reason]);
+        let health = asked(Command::new(["health"]));
+        assert_eq!((health.code, &*health.stdout), (Some(1), ""), "{health:?}");
+        assert_has(&health.stderr, &[reason]);
+    }
+}
+
+#[test]
+fn there_is_no_waiting_for_what_never_comes() {
+    for (key, value, code, reason) in [
+        ("admin.address", "off", 1, "admin.address is off"),
+        ("token.lifetime", "5s", 78, "token.lifetime"),
+    ] {
+        for command in ["health", "wait"] {
+            let finished = Command::new([command]).setting(key, value).run();
+            assert_eq!(finished.code, Some(code), "{command}: {finished:?}");
+            assert_has(&finished.stderr, &[reason]);
+        }
+    }
+}
