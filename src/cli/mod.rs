@@ -6,6 +6,7 @@
 )]
 
 mod check;
+mod documents;
 mod explain;
 mod flags;
 mod health;
@@ -18,10 +19,12 @@ mod token;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 use tokio::runtime::Runtime;
 
 use self::flags::{SettingsArgs, WithSandbox, command_line, refuse_idle};
@@ -33,7 +36,11 @@ use crate::error::chain;
 /// Point a tool at `http://127.0.0.1:5546` instead of the API and drop its keys: the proxy adds a
 /// valid token to each request and turns whatever goes wrong into one kind of error.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLES)]
+#[command(
+    version,
+    after_help = EXAMPLES,
+    after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}")
+)]
 struct CommandLine {
     #[command(subcommand)]
     command: Option<Command>,
@@ -87,6 +94,18 @@ enum Command {
         #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
         timeout: Duration,
     },
+    /// Print the completions of a shell
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Write the manual pages, one a command
+    #[command(hide = true)] // for packages, once a release
+    Man {
+        /// The folder to write to
+        folder: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -105,6 +124,21 @@ Examples:
   kling-proxy                http://127.0.0.1:5546 -> https://api-singapore.klingai.com
   kling-proxy check          what is wrong, and what to do about it
   kling-proxy explain 1303   what a code means and what to do";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    failed while running
+  2    wrong command line
+  69   upstream cannot be reached (check)
+  77   upstream refuses the credential (check)
+  78   wrong settings, or no or half a credential";
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  kling-proxy completions bash > ~/.local/share/bash-completion/completions/kling-proxy
+  kling-proxy completions fish > ~/.config/fish/completions/kling-proxy.fish
+  kling-proxy completions zsh > ~/.zfunc/_kling-proxy    with ~/.zfunc in $fpath, before compinit";
 
 /// A command that did not do what it should.
 #[derive(Debug)]
@@ -168,6 +202,8 @@ impl CommandLine {
             Some(Command::Settings) => settings::run(&settings, &environment)?,
             Some(Command::Health) => health::run(&settings, &environment)?,
             Some(Command::Wait { timeout }) => health::wait(timeout, &settings, &environment)?,
+            Some(Command::Completions { shell }) => documents::completions(shell),
+            Some(Command::Man { folder }) => documents::man(&folder)?,
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -1,5 +1,9 @@
 //! The commands: what they print and how they end.
 
+use std::{collections::BTreeSet, fs, process};
+
+use tempfile::TempDir;
+
 use crate::support::{ACCESS_KEY, Command, SECRET_KEY, assert_has, claims, verify};
 
 #[test]
@@ -89,6 +93,7 @@ fn flag_without_effect_is_refused() {
         "wait --log-filter debug",
         "token --admin off",
         "sandbox --upstream https://api.test",
+        "completions bash --config x",
         "--sandbox check",
     ] {
         let words = line.split(' ');
@@ -107,6 +112,67 @@ fn flag_without_effect_is_refused() {
     assert_eq!(before.stdout, after.stdout);
 }
 
+/// As the shell does at the tabulator key.
+#[test]
+fn bash_completes_commands_flags_and_values() {
+    let finished = Command::new(["completions", "bash"]).run();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    for (line, last, completions) in [
+        ("kling-proxy", "comp", "completions"),
+        ("kling-proxy wait", "--t", "--timeout"),
+        ("kling-proxy completions", "f", "fish"),
+        ("kling-proxy explain --output", "", "text json"),
+    ] {
+        let complete = format!(
+            r#"{}
+            COMP_WORDS=({line} '{last}') COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            complete=$(complete -p kling-proxy | sed -E 's/.*-F ([^ ]+) .*/\1/')
+            $complete kling-proxy '{last}' "${{COMP_WORDS[COMP_CWORD - 1]}}"
+            echo "${{COMPREPLY[*]}}""#,
+            finished.stdout
+        );
+        let mut bash = process::Command::new("bash");
+        let completed = bash.args(["-c", &complete]).output().unwrap();
+        let stdout = String::from_utf8_lossy(&completed.stdout);
+        assert_eq!(stdout.trim(), completions, "{line} {last}: {completed:?}");
+    }
+}
+
+#[test]
+fn completions_are_there_for_each_shell() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let finished = Command::new(["completions", shell]).run();
+        assert_eq!(finished.code, Some(0), "{finished:?}");
+        assert_has(&finished.stdout, &["kling-proxy", "explain", "timeout"]);
+    }
+    let finished = Command::new(["completions", "tcsh"]).run();
+    assert_eq!(finished.code, Some(2), "{finished:?}");
+}
+
+#[test]
+fn each_command_has_a_manual_page() {
+    let help = Command::new(["--help"]).run().stdout;
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let commands = commands.map_while(|line| line.strip_prefix("  ")?.split(' ').next());
+    let mut want: BTreeSet<_> = commands
+        .filter(|command| *command != "help")
+        .map(|command| format!("kling-proxy-{command}.1"))
+        .collect();
+    assert!(want.contains("kling-proxy-check.1"), "{help}");
+    want.insert("kling-proxy.1".to_owned());
+
+    let folder = TempDir::new().unwrap();
+    let finished = Command::new(["man", folder.path().to_str().unwrap()]).run();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    let pages = fs::read_dir(&folder).unwrap().map(|page| page.unwrap());
+    let pages = pages.map(|page| page.file_name().into_string().unwrap());
+    assert_eq!(pages.collect::<BTreeSet<_>>(), want);
+    let page = fs::read_to_string(folder.path().join("kling-proxy-wait.1")).unwrap();
+    assert_has(&page, &[".TH kling-proxy-wait 1", "\\-\\-timeout"]);
+    let nowhere = Command::new(["man", "/nowhere"]).run();
+    assert_eq!(nowhere.code, Some(1), "{nowhere:?}");
+}
+
 #[test]
 fn help_says_what_a_newcomer_needs() {
     let finished = Command::new(["--help"]).run();
@@ -114,7 +180,15 @@ fn help_says_what_a_newcomer_needs() {
     assert_has(
         &finished.stdout,
         &[
-            "serve", "sandbox", "check", "token", "explain", "settings", "health", "wait",
+            "serve",
+            "sandbox",
+            "check",
+            "token",
+            "explain",
+            "settings",
+            "health",
+            "wait",
+            "completions",
         ],
     );
     assert_has(&finished.stdout, &["--sandbox", "KLING_ACCESS_KEY", "5546"]);
