@@ -7,7 +7,9 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use ring::error::Unspecified;
 use ring::hmac;
+use ring::rand::{self, SystemRandom};
 use serde::Deserialize;
 use subtle::ConstantTimeEq;
 
@@ -81,6 +83,27 @@ impl ClientTokens {
             .exposed
             .then(|| format!("every user can read {}: chmod 600", path.display()));
         Ok(tokens)
+    }
+
+    /// One token that nobody can guess and that stands in no file: for a client that we start. It has
+    /// the form of Kling's keys, 32 letters and digits.
+    ///
+    /// # Errors
+    ///
+    /// The system has no randomness.
+    pub fn random(clock: Arc<dyn Clock>) -> Result<(Self, Secret), Unspecified> {
+        let bytes: [u8; 16] = rand::generate(&SystemRandom::new())?.expose();
+        let token = Secret::from(format!("{:032x}", u128::from_be_bytes(bytes)));
+        let client = Client {
+            name: ClientName(UNNAMED.into()),
+            token: token.clone(),
+        };
+        let tokens = Self {
+            clients: vec![client],
+            clock,
+            warning: None,
+        };
+        Ok((tokens, token))
     }
 
     /// Reads one token a line, `token` or `name:token`; empty lines and `#` comments do not count.

@@ -59,6 +59,7 @@ fn heeds(command: &str, flag: &Id) -> bool {
     let flag = flag.as_str();
     match command {
         "serve" => true,
+        "run" => !["listen", "admin"].contains(&flag),
         "check" | "settings" => flag != "sandbox",
         "sandbox" => ["config", "log_format", "log_filter"].contains(&flag),
         "health" | "wait" => ["config", "admin"].contains(&flag),

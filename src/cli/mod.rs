@@ -10,12 +10,14 @@ mod documents;
 mod explain;
 mod flags;
 mod health;
+mod run;
 mod sandbox;
 mod serve;
 mod settings;
 mod signal;
 mod token;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -54,6 +56,20 @@ struct CommandLine {
 enum Command {
     /// Run the proxy (the default)
     Serve(WithSandbox),
+    /// Run a command with a proxy of its own, and end as it ends
+    ///
+    /// The proxy listens on a free port and serves this command alone. The command finds it in
+    /// KLING_BASE_URL, KLING_API_BASE_URL, KLING_API_BASE and KLINGAI_BASE_URL, and in
+    /// KLING_API_KEY, KLING_ACCESS_KEY, KLING_SECRET_KEY and their KLINGAI_ twins keys that are good
+    /// for this proxy only. The real ones are not in its environment.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run {
+        #[command(flatten)]
+        with: WithSandbox,
+        /// What to run, with its arguments
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
     /// Run the embedded Kling API alone, for tests
     Sandbox {
         /// Where to listen
@@ -122,6 +138,7 @@ Credentials come from variables, never from the command line:
 Examples:
   kling-proxy --sandbox      try it without an account
   kling-proxy                http://127.0.0.1:5546 -> https://api-singapore.klingai.com
+  kling-proxy run -- make    a command with a proxy of its own, and without your keys
   kling-proxy check          what is wrong, and what to do about it
   kling-proxy explain 1303   what a code means and what to do";
 
@@ -132,7 +149,16 @@ Exit codes:
   2    wrong command line
   69   upstream cannot be reached (check)
   77   upstream refuses the credential (check)
-  78   wrong settings, or no or half a credential";
+  78   wrong settings, or no or half a credential
+  126  the command cannot be run, 127 there is none (run)";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  kling-proxy run -- python make_video.py
+  kling-proxy run --sandbox -- npm test
+
+The exit code is that of the command, or 128 and the number of the signal that ended it; 126 if it
+cannot be run, 127 if there is none, 78 for wrong settings or no credential.";
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
@@ -160,6 +186,10 @@ enum Exit {
     Refused = 77,
     /// Wrong settings, or no or half a credential.
     Settings = 78,
+    /// The command of `run` cannot be run; so do shells say it, and env(1).
+    NotExecutable = 126,
+    /// There is no such command.
+    NotFound = 127,
 }
 
 /// Runs the command of this process.
@@ -192,6 +222,10 @@ impl CommandLine {
             None => serve::run(sandbox, settings, environment)?,
             Some(Command::Serve(with)) => {
                 serve::run(sandbox || with.sandbox, settings, environment)?;
+            }
+            Some(Command::Run { with, command }) => {
+                let sandbox = sandbox || with.sandbox;
+                return run::run(sandbox, &command, settings, &environment);
             }
             Some(Command::Sandbox { address }) => sandbox::run(address, &settings, &environment)?,
             Some(Command::Check { offline, output }) => {

@@ -1,6 +1,6 @@
 //! A command that prints a credential, for those who keep keys in a password manager or a vault.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tokio::process::{self, Child};
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
-use super::{Error, Found, Key, api_key, key, pair};
+use super::{Error, Found, Key, api_key, harmless, key, pair};
 use crate::secret::Secret;
 
 /// A command line, run without a shell.
@@ -59,14 +59,6 @@ pub(super) const PLACE: &str = "credentials.command";
 const LONGEST: Duration = Duration::from_secs(10);
 /// More than any credential.
 const MOST: u64 = 64 << 10;
-/// Names of variables that hold or lead to our own secrets, or are for us alone.
-const OURS: [&str; 5] = [
-    "KLING",
-    "CREDENTIALS_DIRECTORY",
-    "NOTIFY_SOCKET",
-    "LISTEN_",
-    "WATCHDOG_",
-];
 
 // === impl Command ===
 
@@ -110,12 +102,7 @@ impl Command<'_> {
         let child = process::Command::new(program)
             .args(arguments)
             .env_clear()
-            .envs(
-                self.environment
-                    .iter()
-                    .filter(|(name, _)| !is_ours(name))
-                    .cloned(),
-            )
+            .envs(harmless(self.environment).cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -147,9 +134,4 @@ fn end(group: Option<u32>) {
     {
         tracing::debug!(%error, "cannot end a command");
     }
-}
-
-fn is_ours(name: &OsStr) -> bool {
-    let name = name.as_encoded_bytes();
-    OURS.iter().any(|ours| name.starts_with(ours.as_bytes()))
 }

@@ -1,11 +1,13 @@
 //! Where keys come from. The first place that has one wins; half a pair there is an error.
 
 mod command;
+mod environment;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 pub use self::command::{Command, CommandError};
+pub use self::environment::harmless;
 use crate::secret::Secret;
 use crate::secret_file::{self, SecretFile, SecretFileError};
 use crate::token::Credential;

@@ -11,6 +11,8 @@ use super::Problem;
 
 /// The lowest layer, and the list of known keys.
 const DEFAULTS: &str = include_str!("../../config/default.toml");
+/// Where the values of the lowest layer come from.
+pub(super) const DEFAULT: &str = "default";
 /// What variables of settings begin with.
 const PREFIX: &str = "KLING_PROXY_";
 /// Names the configuration file.
@@ -51,7 +53,7 @@ impl Layers {
         problems: &mut Vec<Problem>,
     ) -> Self {
         let defaults = Layer {
-            source: "default".to_owned(),
+            source: DEFAULT.to_owned(),
             values: default_values(),
         };
         let keys: Vec<_> = leaves(&defaults.values)

@@ -19,7 +19,7 @@ use http::{HeaderValue, Method};
 use tracing_subscriber::EnvFilter;
 
 pub use self::layers::Flags;
-use self::layers::Layers;
+use self::layers::{DEFAULT, Layers};
 use self::value::{Offset, OrOff, Setting};
 use crate::credentials::Configured;
 use crate::layer::normalise::Look;
@@ -337,6 +337,11 @@ impl Row {
     pub fn is_secret(&self) -> bool {
         self.value == REDACTED
     }
+
+    /// Whether nobody has set it.
+    pub fn is_default(&self) -> bool {
+        self.source == DEFAULT
+    }
 }
 
 // === impl Problem ===
@@ -402,7 +407,7 @@ mod tests {
             settings.listen.addresses,
             ["127.0.0.1:5546".parse().unwrap()]
         );
-        assert!(rows.iter().all(|row| row.source == "default"), "{rows:?}");
+        assert!(rows.iter().all(Row::is_default), "{rows:?}");
     }
 
     #[test]

@@ -95,13 +95,19 @@ fn flag_without_effect_is_refused() {
         "sandbox --upstream https://api.test",
         "completions bash --config x",
         "--sandbox check",
+        "run --listen 127.0.0.1:1 -- true",
     ] {
         let words = line.split(' ');
         let finished = words.fold(Command::new([]), Command::argument).run();
         assert_eq!(finished.code, Some(2), "{line}: {finished:?}");
         assert_has(&finished.stderr, &["has no effect on"]);
     }
-    for (command, heeded) in [("serve", true), ("settings", true), ("explain", false)] {
+    for (command, heeded) in [
+        ("serve", true),
+        ("settings", true),
+        ("run", false),
+        ("explain", false),
+    ] {
         let help = Command::new([command, "--help"]).run().stdout;
         assert_eq!(help.contains("--listen"), heeded, "{command}: {help}");
     }
@@ -119,6 +125,7 @@ fn bash_completes_commands_flags_and_values() {
     assert_eq!(finished.code, Some(0), "{finished:?}");
     for (line, last, completions) in [
         ("kling-proxy", "comp", "completions"),
+        ("kling-proxy run", "--sa", "--sandbox"),
         ("kling-proxy wait", "--t", "--timeout"),
         ("kling-proxy completions", "f", "fish"),
         ("kling-proxy explain --output", "", "text json"),
@@ -158,7 +165,7 @@ fn each_command_has_a_manual_page() {
         .filter(|command| *command != "help")
         .map(|command| format!("kling-proxy-{command}.1"))
         .collect();
-    assert!(want.contains("kling-proxy-check.1"), "{help}");
+    assert!(want.contains("kling-proxy-run.1"), "{help}");
     want.insert("kling-proxy.1".to_owned());
 
     let folder = TempDir::new().unwrap();
@@ -181,6 +188,7 @@ fn help_says_what_a_newcomer_needs() {
         &finished.stdout,
         &[
             "serve",
+            "run",
             "sandbox",
             "check",
             "token",

@@ -59,7 +59,7 @@ fn command_gets_the_environment_without_our_secrets() {
     let _proxy = command
         .env("VAULT_ADDR", "kept")
         .env("KLING_PROXY_SANDBOX__SEED", "7")
-        .env("KLINGAI_SECRET_KEY_FILE", "")
+        .env("KLING_JWT_TOKEN", "canary")
         .env("CREDENTIALS_DIRECTORY", "/nowhere/canary")
         .start();
     let environment = fs::read_to_string(home.join("environment")).unwrap();

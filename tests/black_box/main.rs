@@ -25,6 +25,7 @@ mod protocol;
 mod reload;
 mod retry;
 mod rotation;
+mod run;
 mod sandbox;
 mod secrets;
 mod server;

@@ -22,10 +22,10 @@ pub(super) const EXPOSED: &str = "file_readable_by_others";
 
 /// Where settings come from, and whether others could change them.
 pub(super) fn settings(settings: &Settings, rows: &[Row]) -> Found {
-    let mut sources: Vec<_> = rows.iter().map(|row| row.source.as_str()).collect();
+    let set = rows.iter().filter(|row| !row.is_default());
+    let mut sources: Vec<_> = set.map(|row| row.source.as_str()).collect();
     sources.sort_unstable();
     sources.dedup();
-    sources.retain(|source| *source != "default");
     let origin = &settings.upstream.origin;
     let text = if sources.is_empty() {
         format!("upstream is {origin}; all are defaults")

@@ -1,7 +1,7 @@
 //! The sockets that clients connect to.
 
 use std::ffi::OsString;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -80,6 +80,21 @@ impl Listeners {
             socket_file,
             certificate,
         })
+    }
+
+    /// One socket on a free port of this machine, whatever the settings ask for; and its address.
+    pub(in crate::cli) fn private() -> Result<(Self, SocketAddr), Failure> {
+        let listener = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        let address = listener
+            .local_addr()
+            .map_err(|error| Failure::because(Exit::Failed, &error))?;
+        let listeners = Self {
+            data: vec![Listener::Tcp(listener)],
+            admin: Vec::new(),
+            socket_file: None,
+            certificate: None,
+        };
+        Ok((listeners, address))
     }
 
     /// Whether other machines can connect.

@@ -10,11 +10,12 @@ mod systemd;
 
 use std::ffi::OsString;
 
-use self::configuration::Configuration;
-use self::listeners::Listeners;
-use self::process::{hide_memory, raise_descriptor_limit};
-use self::set_up::Proxy;
-use self::systemd::Manager;
+pub(super) use self::configuration::Configuration;
+pub(super) use self::listeners::Listeners;
+pub(super) use self::process::{hide_memory, raise_descriptor_limit};
+pub(super) use self::running::Running;
+pub(super) use self::set_up::Proxy;
+pub(super) use self::systemd::Manager;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::sandbox::Sandbox;

@@ -6,7 +6,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Read},
     net::SocketAddr,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::process::CommandExt as _},
     path::PathBuf,
     process::{Child, Stdio},
     sync::mpsc::{self, Receiver},
@@ -174,6 +174,12 @@ impl Command {
             .envs(variables)
             .current_dir(self.home.path());
         self.command = command;
+        self
+    }
+
+    /// Starts it out of the foreground of whatever terminal the tests have.
+    pub fn in_background(mut self) -> Self {
+        self.command.process_group(0);
         self
     }
 

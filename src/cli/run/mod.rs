@@ -1,0 +1,138 @@
+//! `kling-proxy run`: a command with a proxy of its own, which nobody else can use.
+
+mod environment;
+mod signals;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{ExitCode, ExitStatus};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tracing_subscriber::EnvFilter;
+
+use self::signals::Signals;
+use super::serve::{
+    Configuration, Listeners, Manager, Proxy, Running, hide_memory, raise_descriptor_limit,
+};
+use super::{Exit, Failure, SettingsArgs, runtime};
+use crate::client_token::ClientTokens;
+use crate::rules::Rules;
+use crate::secret::Secret;
+use crate::telemetry;
+
+/// What is logged unless somebody asks for more: standard error is the command's.
+const QUIET: &str = "warn";
+
+/// Ends with the code of the command, which is 128 and the signal's number where a signal ended it.
+pub(super) fn run(
+    with_sandbox: bool,
+    command: &[OsString],
+    args: SettingsArgs,
+    environment: &[(OsString, OsString)],
+) -> Result<ExitCode, Failure> {
+    let (mut settings, rows) = args.load(environment)?;
+    let is_default = |key| rows.iter().any(|row| row.key == key && row.is_default());
+    if is_default("log.filter") {
+        settings.log.filter = EnvFilter::new(QUIET);
+    }
+    let filter = telemetry::init(settings.log.format, settings.log.filter.clone());
+    hide_memory();
+    let (listeners, address) = Listeners::private()?;
+    // Who else may call, and where, is for a proxy that others share.
+    settings.access.client_tokens_file = None;
+    settings.access.allowed_hosts = vec![address.ip().to_string(), "localhost".to_owned()];
+    settings.shutdown.delay = Duration::ZERO;
+    let configuration = Configuration {
+        args,
+        environment: environment.to_owned(),
+        settings,
+        rows,
+        filter,
+        sandboxed: with_sandbox,
+    };
+    let proxy = Proxy::set_up(&configuration, listeners)?;
+    let token = admit_one(&proxy)?;
+    let url = format!("http://{address}");
+    let (program, arguments) = command
+        .split_first()
+        .ok_or_else(|| Failure::new(Exit::Usage, "no command"))?;
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(environment::variables(environment, &url, &token));
+
+    let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
+    let runtime = runtime().map_err(failed)?;
+    let ended = runtime.block_on(async {
+        let mut signals = Signals::new().map_err(failed)?;
+        let mut running = proxy.start(configuration, Manager::new(&[]), None)?;
+        let child = command.spawn().map_err(|error| {
+            let exit = match error.kind() {
+                io::ErrorKind::NotFound => Exit::NotFound,
+                _ => Exit::NotExecutable,
+            };
+            let program = program.display();
+            Failure::new(exit, format!("cannot run {program}: {error}"))
+        })?;
+        // Not before: the command has the limit that we were started with.
+        raise_descriptor_limit();
+        let status = accompany(child, &mut running, &mut signals).await?;
+        tokio::select! {
+            ended = running.end() => ended?,
+            () = signals.insist() => {
+                return Err(Failure::new(Exit::Failed, "stopped at once by a second signal"));
+            }
+        }
+        Ok(ExitCode::from(code(status)))
+    });
+    // A name that is still being resolved must not keep the process.
+    runtime.shutdown_background();
+    ended
+}
+
+/// Lets nobody call who does not show a new token, which is in no file.
+fn admit_one(proxy: &Proxy) -> Result<Secret, Failure> {
+    let (tokens, token) = ClientTokens::random(Arc::clone(&proxy.shared.clock))
+        .map_err(|_| Failure::new(Exit::Failed, "the system has no random numbers"))?;
+    let rules = &proxy.shared.rules;
+    let rules_of_settings = Rules::clone(&rules.load());
+    rules.store(Rules {
+        client_tokens: Some(Arc::new(tokens)),
+        ..rules_of_settings
+    });
+    Ok(token)
+}
+
+/// Waits for the command to end, and passes signals on to it.
+async fn accompany(
+    mut command: Child,
+    running: &mut Running,
+    signals: &mut Signals,
+) -> Result<ExitStatus, Failure> {
+    let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
+    loop {
+        tokio::select! {
+            status = command.wait() => return status.map_err(failed),
+            signal = signals.next() => signals.pass_on(signal, &command),
+            failure = running.died() => {
+                // Nothing answers it any more.
+                signals.pass_on(rustix::process::Signal::TERM, &command);
+                command.wait().await.map_err(failed)?;
+                return Err(failure);
+            }
+        }
+    }
+}
+
+/// A code as a shell has it.
+fn code(status: ExitStatus) -> u8 {
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(Exit::Failed as u8)
+}
