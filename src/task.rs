@@ -22,6 +22,7 @@ struct Members {
     external_task_id: Value,
     external_id: Value,
     task_info: Value,
+    options: Value,
 }
 
 /// An answer's envelope.
@@ -52,12 +53,13 @@ impl Task {
 
 impl From<Members> for Task {
     fn from(members: Members) -> Self {
-        let info = &members.task_info["external_task_id"];
+        let nested = [&members.task_info, &members.options];
+        let nested = nested.map(|object| &object["external_task_id"]);
         Self {
             id: text(&members.task_id).or_else(|| text(&members.id)),
             external_id: text(&members.external_task_id)
                 .or_else(|| text(&members.external_id))
-                .or_else(|| text(info)),
+                .or_else(|| nested.into_iter().find_map(text)),
         }
     }
 }
@@ -102,7 +104,12 @@ mod tests {
             let found = [id, external_id].map(Option::unwrap_or_default);
             assert_eq!(found, names, "{answer}");
         }
-        let ordered = Task::ordered(br#"{"prompt":"a cat","external_task_id":"mine"}"#);
-        assert_eq!(ordered.external_id.as_deref(), Some("mine"));
+        for request in [
+            r#"{"prompt":"a cat","external_task_id":"mine"}"#,
+            r#"{"prompt":"a cat","options":{"external_task_id":"mine"}}"#,
+        ] {
+            let ordered = Task::ordered(request.as_bytes());
+            assert_eq!(ordered.external_id.as_deref(), Some("mine"), "{request}");
+        }
     }
 }
