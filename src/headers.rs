@@ -45,7 +45,7 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
 
 /// Those of RFC 9110, section 7.6.1, and RFC 2616, section 13.5.1.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    const STANDARD: [HeaderName; 7] = [
+    static STANDARD: [HeaderName; 7] = [
         CONNECTION,
         PROXY_AUTHENTICATE,
         PROXY_AUTHORIZATION,
@@ -61,7 +61,7 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 /// What speaks of the client: its credentials, where it comes from, and names with `_`, which some
 /// servers read as `-`.
 fn is_of_client(name: &HeaderName) -> bool {
-    const CREDENTIALS_AND_PATH: [HeaderName; 5] =
+    static CREDENTIALS_AND_PATH: [HeaderName; 5] =
         [AUTHORIZATION, COOKIE, CLIENT_TOKEN, FORWARDED, VIA];
     let text = name.as_str();
     CREDENTIALS_AND_PATH.contains(name)

@@ -96,6 +96,14 @@ impl Replay {
             .is_none_or(|source| self.at == 0 && !lock(source).lost)
     }
 
+    /// For those who send it.
+    pub fn into_body(self) -> Body {
+        match self.source {
+            None => Body::empty(),
+            Some(_) => Body::new(self),
+        }
+    }
+
     /// Looks at what is kept of the body so far.
     pub fn with_kept<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
         match &self.source {

@@ -46,7 +46,7 @@ pub(super) async fn judge(
     let status = head.status;
     if status.is_client_error() || status.is_server_error() {
         let mut reader = Reader::new(&head.headers, body);
-        reader.read_error().await;
+        Box::pin(reader.read_error()).await;
         let envelope = reader.envelope().filter(|envelope| envelope.code != 0);
         let excerpt = excerpt(reader.text.seen());
         let answer = Box::new(Answer {
@@ -65,12 +65,12 @@ pub(super) async fn judge(
     let deadline = Instant::now() + HOLD;
     match (reader.peek(deadline).await, created) {
         (Peek::Code(0), Some(facts)) => {
-            reader.read_until(deadline).await;
+            Box::pin(reader.read_until(deadline)).await;
             facts.created(Task::answered(reader.text.seen()));
         }
         (Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided, _) => {}
         (Peek::Code(_), _) => {
-            reader.read_error().await;
+            Box::pin(reader.read_error()).await;
             if let Some(envelope) = reader.envelope() {
                 let answer = Box::new(Answer {
                     head,
@@ -120,7 +120,7 @@ impl Reader {
 
     /// Reads until the code is known, or cannot be known in time.
     async fn peek(&mut self, deadline: Instant) -> Peek {
-        let mut worth_a_look = 0;
+        let mut worth_a_look = 1;
         loop {
             let seen = self.text.seen();
             // Looking anew at each byte would take the square of the body's size.
@@ -198,19 +198,16 @@ impl Reader {
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
-    let Some(value) = headers
-        .get(CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-    else {
+    let Some(value) = headers.get(CONTENT_TYPE) else {
         return false;
     };
-    let essence = value
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_ascii_lowercase();
-    essence == "application/json" || essence.ends_with("+json")
+    let value = value.as_bytes();
+    let end = value.iter().position(|b| *b == b';');
+    let essence = value[..end.unwrap_or(value.len())].trim_ascii();
+    essence.eq_ignore_ascii_case(b"application/json")
+        || essence
+            .last_chunk()
+            .is_some_and(|suffix: &[u8; 5]| suffix.eq_ignore_ascii_case(b"+json"))
 }
 
 /// How a text begins; nothing of what is not text.
