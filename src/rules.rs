@@ -210,6 +210,18 @@ pub fn check_framing(headers: &HeaderMap) -> Result<(), Error> {
     }
 }
 
+/// Paths of ours; so far there is nothing.
+///
+/// # Errors
+///
+/// [`Error::NotFound`].
+pub fn check_reserved(path: &str) -> Result<(), Error> {
+    match path.strip_prefix("/_proxy") {
+        Some(rest) if rest.is_empty() || rest.starts_with('/') => Err(Error::NotFound),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,10 +5,8 @@ use std::future::ready;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
-use axum::routing::any_service;
 use tokio_util::task::TaskTracker;
 use tower::retry::RetryLayer;
 use tower::util::MapResponseLayer;
@@ -16,7 +14,6 @@ use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::admin::{self, Control};
 use crate::clock::Clock;
-use crate::error::Error;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::carry::CarryLayer;
 use crate::layer::cors::CorsLayer;
@@ -67,27 +64,35 @@ impl Shared {
     ///
     /// ```text
     /// listener -> trace -> cors -> normalise -> guard -> carry -> retry -> authenticate -> upstream
-    ///                                      \---> reserved: /_proxy is ours
     /// ```
-    pub fn stack(&self, carried: &TaskTracker) -> Router {
+    ///
+    /// There is no router: that cost a poll more than all the checks of the guard, for one prefix.
+    pub fn stack(
+        &self,
+        carried: &TaskTracker,
+    ) -> impl Service<Request, Response = Response, Error = Infallible, Future: Send>
+    + Clone
+    + Send
+    + use<> {
         let keeper = Arc::clone(&self.keeper);
-        let upstream = ServiceBuilder::new()
+        ServiceBuilder::new()
+            .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
+            .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
+            .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
+            .layer(GuardLayer::new(
+                self.rules.clone(),
+                Arc::clone(&self.lifecycle),
+                Arc::clone(&self.metrics),
+            )) // refuses before anything is spent
             .map_request(move |request: Request| request.map(|body| Replay::new(body, &keeper)))
             .layer(CarryLayer::new(carried.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.clone())) // never a create that may have worked
-            .map_request(|request: http::Request<Replay>| request.map(Body::new))
+            .map_request(|request: http::Request<Replay>| request.map(Replay::into_body))
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
                 self.origin.host(),
             ))
-            .service(self.upstream.for_thread());
-        let reserved = self.guarded(service_fn(|_| async { Err(Error::NotFound) }));
-        Router::new()
-            .route_service("/_proxy", any_service(reserved.clone()))
-            // axum's wildcard does not match nothing.
-            .route_service("/_proxy/", any_service(reserved.clone()))
-            .route_service("/_proxy/{*rest}", any_service(reserved))
-            .fallback_service(self.guarded(upstream))
+            .service(self.upstream.for_thread())
     }
 
     /// What the admin listener serves. Health and metrics answer whoever can connect, since probes
@@ -107,32 +112,5 @@ impl Shared {
             ))
             .service(service_fn(move |request| ready(control.answer(&request))));
         open.fallback_service(guarded).layer(harmless)
-    }
-
-    fn guarded<S>(
-        &self,
-        inner: S,
-    ) -> impl Service<Request, Response = Response, Error = Infallible, Future: Send>
-    + Clone
-    + Send
-    + Sync
-    + 'static
-    where
-        S: Service<Request, Response = Response, Error = Error, Future: Send>
-            + Clone
-            + Send
-            + Sync
-            + 'static,
-    {
-        ServiceBuilder::new()
-            .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
-            .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
-            .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
-            .layer(GuardLayer::new(
-                self.rules.clone(),
-                Arc::clone(&self.lifecycle),
-                Arc::clone(&self.metrics),
-            )) // refuses before anything is spent
-            .service(inner)
     }
 }

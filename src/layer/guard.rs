@@ -1,6 +1,7 @@
 //! Refuses what may not be forwarded, before anything is spent: no token of ours is minted, no
 //! connection made, no byte of a body taken. The first check that fails answers.
 
+use std::mem;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
@@ -25,7 +26,7 @@ use crate::layer::Refusable;
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
 use crate::metrics::Metrics;
-use crate::rules::{Rules, check_framing, check_target};
+use crate::rules::{Rules, check_framing, check_reserved, check_target};
 
 /// Adds [`Guard`] to a service.
 #[derive(Clone)]
@@ -78,6 +79,7 @@ impl GuardLayer {
         check_target(request.uri(), headers)?;
         check_framing(headers)?;
         rules.check_path(request.uri().path())?;
+        check_reserved(request.uri().path())?;
         if let Some(client) = rules.check_client(headers)? {
             self.metrics.admitted(client.as_str());
             if let Some(facts) = Facts::of(request.extensions()) {
@@ -126,13 +128,14 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request) -> Self::Future {
+    fn call(&mut self, mut request: Request) -> Self::Future {
         let rules = self.layer.rules.load();
         match self.layer.check(&rules, &request) {
             Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(request.headers())))),
             Ok(Verdict::Pass) => {
                 let limit = rules.request_body;
-                Either::Right(self.inner.call(request.map(|body| limited(body, limit))))
+                limit_body(request.body_mut(), limit);
+                Either::Right(self.inner.call(request))
             }
             Err(refusal) => {
                 self.layer.metrics.refused(refusal.kind());
@@ -170,16 +173,17 @@ fn allow(asked: &HeaderMap) -> Response {
 }
 
 /// Bounds a body that did not declare its size.
-fn limited(body: Body, limit: ByteSize) -> Body {
+fn limit_body(body: &mut Body, limit: ByteSize) {
     if body.size_hint().upper().is_some() {
-        return body;
+        return;
     }
     let bound = usize::try_from(limit.as_u64()).unwrap_or(usize::MAX);
-    Body::new(Limited::new(body, bound).map_err(move |error: BoxError| {
+    let limited = Limited::new(mem::take(body), bound);
+    *body = Body::new(limited.map_err(move |error: BoxError| {
         if error.is::<LengthLimitError>() {
             Error::BodyTooLarge { limit, begun: true }.into()
         } else {
             error
         }
-    }))
+    }));
 }

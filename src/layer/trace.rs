@@ -2,6 +2,7 @@
 //! id to the answer and changes nothing else.
 
 use std::convert::Infallible;
+use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -152,8 +153,9 @@ where
             .headers_mut()
             .insert(REQUEST_ID, request.facts.id().clone().into_value());
         request.answered = true;
-        let facts = request.facts.clone();
-        Poll::Ready(Ok(response.map(|body| Body::new(Counted { body, facts }))))
+        let (body, facts) = (mem::take(response.body_mut()), request.facts.clone());
+        *response.body_mut() = Body::new(Counted { body, facts });
+        Poll::Ready(Ok(response))
     }
 }
 

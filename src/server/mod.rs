@@ -14,7 +14,7 @@ use axum::response::Response;
 use futures_util::FutureExt;
 use http::Method;
 use http::header::{CONNECTION, HeaderValue, UPGRADE};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -28,6 +28,7 @@ use self::listener::{Accepted, Acceptor, Stream};
 pub use self::listener::{Listener, bind};
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
+use crate::effect::Effect;
 use crate::error::{BoxError, Error, Failure};
 
 /// How long to wait before accepting again when that failed, mostly for lack of descriptors.
@@ -86,10 +87,11 @@ where
         let service = service.clone();
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let last = ends_connection(&request);
-            let mut answer = Box::pin(service.clone().oneshot(request.map(Body::new)));
+            let paid = Effect::of(&request) == Effect::Create;
+            let mut answer = Box::pin(service.clone().oneshot(request.map(boxed)));
             // hyper drops it unpolled if the client has sent all of its request and gone; what
             // outlives its client has to be begun by then.
-            let answered = (&mut answer).now_or_never();
+            let answered = paid.then(|| (&mut answer).now_or_never()).flatten();
             async move {
                 let mut answer = match answered {
                     Some(answer) => answer?,
@@ -117,6 +119,15 @@ where
     let _ = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
     while connections.try_join_next().is_some() {}
     Ok(connections.len())
+}
+
+/// A body that is there, or none.
+fn boxed(body: Incoming) -> Body {
+    if body.is_end_stream() {
+        Body::empty()
+    } else {
+        Body::new(body)
+    }
 }
 
 /// Whether what follows a request may be meant for another protocol: it asked for a tunnel or an
