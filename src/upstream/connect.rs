@@ -1,6 +1,7 @@
 //! Connections to the one upstream: name resolution, TCP, TLS, and the version that ALPN chose.
 
 use std::fmt;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,12 +14,13 @@ use http::{HeaderValue, Uri, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection as _, HttpConnector};
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{AlertDescription, ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
 use tower::{Service, ServiceExt};
 
 use super::egress::{EgressProxy, Tcp};
@@ -63,10 +65,15 @@ pub enum TlsError {
     Setup(#[from] rustls::Error),
 }
 
+type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
+
 /// Makes connections.
 #[derive(Clone)]
 pub(super) struct Connector {
-    inner: HttpsConnector<Tcp>,
+    /// Of whichever version upstream likes best.
+    any: HttpsConnector<Tcp>,
+    /// Of HTTP/1.1.
+    http1: HttpsConnector<Tcp>,
     origin: Origin,
     ping_while_idle: bool,
 }
@@ -175,7 +182,7 @@ impl Connector {
     pub(super) fn new(
         origin: &Origin,
         proxy: Option<EgressProxy>,
-        tls: ClientConfig,
+        tls: &ClientConfig,
         idle: Duration,
     ) -> Self {
         let mut tcp = HttpConnector::new();
@@ -187,13 +194,15 @@ impl Connector {
         tcp.set_tcp_user_timeout(Some(idle));
         // Plain http is for this machine itself, which no other has to lead to.
         let proxy = proxy.filter(|_| origin.is_secure());
-        let tls = HttpsConnectorBuilder::new().with_tls_config(tls);
-        let inner = tls
-            .https_or_http()
-            .enable_all_versions()
-            .wrap_connector(Tcp::new(tcp, proxy, origin));
+        let tcp = Tcp::new(tcp, proxy, origin);
+        let offering = |protocols: &[&[u8]]| {
+            let mut tls = tls.clone();
+            tls.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
+            HttpsConnector::from((tcp.clone(), tls))
+        };
         Self {
-            inner,
+            any: offering(&[b"h2", b"http/1.1"]),
+            http1: offering(&[b"http/1.1"]),
             origin: origin.clone(),
             ping_while_idle: false,
         }
@@ -211,9 +220,9 @@ impl Connector {
         self.origin.host()
     }
 
+    /// A connection of whichever version upstream likes best.
     pub(super) async fn connect(&self) -> Result<Connection, BoxError> {
-        let root = self.origin.uri(PathAndQuery::from_static("/"));
-        let stream = self.inner.clone().ready().await?.call(root).await?;
+        let stream = self.stream(&self.any).await?;
         if stream.connected().is_negotiated_h2() {
             let (sender, connection) = http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
@@ -226,11 +235,44 @@ impl Connector {
             tokio::spawn(connection);
             Ok(Connection::Http2(sender, self.origin.clone()))
         } else {
-            let (sender, connection) = http1::handshake(stream).await?;
-            tokio::spawn(connection);
-            Ok(Connection::Http1(sender))
+            Ok(Connection::Http1(http1_on(stream).await?))
         }
     }
+
+    /// A connection of HTTP/1.1; `None` where upstream does not speak that.
+    pub(super) async fn connect_http1(&self) -> Result<Option<http1::SendRequest<Body>>, BoxError> {
+        match self.stream(&self.http1).await {
+            Ok(stream) => Ok(Some(http1_on(stream).await?)),
+            Err(error) if is_protocol_refused(&*error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn stream(&self, by: &HttpsConnector<Tcp>) -> Result<Stream, BoxError> {
+        let root = self.origin.uri(PathAndQuery::from_static("/"));
+        by.clone().ready().await?.call(root).await
+    }
+}
+
+async fn http1_on(stream: Stream) -> Result<http1::SendRequest<Body>, BoxError> {
+    let (sender, connection) = http1::handshake(stream).await?;
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+/// Whether upstream ended the handshake because it speaks none of the offered protocols (RFC 7301,
+/// section 3.2).
+fn is_protocol_refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    let refused = rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol);
+    // I/O errors are wrapped into one another on the way.
+    let mut wrapping = error.downcast_ref::<io::Error>();
+    while let Some(cause) = wrapping.and_then(io::Error::get_ref) {
+        if let Some(cause) = cause.downcast_ref::<rustls::Error>() {
+            return *cause == refused;
+        }
+        wrapping = cause.downcast_ref();
+    }
+    false
 }
 
 // === impl Connection ===

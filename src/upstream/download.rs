@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::connect::Connection;
-use super::pool::Pool;
+use super::pool::{Busy, Pool};
 use super::upload::Progress;
 use crate::error::BoxError;
 
@@ -37,16 +37,23 @@ pub(super) struct Lease {
     pool: Arc<Pool>,
     connection: Option<Connection>,
     upload: Arc<Progress>,
+    _busy: Busy,
 }
 
 // === impl Lease ===
 
 impl Lease {
-    pub(super) fn new(pool: Arc<Pool>, connection: Connection, upload: &Arc<Progress>) -> Self {
+    pub(super) fn new(
+        pool: Arc<Pool>,
+        connection: Connection,
+        upload: &Arc<Progress>,
+        busy: Busy,
+    ) -> Self {
         Self {
             pool,
             connection: Some(connection),
             upload: Arc::clone(upload),
+            _busy: busy,
         }
     }
 

@@ -27,7 +27,7 @@ use axum::response::Response;
 use http::header::{HOST, USER_AGENT};
 use http::{HeaderValue, Method, Version};
 use hyper::body::Incoming;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tower::Service;
 
 pub use self::clock::UpstreamClock;
@@ -36,7 +36,7 @@ pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
 
 use self::connect::{Connection, Connector};
 use self::download::{Download, Lease};
-use self::pool::Pool;
+use self::pool::{Load, Pool};
 use self::spare::Spare;
 use self::upload::{Progress, Upload};
 use crate::clock::Clock;
@@ -81,7 +81,7 @@ impl Upstream {
     pub fn new(
         origin: &Origin,
         proxy: Option<EgressProxy>,
-        tls: rustls::ClientConfig,
+        tls: &rustls::ClientConfig,
         timeouts: Timeouts,
         clock: Arc<dyn Clock>,
         upstream_clock: Arc<UpstreamClock>,
@@ -148,21 +148,31 @@ impl Upstream {
         if head.status.is_informational() {
             return Err(Error::NotHttp("upstream switched protocols unasked".into()));
         }
-        let learner = self.learner.as_deref();
-        let reading = learner.and_then(|clock| clock.read(&head.headers, progress.since()));
         headers::strip_response(&mut head.headers);
         // What upstream speaks is no concern of the client.
         head.version = Version::HTTP_11;
         let created = facts.as_ref().filter(|_| effect == Effect::Create);
         let judged = answer::judge(head, body, created).await;
-        if let (Some(clock), Some(reading)) = (learner, reading) {
-            match &judged {
-                // The token was refused for its time: that was not upstream's.
-                Err(error) if error.resend() == Resend::NewToken => clock.relearn(reading),
-                _ => clock.learn(reading),
+        self.learn(&judged, progress.since());
+        judged
+    }
+
+    /// Has the clock learn from what upstream answered, which had the request since `asked`.
+    fn learn(&self, answer: &Result<Response, Error>, asked: Instant) {
+        let Some(clock) = &self.learner else {
+            return;
+        };
+        match answer {
+            Ok(answer) => clock.learn(answer.headers(), asked),
+            Err(error) => {
+                let Some(answer) = error.answer() else { return };
+                if error.resend() == Resend::NewToken {
+                    clock.relearn(&answer.head.headers, asked);
+                } else {
+                    clock.learn(&answer.head.headers, asked);
+                }
             }
         }
-        judged
     }
 
     /// Sends on kept connections for as long as they hand the request back unsent, then on a new
@@ -173,20 +183,21 @@ impl Upstream {
         progress: &Arc<Progress>,
     ) -> Result<http::Response<Download>, Error> {
         self.spare.note();
+        let (load, busy) = self.pool.begin(request.body());
         loop {
-            let checkout = self.checkout().await;
+            let checkout = self.checkout(load).await;
             let kept = checkout.is_some();
-            let (mut connection, home) = match checkout {
-                Some(checkout) => checkout,
-                None => (
-                    self.pool.connect().await.map_err(Error::Unreachable)?,
-                    &self.pool,
-                ),
+            let (mut connection, home) = if let Some(checkout) = checkout {
+                checkout
+            } else {
+                // Boxed, as what is rare is here: every request's future would have room for it.
+                let connected = Box::pin(self.pool.connect(load)).await;
+                (connected.map_err(Error::Unreachable)?, &self.pool)
             };
             let sent = connection.send(request);
             match progress.supervise(sent, self.timeouts).await? {
                 Ok(response) => {
-                    let lease = Lease::new(Arc::clone(home), connection, progress);
+                    let lease = Lease::new(Arc::clone(home), connection, progress, busy);
                     let idle = self.timeouts.idle;
                     return Ok(response.map(|body: Incoming| Download::new(body, lease, idle)));
                 }
@@ -204,11 +215,11 @@ impl Upstream {
     }
 
     /// A kept connection, and where it goes back to: our own, or else the spare one.
-    async fn checkout(&self) -> Option<(Connection, &Arc<Pool>)> {
-        if let Some(connection) = self.pool.checkout() {
+    async fn checkout(&self, load: Load) -> Option<(Connection, &Arc<Pool>)> {
+        if let Some(connection) = self.pool.checkout(load) {
             return Some((connection, &self.pool));
         }
-        let connection = self.spare.pool().lend().await?;
+        let connection = Box::pin(self.spare.pool().lend(load)).await?;
         self.pool.borrowed();
         Some((connection, self.spare.pool()))
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::body::Body;
 use http::HeaderValue;
+use http_body::Body as _;
 use hyper::client::conn::{http1, http2};
 use tokio::time::timeout;
 
@@ -26,15 +27,40 @@ const TURN: Duration = Duration::from_millis(10);
 const MOST_IDLE: usize = 256;
 
 /// The connections of one thread, whose lock is never contended, or the spare one.
+///
+/// Where upstream speaks both, requests that come one at a time go by HTTP/1.1, and those that come
+/// together share a connection of HTTP/2: alone, a request costs half as much on the former; many at
+/// once cost less on the latter, in handshakes and in system calls. What has a large body goes by
+/// HTTP/1.1: there the window of TCP bounds it, not the smaller one of a stream.
 pub(super) struct Pool {
     connector: Connector,
     timeout: Duration,
     clock: Arc<dyn Clock>,
     most_idle: usize,
     kept: Mutex<Kept>,
+    /// Held by each request on its way.
+    busy: Busy,
     /// Held while connecting, until upstream is known to want a connection for each request.
     turn: tokio::sync::Mutex<()>,
 }
+
+/// What a request is to a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    /// No other is on its way.
+    Alone,
+    Together,
+    /// Its body takes longer on HTTP/2 than a handshake does.
+    Large,
+}
+
+/// Counts its clones.
+#[derive(Clone, Default)]
+pub(super) struct Busy(Arc<()>);
+
+/// A body from this size on is [`Load::Large`], in bytes. A server mostly lets 64 KiB of a stream be on
+/// their way at once, so that this takes four round trips; a handshake takes two or three.
+const LARGE: u64 = 256 << 10;
 
 #[derive(Default)]
 struct Kept {
@@ -44,6 +70,8 @@ struct Kept {
     shared: Option<(http2::SendRequest<Body>, Origin, SystemTime)>,
     /// Whether upstream chose HTTP/1.1 last.
     one_at_a_time: bool,
+    /// Whether it refuses that.
+    http2_only: bool,
     /// When there was no connection last, but a spare one.
     missed: Option<SystemTime>,
     /// Whether one is being made for later.
@@ -62,6 +90,7 @@ impl Pool {
             clock,
             most_idle: MOST_IDLE,
             kept,
+            busy: Busy::default(),
             turn,
         }
     }
@@ -87,16 +116,30 @@ impl Pool {
         )
     }
 
+    /// What a request with this body is; it counts as on its way while the other is held.
+    ///
+    /// Without a declared length a body may be of any size.
+    pub(super) fn begin(&self, body: &Body) -> (Load, Busy) {
+        let load = match body.size_hint().upper() {
+            Some(LARGE..) | None => Load::Large,
+            Some(..LARGE) if Arc::strong_count(&self.busy.0) == 1 => Load::Alone,
+            Some(..LARGE) => Load::Together,
+        };
+        (load, self.busy.clone())
+    }
+
     /// What upstream is called.
     pub(super) fn host(&self) -> HeaderValue {
         self.connector.host()
     }
 
     /// A connection that was open a moment ago.
-    pub(super) fn checkout(&self) -> Option<Connection> {
+    pub(super) fn checkout(&self, load: Load) -> Option<Connection> {
         let now = self.clock.now();
         let mut kept = self.lock();
-        if let Some(shared) = kept.shared(now) {
+        if load == Load::Together
+            && let Some(shared) = kept.shared(load, now)
+        {
             return Some(shared);
         }
         while let Some((sender, since)) = kept.idle.pop() {
@@ -105,13 +148,13 @@ impl Pool {
                 return Some(Connection::Http1(sender));
             }
         }
-        None
+        kept.shared(load, now)
     }
 
     /// The same for another thread. What that has seen the end of may still be busy here.
-    pub(super) async fn lend(&self) -> Option<Connection> {
+    pub(super) async fn lend(&self, load: Load) -> Option<Connection> {
         let now = self.clock.now();
-        if let Some(shared) = self.lock().shared(now) {
+        if let Some(shared) = self.lock().shared(load, now) {
             return Some(shared);
         }
         loop {
@@ -127,11 +170,30 @@ impl Pool {
     /// # Errors
     ///
     /// Name resolution, TCP or TLS failed, or took too long together.
-    pub(super) async fn connect(&self) -> Result<Connection, BoxError> {
-        match timeout(self.timeout, self.connect_in_turn()).await {
+    pub(super) async fn connect(&self, load: Load) -> Result<Connection, BoxError> {
+        let connecting = async {
+            match self.connect_http1(load).await? {
+                Some(connection) => Ok(Connection::Http1(connection)),
+                None => self.connect_in_turn().await,
+            }
+        };
+        match timeout(self.timeout, connecting).await {
             Ok(connected) => connected,
             Err(_) => Err(format!("no connection within {:?}", self.timeout).into()),
         }
+    }
+
+    /// One of HTTP/1.1, where that is better, and possible.
+    async fn connect_http1(
+        &self,
+        load: Load,
+    ) -> Result<Option<http1::SendRequest<Body>>, BoxError> {
+        if load == Load::Together || self.lock().http2_only {
+            return Ok(None);
+        }
+        let connected = self.connector.connect_http1().await?;
+        self.lock().http2_only = connected.is_none();
+        Ok(connected)
     }
 
     async fn connect_in_turn(&self) -> Result<Connection, BoxError> {
@@ -141,7 +203,7 @@ impl Pool {
             Some(self.turn.lock().await)
         };
         // Whoever had the turn before may have brought a connection for all.
-        if let Some(shared) = self.lock().shared(self.clock.now()) {
+        if let Some(shared) = self.lock().shared(Load::Together, self.clock.now()) {
             return Ok(shared);
         }
         let connection = self.connector.connect().await?;
@@ -179,7 +241,8 @@ impl Pool {
         if self.lock().is_ready(self.clock.now()) {
             return;
         }
-        match self.connect().await {
+        // One of HTTP/2 serves several threads.
+        match self.connect(Load::Together).await {
             Ok(connection) => self.checkin(connection),
             Err(error) => tracing::debug!(%error, "no connection to keep ready"),
         }
@@ -207,7 +270,7 @@ impl Pool {
         kept.preparing = true;
         let pool = Arc::clone(self);
         tokio::spawn(async move {
-            if let Ok(connection) = pool.connect().await {
+            if let Ok(connection) = pool.connect(Load::Alone).await {
                 pool.checkin(connection);
             }
             pool.lock().preparing = false;
@@ -222,7 +285,10 @@ impl Pool {
 // === impl Kept ===
 
 impl Kept {
-    fn shared(&mut self, now: SystemTime) -> Option<Connection> {
+    fn shared(&mut self, load: Load, now: SystemTime) -> Option<Connection> {
+        if load == Load::Large && !self.http2_only {
+            return None;
+        }
         let (sender, origin, since) = self.shared.as_mut()?;
         if sender.is_closed() || !is_young(*since, now) {
             self.shared = None;
@@ -236,7 +302,7 @@ impl Kept {
     fn is_ready(&mut self, now: SystemTime) -> bool {
         // Asking for the shared one makes it young again, and rightly: upstream has answered a ping,
         // or the connection would be closed.
-        self.shared(now).is_some()
+        self.shared(Load::Together, now).is_some()
             || self.idle.iter().any(|(sender, since)| {
                 let age = now.duration_since(*since);
                 sender.is_ready() && age.is_ok_and(|age| age < RENEWAL)
@@ -283,7 +349,7 @@ mod tests {
         });
         let patience = Duration::from_secs(20);
         let origin = origin.parse().unwrap();
-        let connector = Connector::new(&origin, None, client_config(None).unwrap(), patience);
+        let connector = Connector::new(&origin, None, &client_config(None).unwrap(), patience);
         let clock: Arc<dyn Clock> = Arc::<Hand>::clone(clock);
         (Pool::new(connector, patience, clock).spare(), accepted)
     }
@@ -315,6 +381,6 @@ mod tests {
         }
         pool.renew().await;
         assert!(accepted.recv().await.is_some());
-        assert!(pool.checkout().is_some());
+        assert!(pool.checkout(Load::Alone).is_some());
     }
 }

@@ -136,15 +136,19 @@ impl Progress {
         let mut exchange = pin!(exchange);
         self.lock().since = Instant::now();
         loop {
-            let (deadline, overdue) = self.deadline(timeouts);
-            if deadline <= Instant::now() {
-                return Err(overdue);
-            }
+            let (deadline, _) = self.deadline(timeouts);
             tokio::select! {
                 biased;
                 output = &mut exchange => return Ok(output),
-                () = self.done.notified() => {}
-                () = sleep_until(deadline) => {}
+                // Who has nothing left to send is not waited for.
+                () = self.done.notified(), if !self.is_done() => {}
+                () = sleep_until(deadline) => {
+                    // Unless there was progress meanwhile.
+                    let (next, overdue) = self.deadline(timeouts);
+                    if next <= deadline {
+                        return Err(overdue);
+                    }
+                }
             }
         }
     }

@@ -34,5 +34,6 @@ mod stream;
 mod systemd;
 mod timeouts;
 mod unix_socket;
+mod versions;
 mod wait;
 mod warm;

@@ -80,7 +80,7 @@ impl Proxy {
         let upstream = Upstream::new(
             &origin,
             settings.upstream.proxy.clone(),
-            tls,
+            &tls,
             settings.upstream.timeouts,
             Arc::clone(&clock),
             Arc::clone(&upstream_clock),

@@ -129,7 +129,7 @@ impl Upstream {
         Self::start(credential, None, None)
     }
 
-    /// As `localhost` over TLS, by `http/1.1` or `h2`.
+    /// As `localhost` over TLS, by `http/1.1` or `h2`, or either: `h2,http/1.1`.
     pub fn tls(protocol: &str) -> Self {
         Self::start(
             Credential::Pair(ACCESS_KEY, SECRET_KEY),
@@ -239,7 +239,7 @@ impl Upstream {
         let ca_file = config.is_some().then(|| folder.path().join("ca.pem"));
         let accepting = Arc::clone(&shared);
         thread::spawn(move || match config {
-            Some(config) if config.alpn_protocols == [b"h2"] => {
+            Some(config) if config.alpn_protocols.contains(&b"h2".to_vec()) => {
                 accepting.accept_http2(listener, &config);
             }
             config => accepting.accept(&listener, config.as_ref()),
@@ -344,11 +344,23 @@ impl Shared {
         let listener = tokio::net::TcpListener::from_std(listener).unwrap();
         let tls = TlsAcceptor::from(Arc::clone(config));
         while let Ok((stream, _)) = listener.accept().await {
-            self.note(|seen| seen.connections += 1);
             let Ok(stream) = tls.accept(stream).await else {
                 continue;
             };
-            tokio::spawn(Arc::clone(&self).serve_http2(stream));
+            self.note(|seen| seen.connections += 1);
+            if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+                tokio::spawn(Arc::clone(&self).serve_http2(stream));
+            } else {
+                let (stream, session) = stream.into_inner();
+                let stream = stream.into_std().unwrap();
+                stream.set_nonblocking(false).unwrap();
+                let shared = Arc::clone(&self);
+                thread::spawn(move || {
+                    let socket = stream.try_clone().unwrap();
+                    let _ = shared.serve(StreamOwned::new(session, stream), &socket);
+                    shared.note(|seen| seen.closed += 1);
+                });
+            }
         }
     }
 
@@ -466,6 +478,6 @@ fn server(protocol: &str) -> (Root, ServerConfig) {
         .with_no_client_auth();
     let chain = vec![certificate.der().clone()];
     let mut config = config.with_single_cert(chain, key).unwrap();
-    config.alpn_protocols = vec![protocol.into()];
+    config.alpn_protocols = protocol.split(',').map(Into::into).collect();
     (root, config)
 }

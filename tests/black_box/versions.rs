@@ -1,0 +1,60 @@
+//! Which version of HTTP upstream is asked in, where it speaks both.
+
+use crate::support::{Connection, Proxy, Upstream, get, post};
+
+/// As many at once as leave each of at most four threads more than one.
+const CROWD: usize = 24;
+
+/// Sends the same on many connections at once, all of which upstream holds until it has them; tells
+/// how many came by each version, HTTP/1.1 first.
+fn crowd(request: &[u8]) -> [usize; 2] {
+    let upstream = Upstream::tls("h2,http/1.1");
+    let gate = upstream.hold();
+    let proxy = Proxy::to(&upstream).start();
+    let mut clients: Vec<_> = (0..CROWD).map(|_| proxy.connect()).collect();
+    for client in &mut clients {
+        client.send(request);
+    }
+    upstream.wait(|seen| seen.requests.len() == CROWD);
+    gate.open();
+    let mut statuses = clients.iter_mut().map(Connection::answer);
+    assert!(statuses.all(|answer| answer.status() == 200));
+    let lines = upstream.first_lines();
+    ["HTTP/1.1", "HTTP/2"]
+        .map(|version| lines.iter().filter(|line| line.ends_with(version)).count())
+}
+
+#[test]
+fn requests_that_come_one_at_a_time_go_over_one_connection_of_http_1() {
+    let upstream = Upstream::tls("h2,http/1.1");
+    let proxy = Proxy::to(&upstream).start();
+    let mut client = proxy.connect();
+    for _ in 0..5 {
+        assert_eq!(client.send(get("/v1/x")).answer().status(), 200);
+    }
+    assert_eq!(upstream.first_lines(), ["GET /v1/x HTTP/1.1"; 5]);
+    assert_eq!(upstream.seen().connections, 1);
+}
+
+#[test]
+fn requests_that_come_together_share_a_connection_of_http_2() {
+    for request in [get("/v1/x"), post("/v1/x", "{}")] {
+        let [alone, shared] = crowd(&request);
+        assert!(
+            (1..=4).contains(&alone) && alone + shared == CROWD,
+            "{alone}"
+        );
+    }
+}
+
+#[test]
+fn large_body_goes_by_http_1() {
+    assert_eq!(crowd(&post("/v1/x", vec![b' '; 256 << 10])), [CROWD, 0]);
+}
+
+#[test]
+fn body_of_unknown_length_goes_by_http_1() {
+    let chunked = b"POST /v1/x HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n\
+        2\r\n{}\r\n0\r\n\r\n";
+    assert_eq!(crowd(chunked), [CROWD, 0]);
+}
