@@ -111,6 +111,8 @@ fn command_sees_its_proxy_and_no_secret() {
         ("KLING_API_BASE_URL", url),
         ("KLING_API_BASE", url),
         ("KLINGAI_BASE_URL", url),
+        ("NO_PROXY", "127.0.0.1"),
+        ("no_proxy", "127.0.0.1"),
     ]);
     for name in ["API_KEY", "ACCESS_KEY", "SECRET_KEY"] {
         for maker in ["KLING", "KLINGAI"] {
@@ -124,6 +126,19 @@ fn command_sees_its_proxy_and_no_secret() {
     let digits = token.bytes().filter(u8::is_ascii_hexdigit).count();
     assert_eq!((token.len(), digits), (32, 32), "{token}");
     assert!(![ACCESS_KEY, SECRET_KEY].contains(&token));
+}
+
+#[test]
+fn proxy_of_the_network_is_not_asked_for_ours() {
+    let upstream = Upstream::ok();
+    for (name, direct) in [("NO_PROXY", ".test"), ("no_proxy", "a.test,b.test")] {
+        let finished = shell(&upstream, "echo $NO_PROXY $no_proxy")
+            .env("HTTP_PROXY", "http://proxy.test:3128")
+            .env(name, direct)
+            .run();
+        let both = format!("{direct},127.0.0.1 {direct},127.0.0.1");
+        assert_eq!(finished.stdout, both, "{name}");
+    }
 }
 
 #[test]

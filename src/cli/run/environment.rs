@@ -1,6 +1,7 @@
 //! What the command sees.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
+use std::net::SocketAddr;
 
 use crate::credentials::harmless;
 use crate::secret::Secret;
@@ -22,15 +23,36 @@ const KEYS: [&str; 6] = [
     "KLINGAI_SECRET_KEY",
 ];
 
+/// Names by which they ask what to reach without the network's own proxy.
+const DIRECT: [&str; 2] = ["no_proxy", "NO_PROXY"];
+
 /// Our environment without secrets, and with all that a tool needs to use the proxy unchanged: it
 /// shows the token as an API key, or signs with it as its secret key.
-pub(super) fn variables<'a>(
-    environment: &'a [(OsString, OsString)],
-    url: &'a str,
-    token: &'a Secret,
-) -> impl Iterator<Item = (&'a OsStr, &'a OsStr)> {
-    let kept = harmless(environment).map(|(name, value)| (name.as_os_str(), value.as_os_str()));
-    let urls = URLS.map(|name| (OsStr::new(name), OsStr::new(url)));
-    let keys = KEYS.map(|name| (OsStr::new(name), OsStr::new(token.expose())));
-    kept.chain(urls).chain(keys)
+pub(super) fn variables(
+    environment: &[(OsString, OsString)],
+    address: SocketAddr,
+    token: &Secret,
+) -> impl Iterator<Item = (OsString, OsString)> {
+    let set = |name: &str, value: &str| (name.into(), value.into());
+    let url = format!("http://{address}");
+    let direct = directly(environment, address);
+    let kept = harmless(environment).cloned();
+    kept.chain(URLS.map(|name| set(name, &url)))
+        .chain(KEYS.map(|name| set(name, token.expose())))
+        .chain(DIRECT.map(|name| (name.into(), direct.clone())))
+}
+
+/// What is reached directly already, and our address: the network's proxy would see the token, and
+/// could not reach us.
+fn directly(environment: &[(OsString, OsString)], address: SocketAddr) -> OsString {
+    let mut set = environment.iter().filter(|(_, value)| !value.is_empty());
+    let known = set.find(|(name, _)| DIRECT.iter().any(|direct| name == direct));
+    let address = address.ip().to_string();
+    let Some((_, known)) = known else {
+        return address.into();
+    };
+    let mut list = known.clone();
+    list.push(",");
+    list.push(address);
+    list
 }

@@ -55,7 +55,6 @@ pub(super) fn run(
     };
     let proxy = Proxy::set_up(&configuration, listeners)?;
     let token = admit_one(&proxy)?;
-    let url = format!("http://{address}");
     let (program, arguments) = command
         .split_first()
         .ok_or_else(|| Failure::new(Exit::Usage, "no command"))?;
@@ -63,7 +62,7 @@ pub(super) fn run(
     command
         .args(arguments)
         .env_clear()
-        .envs(environment::variables(environment, &url, &token));
+        .envs(environment::variables(environment, address, &token));
 
     let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
     let runtime = runtime().map_err(failed)?;
