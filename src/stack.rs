@@ -73,6 +73,7 @@ impl Shared {
     ) -> impl Service<Request, Response = Response, Error = Infallible, Future: Send>
     + Clone
     + Send
+    + Sync
     + use<> {
         let keeper = Arc::clone(&self.keeper);
         ServiceBuilder::new()

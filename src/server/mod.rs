@@ -60,7 +60,7 @@ pub async fn run<S>(
     mut stop: watch::Receiver<bool>,
 ) -> io::Result<usize>
 where
-    S: Service<Request, Response = Response> + Clone + Send + 'static,
+    S: Service<Request, Response = Response> + Clone + Send + Sync + 'static,
     S::Error: Into<BoxError> + Send,
     S::Future: Send,
 {
@@ -74,6 +74,8 @@ where
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout);
+    // Each request has a clone of its own; an idle connection needs none.
+    let service = Arc::new(service);
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let stopped = stop.wait_for(|stop| *stop);
@@ -84,11 +86,11 @@ where
             Some(connection) = accepted.recv() => connection,
             Some(_) = connections.join_next() => continue,
         };
-        let service = service.clone();
+        let service = Arc::clone(&service);
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let last = ends_connection(&request);
             let paid = Effect::of(&request) == Effect::Create;
-            let mut answer = Box::pin(service.clone().oneshot(request.map(boxed)));
+            let mut answer = Box::pin(S::clone(&service).oneshot(request.map(boxed)));
             // hyper drops it unpolled if the client has sent all of its request and gone; what
             // outlives its client has to be begun by then.
             let answered = paid.then(|| (&mut answer).now_or_never()).flatten();

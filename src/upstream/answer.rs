@@ -48,7 +48,10 @@ pub(super) async fn judge(
         let mut reader = Reader::new(&head.headers, body);
         Box::pin(reader.read_error()).await;
         let envelope = reader.envelope().filter(|envelope| envelope.code != 0);
-        let excerpt = excerpt(reader.text.seen());
+        let excerpt = match envelope {
+            Some(_) => None,
+            None => excerpt(reader.text.seen()),
+        };
         let answer = Box::new(Answer {
             head,
             body: SyncWrapper::new(reader.into_body()),
