@@ -29,10 +29,10 @@ COPY --from=build /build/target/release/kling-proxy /usr/local/bin/kling-proxy
 USER 65532:65532
 
 # Both listeners stay on loopback unless the settings say otherwise. That is right for a sidecar, which shares its
-# pod's loopback; config/docker-compose.yaml shows the proxy as a service of its own, which needs client tokens.
+# pod's loopback; config/compose.yaml shows the proxy as a service of its own, which needs client tokens.
 EXPOSE 5546 5547
 
-# Docker's check; Kubernetes ignores it, and config/kubernetes-sidecar.yaml has probes instead.
+# Docker's check; Kubernetes ignores it, and config/kubernetes/deployment.yaml has probes instead.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
     CMD ["/usr/local/bin/kling-proxy", "health"]
 

@@ -21,8 +21,8 @@ typos:
 
 files:
     hadolint Dockerfile
-    check-jsonschema --builtin-schema vendor.compose-spec config/docker-compose.yaml
-    kubernetes-validate --strict config/kubernetes-sidecar.yaml
+    check-jsonschema --builtin-schema vendor.compose-spec config/compose.yaml
+    kubernetes-validate --strict config/kubernetes/deployment.yaml
 
 # The second run searches everything that is put out at `trace` for secrets.
 test:

@@ -65,7 +65,7 @@ class Recipes(unittest.TestCase):
             pass
 
     def test_the_client_of_the_compose_file_needs_its_token_only(self):
-        services = yaml.safe_load((ROOT / "config/docker-compose.yaml").read_text(encoding="utf-8"))["services"]
+        services = yaml.safe_load((ROOT / "config/compose.yaml").read_text(encoding="utf-8"))["services"]
         token = "0123456789abcdef" * 4
         secrets = {
             "/run/secrets/client_tokens": self.write("client_tokens", f"client:{token}\n"),
