@@ -1,5 +1,9 @@
-# The tag is `rust-version` in Cargo.toml; bookworm, for the same glibc as the final stage.
-FROM rust:1.95-bookworm AS build
+# The tag is `rust-version` in Cargo.toml; bookworm, for the same glibc as in the other.
+ARG BUILD_IMAGE=docker.io/library/rust:1.95-bookworm
+# glibc and libgcc for the binary, NSS for name resolution, CA certificates for TLS; no shell, no package manager.
+ARG BASE_IMAGE=gcr.io/distroless/cc-debian12:nonroot
+
+FROM ${BUILD_IMAGE} AS build
 WORKDIR /build
 
 # Dependencies alone, against empty sources: a layer that lasts until the lock file changes.
@@ -16,8 +20,7 @@ COPY src src
 RUN touch src/main.rs src/lib.rs \
     && cargo build --release --locked
 
-# glibc and libgcc for the binary, NSS for name resolution, CA certificates for TLS; no shell, no package manager.
-FROM gcr.io/distroless/cc-debian12:nonroot
+FROM ${BASE_IMAGE}
 
 LABEL org.opencontainers.image.title="kling-proxy" \
       org.opencontainers.image.description="A local authenticating reverse proxy for the Kling AI API" \
@@ -32,7 +35,7 @@ USER 65532:65532
 # pod's loopback; config/compose.yaml shows the proxy as a service of its own, which needs client tokens.
 EXPOSE 5546 5547
 
-# Docker's check; Kubernetes ignores it, and config/kubernetes/deployment.yaml has probes instead.
+# Docker's check; Kubernetes ignores it, and config/kubernetes/ has probes instead.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
     CMD ["/usr/local/bin/kling-proxy", "health"]
 
