@@ -22,7 +22,7 @@ typos:
 files:
     hadolint Dockerfile
     check-jsonschema --builtin-schema vendor.compose-spec config/compose.yaml
-    kubernetes-validate --strict config/kubernetes/deployment.yaml
+    kubernetes-validate --strict config/kubernetes/*.yaml
 
 # The second run searches everything that is put out at `trace` for secrets.
 test:
