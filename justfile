@@ -1,6 +1,6 @@
 # `just check` runs what CI runs, with the tools already installed; `bash .ci/run` installs them too.
 
-check: fmt clippy doc deny typos files test fuzz clients
+check: fmt clippy doc deny typos files test packages fuzz clients
 
 fmt:
     cargo fmt --check
@@ -32,6 +32,12 @@ test:
 # Writes the references in `docs/` anew, which `test` compares with the program.
 docs:
     UPDATE_DOCS=1 cargo test --locked --test black_box docs::
+
+# The image and what is in config/: built and started. As root, with the Debian packages of `.ci/run` and
+# `pip install -r tests/packages/requirements.txt`.
+packages:
+    cargo build --locked
+    python3 -m unittest discover --start-directory tests/packages --verbose
 
 # Each target for a short while; fuzz/README.md says how to go on from there.
 fuzz:

@@ -1,0 +1,89 @@
+"""config/compose.yaml brings up a proxy with Kling's keys, and a client that has none and reaches nothing else.
+
+podman-compose reads it. That waits for no health check with a podman of before 4.6, so the test does.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+import unittest
+from pathlib import Path
+
+import yaml
+from containers import (
+    CONFINED,
+    IMAGE,
+    KLING,
+    STAND_IN,
+    STAND_IN_TOKEN,
+    UPSTREAM,
+    address,
+    authority,
+    confinement,
+    curl,
+    image,
+    podman,
+    wait_until_healthy,
+)
+from support import CONFIG, run
+
+KEYS = {"KLING_ACCESS_KEY": "accessKey", "KLING_SECRET_KEY": STAND_IN_TOKEN}
+
+
+def overrides():
+    """What the test adds: Kling's stand-in, beyond the network that the client is in, and the way to it."""
+    volumes = [f"{authority()}:/etc/authority:ro"]
+    stand_in = {
+        "image": IMAGE,
+        "command": ["serve", "--sandbox"],
+        "environment": STAND_IN,
+        "volumes": volumes,
+        "networks": {"outside": {"aliases": [KLING]}},
+    }
+    return {"services": {"kling-proxy": {"environment": UPSTREAM, "volumes": volumes}, "kling": stand_in}}
+
+
+class Compose(unittest.TestCase):
+    def setUp(self):
+        image()
+        curl()
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (self.folder / "config").mkdir()
+        shutil.copy(CONFIG / "compose.yaml", self.folder / "config")
+        (self.folder / "config/test.yaml").write_text(yaml.safe_dump(overrides()), encoding="utf-8")
+        self.make_secrets()
+        self.addCleanup(self.compose, "down", "--timeout=0")
+        self.compose("up", "--no-build", "--detach", "kling", "kling-proxy")
+
+    def make_secrets(self):
+        """As the head of the file says."""
+        head = (CONFIG / "compose.yaml").read_text(encoding="utf-8").split("\n\n")[0]
+        *lines, up = re.findall(r"^#   (.*)$", head, re.MULTILINE)
+        self.assertEqual(up, "docker compose -f config/compose.yaml up")
+        script = "\n".join(['sudo() { "$@"; }', *lines])
+        run("bash", "-euc", script, cwd=self.folder, env={"PATH": "/usr/bin:/bin", **KEYS})
+
+    def compose(self, *words, **options):
+        files = ["--file=config/compose.yaml", "--file=config/test.yaml"]
+        return run("podman-compose", "--project-name=test", *files, *words, cwd=self.folder, **options)
+
+    def container(self, service):
+        return podman("ps", "--quiet", f"--filter=label=com.docker.compose.service={service}").strip()
+
+    def client(self, *options, **run_options):
+        return self.compose("run", "--rm", "--no-deps", "-T", *options, **run_options)
+
+    def test_the_client_gets_an_answer_by_the_proxy_alone(self):
+        proxy = self.container("kling-proxy")
+        wait_until_healthy(proxy)
+        self.assertEqual(confinement(proxy), CONFINED)
+        self.assertEqual(json.loads(self.client("client"))["data"], [])
+
+        past_it = ["--entrypoint=curl", "client", "--max-time", "5"]
+        self.client(*past_it, f"https://{KLING}:5546", code=6)
+        self.client(*past_it, f"https://{address(self.container('kling'))}:5546", code=7)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,168 @@
+"""The units in config/systemd, started by systemd: it is booted from this machine's /usr, in a container."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+from support import (
+    ACCESS_KEY,
+    BINARY,
+    CONFIG,
+    CREATE,
+    SECRET_KEY,
+    UNPRIVILEGED,
+    create,
+    eventually,
+    mounts,
+    privileges,
+    run,
+)
+
+UNITS = CONFIG / "systemd"
+SERVICE = "kling-proxy.service"
+SOCKET = "kling-proxy.socket"
+# Of 100; more is less safe. What is left: a way to the network, as a proxy must have, and to all of it.
+EXPOSURE = 12
+SANDBOX = """\
+[Service]
+ExecStart=/usr/local/bin/kling-proxy sandbox
+Environment=KLING_PROXY_SANDBOX__CONCURRENCY=100
+"""
+ENVIRONMENT = "KLING_PROXY_UPSTREAM__URL=http://127.0.0.1:5548\n"
+
+
+def make(root):
+    """A machine with the proxy installed as the head of the unit says, and nothing of this one but its programs."""
+    for name in ["bin", "sbin", "lib", "lib64"]:
+        (root / "usr" / name).mkdir(parents=True)
+        (root / name).symlink_to(f"usr/{name}")
+    for name in ["usr/share", "usr/local/bin", "etc/systemd/system", "var", "root", "run", "proc", "sys", "dev", "tmp"]:
+        (root / name).mkdir(parents=True)
+    (root / "etc/os-release").write_text("ID=test\n", encoding="utf-8")
+    (root / "etc/machine-id").touch()
+    shutil.copy(BINARY, root / "usr/local/bin")
+    for unit in UNITS.iterdir():
+        shutil.copy(unit, root / "etc/systemd/system")
+    (root / "etc/systemd/system/sandbox.service").write_text(SANDBOX, encoding="utf-8")
+    keys = root / "etc/kling-proxy"
+    keys.mkdir(0o700)
+    (keys / "environment").write_text(ENVIRONMENT, encoding="utf-8")
+    for name, key in [("access_key", ACCESS_KEY), ("secret_key", SECRET_KEY)]:
+        (keys / name).write_text(key, encoding="utf-8")
+        (keys / name).chmod(0o600)
+
+
+class Systemd(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(prefix="kling-proxy-systemd-")
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.root = Path(folder)
+        cls.root.chmod(0o755)
+        make(cls.root)
+        programs = [f"--bind-ro=/usr/{name}" for name in ["bin", "sbin", "lib", "lib64", "share"]]
+        options = ["--register=no", "--keep-unit", "--private-network", "--console=read-only", "--tmpfs=/var"]
+        log = cls.enterClassContext(open(cls.root / "console", "w+", encoding="utf-8"))
+        cls.machine = subprocess.Popen(
+            ["systemd-nspawn", f"--directory={folder}", *programs, *options, "--boot", "systemd.unit=basic.target"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        cls.addClassCleanup(cls.machine.wait)
+        first = cls.first_process()
+        cls.addClassCleanup(os.kill, first, signal.SIGKILL)
+        namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+        cls.inside = ["nsenter", f"--target={first}", *namespaces]
+        up = [*cls.inside, "systemctl", "is-system-running", "--quiet"]
+        eventually("systemd is up", lambda: subprocess.run(up, stderr=subprocess.DEVNULL).returncode == 0)
+        cls.systemctl("start", "sandbox")
+
+    @classmethod
+    def first_process(cls):
+        """The machine's number 1, as this one numbers it."""
+        children = Path(f"/proc/{cls.machine.pid}/task/{cls.machine.pid}/children")
+
+        def systemd():
+            if cls.machine.poll() is not None:
+                raise AssertionError((cls.root / "console").read_text(encoding="utf-8"))
+            return children.read_text(encoding="utf-8")
+
+        return int(eventually("there is a first process", systemd))
+
+    @classmethod
+    def systemctl(cls, *words, **options):
+        return run(*cls.inside, "systemctl", *words, **options).strip()
+
+    def setUp(self):
+        self.addCleanup(self.systemctl, "reset-failed")
+        self.addCleanup(self.systemctl, "stop", SOCKET, SERVICE)
+
+    def show(self, *names):
+        lines = self.systemctl("show", SERVICE, f"--property={','.join(names)}").splitlines()
+        return dict(line.split("=", 1) for line in lines)
+
+    def create(self, address="127.0.0.1:5546"):
+        return create(*self.inside, *CREATE, f"http://{address}/v1/videos/text2video")
+
+    def test_systemd_has_nothing_to_say_about_the_units(self):
+        verify = [*self.inside, "systemd-analyze", "verify", SERVICE, SOCKET]
+        done = subprocess.run(verify, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
+    def test_the_service_is_exposed_to_little(self):
+        run(*self.inside, "systemd-analyze", "security", f"--threshold={EXPOSURE}", SERVICE)
+
+    def test_the_service_has_its_keys_and_no_privilege(self):
+        self.systemctl("start", SERVICE)
+        self.create()
+        pid = self.show("MainPID")["MainPID"]
+        may = privileges(pid, *self.inside)
+        self.assertNotIn("0", may.pop("Uid") | may.pop("Gid"))
+        self.assertEqual(may, UNPRIVILEGED)
+        seen = mounts(pid, *self.inside)
+        self.assertIn("ro", seen["/"])
+        self.assertIn(f"/run/credentials/{SERVICE}", seen)
+
+    def test_reload_keeps_the_process_and_stop_ends_it_well(self):
+        self.systemctl("start", SERVICE)
+        before = self.show("MainPID", "NRestarts")
+        self.systemctl("reload", SERVICE)
+        self.create()
+        self.assertEqual(self.show("MainPID", "NRestarts"), before)
+        self.systemctl("stop", SERVICE)
+        ended = {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
+        self.assertEqual(self.show(*ended), ended)
+
+    def test_a_killed_service_comes_back(self):
+        self.systemctl("start", SERVICE)
+        self.systemctl("kill", "--signal=KILL", SERVICE)
+        back = {"ActiveState": "active", "NRestarts": "1"}
+        eventually("it is back", lambda: self.show(*back) == back)
+        self.create()
+
+    def test_wrong_settings_are_not_tried_again(self):
+        environment = self.root / "etc/kling-proxy/environment"
+        self.addCleanup(environment.write_text, ENVIRONMENT, encoding="utf-8")
+        environment.write_text("KLING_PROXY_NO_SUCH_SETTING=1\n", encoding="utf-8")
+        self.systemctl("start", SERVICE, code=1)
+        ended = {"ActiveState": "failed", "ExecMainStatus": "78", "NRestarts": "0"}
+        self.assertEqual(self.show(*ended), ended)
+
+    def test_the_first_connection_starts_the_service_and_none_is_refused_after_that(self):
+        self.systemctl("start", SOCKET)
+        self.assertEqual(self.show("ActiveState"), {"ActiveState": "inactive"})
+        first = self.create("[::1]:5546")
+        self.assertEqual(self.show("ActiveState"), {"ActiveState": "active"})
+        self.systemctl("restart", "--no-block", SERVICE)
+        self.assertNotEqual(self.create(), first)
+        self.systemctl("stop", SERVICE)
+        self.create()
+
+
+if __name__ == "__main__":
+    unittest.main()
