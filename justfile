@@ -23,6 +23,7 @@ files:
     hadolint Dockerfile
     check-jsonschema --builtin-schema vendor.compose-spec config/compose.yaml
     kubernetes-validate --strict config/kubernetes/*.yaml
+    promtool check config config/prometheus.yaml
 
 # The second run searches everything that is put out at `trace` for secrets.
 test:
