@@ -34,10 +34,11 @@ test:
 docs:
     UPDATE_DOCS=1 cargo test --locked --test black_box docs::
 
-# The image and what is in config/: built and started. As root, with the Debian packages of `.ci/run` and
+# The crate, the image, what is in config/: built and started. As root, with the Debian packages of `.ci/run` and
 # `pip install -r tests/packages/requirements.txt`.
 packages:
     cargo build --locked
+    cargo package --locked --allow-dirty
     python3 -m unittest discover --start-directory tests/packages --verbose
 
 # Each target for a short while; fuzz/README.md says how to go on from there.
