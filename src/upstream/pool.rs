@@ -202,7 +202,9 @@ impl Pool {
         } else {
             Some(self.turn.lock().await)
         };
-        // Whoever had the turn before may have brought a connection for all.
+        // Whoever had the turn before may have learned that all can connect at once,
+        let turn = turn.filter(|_| !self.lock().one_at_a_time);
+        // or have brought a connection for all.
         if let Some(shared) = self.lock().shared(Load::Together, self.clock.now()) {
             return Ok(shared);
         }

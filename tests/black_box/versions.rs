@@ -1,5 +1,7 @@
 //! Which version of HTTP upstream is asked in, where it speaks both.
 
+use std::time::Duration;
+
 use crate::support::{Connection, Proxy, Upstream, get, post};
 
 /// As many at once as leave each of at most four threads more than one.
@@ -45,6 +47,26 @@ fn requests_that_come_together_share_a_connection_of_http_2() {
             "{alone}"
         );
     }
+}
+
+#[test]
+fn burst_connects_at_once_where_upstream_speaks_http_1_only() {
+    let upstream = Upstream::far_away("http/1.1", Duration::from_millis(50));
+    let proxy = Proxy::to(&upstream)
+        .setting("upstream.connect_timeout", "2s")
+        .setting("retry.attempts", "1")
+        .start();
+    assert_eq!(proxy.get("/v1/x").status(), 200);
+    let mut clients: Vec<_> = (0..40).map(|_| proxy.connect()).collect();
+    for client in &mut clients {
+        client.send(get("/v1/x"));
+    }
+    // One after the other, a handshake of 0.2 s each, most would be given up.
+    let statuses: Vec<_> = clients
+        .iter_mut()
+        .map(|client| client.answer().status())
+        .collect();
+    assert_eq!(statuses, [200; 40]);
 }
 
 #[test]
