@@ -90,7 +90,7 @@ impl Download {
             moved: false,
             flushed: false,
         };
-        this.end_lease();
+        this.end_lease(false);
         this
     }
 
@@ -103,8 +103,9 @@ impl Download {
         self.ahead = steps;
     }
 
-    fn end_lease(&mut self) {
-        if self.body.is_end_stream()
+    /// Gives the connection back if the body is over: of one in chunks only its `end` says so.
+    fn end_lease(&mut self, end: bool) {
+        if (end || self.body.is_end_stream())
             && let Some(lease) = self.lease.take()
         {
             lease.end();
@@ -140,7 +141,7 @@ impl Body for Download {
         match Pin::new(&mut this.body).poll_frame(cx) {
             Poll::Ready(step) => {
                 this.moved = true;
-                this.end_lease();
+                this.end_lease(step.is_none());
                 Poll::Ready(step.map(|step| step.map_err(BoxError::from)))
             }
             Poll::Pending => this.poll_silence(cx).map(|()| {

@@ -403,6 +403,19 @@ fn upstream_over_tls_sees_the_same() {
 }
 
 #[test]
+fn connection_is_reused_after_an_answer_in_chunks() {
+    let (upstream, proxy) = started();
+    let chunks = format!("{:x}\r\n{SUCCESS}\r\n0\r\n\r\n", SUCCESS.len());
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked";
+    upstream.answer(format!("{head}\r\n\r\n{chunks}").into_bytes());
+    let mut client = proxy.connect();
+    for _ in 0..5 {
+        assert_eq!(client.send(get("/v1/x")).answer().text(), SUCCESS);
+    }
+    assert_eq!(upstream.seen().connections, 1);
+}
+
+#[test]
 fn connections_to_upstream_are_reused() {
     let (upstream, proxy) = started();
     for _ in 0..20 {
