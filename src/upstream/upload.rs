@@ -136,12 +136,14 @@ impl Progress {
         let mut exchange = pin!(exchange);
         self.lock().since = Instant::now();
         loop {
+            // In this order: what is done in between is noticed by the one or by the other.
+            let done = self.is_done();
             let (deadline, _) = self.deadline(timeouts);
             tokio::select! {
                 biased;
                 output = &mut exchange => return Ok(output),
                 // Who has nothing left to send is not waited for.
-                () = self.done.notified(), if !self.is_done() => {}
+                () = self.done.notified(), if !done => {}
                 () = sleep_until(deadline) => {
                     // Unless there was progress meanwhile.
                     let (next, overdue) = self.deadline(timeouts);
