@@ -26,6 +26,9 @@ const KEYS: [&str; 6] = [
 /// Names by which they ask what to reach without the network's own proxy.
 const DIRECT: [&str; 2] = ["no_proxy", "NO_PROXY"];
 
+/// What the names of variables end with that name such a proxy.
+const PROXY: &str = "_PROXY";
+
 /// Our environment without secrets, and with all that a tool needs to use the proxy unchanged: it
 /// shows the token as an API key, or signs with it as its secret key.
 pub(super) fn variables(
@@ -35,24 +38,39 @@ pub(super) fn variables(
 ) -> impl Iterator<Item = (OsString, OsString)> {
     let set = |name: &str, value: &str| (name.into(), value.into());
     let url = format!("http://{address}");
-    let direct = directly(environment, address);
     let kept = harmless(environment).cloned();
     kept.chain(URLS.map(|name| set(name, &url)))
         .chain(KEYS.map(|name| set(name, token.expose())))
-        .chain(DIRECT.map(|name| (name.into(), direct.clone())))
+        .chain(directly(environment, address))
 }
 
-/// What is reached directly already, and our address: the network's proxy would see the token, and
-/// could not reach us.
-fn directly(environment: &[(OsString, OsString)], address: SocketAddr) -> OsString {
-    let mut set = environment.iter().filter(|(_, value)| !value.is_empty());
-    let known = set.find(|(name, _)| DIRECT.iter().any(|direct| name == direct));
+/// Excepts our address from the network's own proxy, which would see the token and could not reach us.
+/// Whatever else the variables say stays true: tools differ in which of them they read.
+fn directly(
+    environment: &[(OsString, OsString)],
+    address: SocketAddr,
+) -> Vec<(OsString, OsString)> {
+    let set = environment.iter().filter(|(_, value)| !value.is_empty());
+    let (direct, others): (Vec<_>, Vec<_>) = set
+        .filter(|(name, _)| name.to_string_lossy().to_ascii_uppercase().ends_with(PROXY))
+        .partition(|(name, _)| DIRECT.iter().any(|direct| name == direct));
     let address = address.ip().to_string();
-    let Some((_, known)) = known else {
-        return address.into();
-    };
-    let mut list = known.clone();
-    list.push(",");
-    list.push(address);
-    list
+    if others.is_empty() {
+        return Vec::new();
+    }
+    if direct.is_empty() {
+        return DIRECT
+            .map(|name| (name.into(), address.clone().into()))
+            .into();
+    }
+    // `*` alone excepts all.
+    let extended = direct.into_iter().filter(|(_, list)| list != "*");
+    extended
+        .map(|(name, list)| {
+            let mut list = list.clone();
+            list.push(",");
+            list.push(&address);
+            (name.clone(), list)
+        })
+        .collect()
 }
