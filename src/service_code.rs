@@ -152,7 +152,7 @@ pub const TABLE: &[Row] = &[
         "Send the body without long pauses, or raise `upstream.idle_timeout`"),
     row(9101, BAD_GATEWAY, "upstream_unreachable", Retry::Any,
         "Upstream failure", "No connection to upstream could be made, so nothing was sent",
-        "Check the network, name resolution and `upstream.url`"),
+        "Check the network, name resolution, `upstream.url`, and `upstream.proxy` where it is set"),
     row(9102, TIMEOUT, "upstream_timeout", Retry::Reads,
         "Upstream failure", "Upstream did not answer in time; the request may have been carried out",
         "Try a read again later; look a create up first. The limit is `upstream.response_timeout`"),

@@ -41,6 +41,9 @@ pub struct NoEgressProxy;
 /// Why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
+    /// There is no connection to the proxy.
+    #[error("cannot connect to the egress proxy")]
+    Unreachable(#[source] BoxError),
     /// The proxy does not want to, or cannot reach upstream.
     #[error("the egress proxy answered {0}")]
     Refused(StatusCode),
@@ -191,7 +194,8 @@ impl Service<Uri> for Tcp {
             let Some((proxy, origin)) = tunnel else {
                 return Ok(connector.call(uri).await?);
             };
-            let stream = connector.call(proxy.uri()?).await?;
+            let stream = connector.call(proxy.uri()?).await;
+            let stream = stream.map_err(|error| TunnelError::Unreachable(error.into()))?;
             let tunnel = proxy.open_tunnel(stream.into_inner(), &origin).await?;
             Ok(TokioIo::new(tunnel))
         })
