@@ -220,7 +220,7 @@ impl Upstream {
             return Some((connection, &self.pool));
         }
         let connection = Box::pin(self.spare.pool().lend(load)).await?;
-        self.pool.borrowed();
+        self.pool.borrowed(load);
         Some((connection, self.spare.pool()))
     }
 }

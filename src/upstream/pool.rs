@@ -259,7 +259,7 @@ impl Pool {
 
     /// Had to borrow a connection. Who does so again before one of its own would have aged gets
     /// one: requests that follow one another are not to go through another thread.
-    pub(super) fn borrowed(self: &Arc<Self>) {
+    pub(super) fn borrowed(self: &Arc<Self>, load: Load) {
         let now = self.clock.now();
         let mut kept = self.lock();
         let again = kept
@@ -272,7 +272,7 @@ impl Pool {
         kept.preparing = true;
         let pool = Arc::clone(self);
         tokio::spawn(async move {
-            if let Ok(connection) = pool.connect(Load::Alone).await {
+            if let Ok(connection) = pool.connect(load).await {
                 pool.checkin(connection);
             }
             pool.lock().preparing = false;
