@@ -117,10 +117,7 @@ impl Rules {
     ///
     /// [`Error::PathNotAllowed`].
     pub fn check_path(&self, path: &str) -> Result<(), Error> {
-        let listed = |prefix: &String| {
-            let rest = path.strip_prefix(prefix.trim_end_matches('/'));
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        };
+        let listed = |prefix: &String| is_under(path, prefix.trim_end_matches('/'));
         let all = self.allowed_paths.is_empty();
         if all || !path.split('/').any(is_ambiguous) && self.allowed_paths.iter().any(listed) {
             Ok(())
@@ -216,10 +213,17 @@ pub fn check_framing(headers: &HeaderMap) -> Result<(), Error> {
 ///
 /// [`Error::NotFound`].
 pub fn check_reserved(path: &str) -> Result<(), Error> {
-    match path.strip_prefix("/_proxy") {
-        Some(rest) if rest.is_empty() || rest.starts_with('/') => Err(Error::NotFound),
-        _ => Ok(()),
+    if is_under(path, "/_proxy") {
+        Err(Error::NotFound)
+    } else {
+        Ok(())
     }
+}
+
+/// Whether a path begins with these whole segments.
+fn is_under(path: &str, prefix: &str) -> bool {
+    path.strip_prefix(prefix)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 #[cfg(test)]

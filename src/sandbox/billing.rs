@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::listing::{API_KEY_NAME, PACK_ID, PACK_NAME, Page, product_type};
+use super::order::invalid;
 use super::reply::Refusal;
 use super::report::milliseconds;
 use super::task::Task;
@@ -93,6 +94,5 @@ fn in_ms(parameters: &HashMap<String, String>, name: &str) -> Result<u64, Refusa
     let text = parameters
         .get(name)
         .ok_or_else(|| Refusal::parameter(format!("{name} is required")))?;
-    text.parse()
-        .map_err(|_| Refusal::parameter(format!("{name} value '{text}' is invalid")))
+    text.parse().map_err(|_| invalid(name, &json!(text)))
 }
