@@ -2,8 +2,6 @@
 
 use std::fmt;
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -17,9 +15,7 @@ use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connection as _, HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
-use rustls::{AlertDescription, ClientConfig, RootCertStore};
+use rustls::{AlertDescription, ClientConfig};
 use tokio::net::TcpStream;
 use tower::{Service, ServiceExt};
 
@@ -52,17 +48,6 @@ pub enum OriginError {
     /// The key would travel in the clear.
     #[error("want https: plain http is accepted for loopback only")]
     Insecure,
-}
-
-/// What is wrong with the trust roots.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// `upstream.ca_file` cannot be used.
-    #[error("cannot read certificates from `upstream.ca_file`")]
-    CaFile(#[source] BoxError),
-    /// The TLS library does not take our settings.
-    #[error("cannot set up TLS")]
-    Setup(#[from] rustls::Error),
 }
 
 type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
@@ -192,8 +177,7 @@ impl Connector {
         // Nobody else notices that an upstream has answered and reads no further.
         #[cfg(target_os = "linux")]
         tcp.set_tcp_user_timeout(Some(idle));
-        // Plain http is for this machine itself, which no other has to lead to.
-        let proxy = proxy.filter(|_| origin.is_secure());
+        let proxy = proxy.and_then(|proxy| proxy.leading_to(origin));
         let tcp = Tcp::new(tcp, proxy, origin);
         let offering = |protocols: &[&[u8]]| {
             let mut tls = tls.clone();
@@ -315,54 +299,6 @@ fn path_and_query(request: &Request) -> PathAndQuery {
         .path_and_query()
         .cloned()
         .unwrap_or(PathAndQuery::from_static("/"))
-}
-
-/// Trusts what the platform trusts, and `ca_file`; where the platform has no roots at all, as in
-/// an empty container, Mozilla's, which are bundled.
-///
-/// # Errors
-///
-/// [`TlsError::CaFile`].
-pub fn trust_roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
-    let mut roots = RootCertStore::empty();
-    let platform = rustls_native_certs::load_native_certs();
-    for error in &platform.errors {
-        tracing::debug!(%error, "platform trust roots");
-    }
-    roots.add_parsable_certificates(platform.certs);
-    if roots.is_empty() {
-        tracing::debug!("no trust roots on this platform: using the bundled ones");
-        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    }
-    if let Some(path) = ca_file {
-        let unusable = |error: BoxError| TlsError::CaFile(error);
-        let pem = std::fs::read(path).map_err(|error| unusable(error.into()))?;
-        let mut found = false;
-        for certificate in CertificateDer::pem_slice_iter(&pem) {
-            let certificate = certificate.map_err(|error| unusable(error.into()))?;
-            roots
-                .add(certificate)
-                .map_err(|error| unusable(error.into()))?;
-            found = true;
-        }
-        if !found {
-            return Err(unusable("it holds no certificate".into()));
-        }
-    }
-    Ok(roots)
-}
-
-/// Trusts the [`trust_roots`].
-///
-/// # Errors
-///
-/// [`TlsError`].
-pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    Ok(ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(trust_roots(ca_file)?)
-        .with_no_client_auth())
 }
 
 #[cfg(test)]

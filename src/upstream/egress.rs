@@ -62,6 +62,11 @@ pub(super) struct Tcp {
 // === impl EgressProxy ===
 
 impl EgressProxy {
+    /// This proxy, if it is on the way to `origin`.
+    pub fn leading_to(self, origin: &Origin) -> Option<Self> {
+        origin.is_secure().then_some(self)
+    }
+
     /// The name or address to connect to, without brackets, and the port.
     pub fn name_and_port(&self) -> (&str, u16) {
         let port = self.authority.port_u16().unwrap_or(80);

@@ -14,6 +14,7 @@ mod egress;
 mod pool;
 mod spare;
 mod text;
+mod trust;
 mod upload;
 
 use std::pin::Pin;
@@ -31,8 +32,9 @@ use tokio::time::{Instant, sleep};
 use tower::Service;
 
 pub use self::clock::UpstreamClock;
-pub use self::connect::{Origin, OriginError, TlsError, client_config, trust_roots};
+pub use self::connect::{Origin, OriginError};
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
+pub use self::trust::{TlsError, client_config, trust_roots};
 
 use self::connect::{Connection, Connector};
 use self::download::{Download, Lease};

@@ -71,15 +71,14 @@ pub(super) fn run(
         return report.end();
     }
 
+    let upstream = settings.upstream;
     let way = Way {
-        // As the proxy itself goes.
-        egress: settings
-            .upstream
+        egress: upstream
             .proxy
-            .filter(|_| settings.upstream.origin.is_secure()),
-        origin: settings.upstream.origin,
+            .and_then(|proxy| proxy.leading_to(&upstream.origin)),
+        origin: upstream.origin,
         roots,
-        timeouts: settings.upstream.timeouts,
+        timeouts: upstream.timeouts,
     };
     let credentials = Credentials {
         credential,

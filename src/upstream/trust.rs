@@ -1,0 +1,69 @@
+//! Whom to believe that they are upstream.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, RootCertStore};
+
+use crate::error::BoxError;
+
+/// What is wrong with the trust roots.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// `upstream.ca_file` cannot be used.
+    #[error("cannot read certificates from `upstream.ca_file`")]
+    CaFile(#[source] BoxError),
+    /// The TLS library does not take our settings.
+    #[error("cannot set up TLS")]
+    Setup(#[from] rustls::Error),
+}
+
+/// Trusts what the platform trusts, and `ca_file`; where the platform has no roots at all, as in
+/// an empty container, Mozilla's, which are bundled.
+///
+/// # Errors
+///
+/// [`TlsError::CaFile`].
+pub fn trust_roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    let platform = rustls_native_certs::load_native_certs();
+    for error in &platform.errors {
+        tracing::debug!(%error, "platform trust roots");
+    }
+    roots.add_parsable_certificates(platform.certs);
+    if roots.is_empty() {
+        tracing::debug!("no trust roots on this platform: using the bundled ones");
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    if let Some(path) = ca_file {
+        let unusable = |error: BoxError| TlsError::CaFile(error);
+        let pem = std::fs::read(path).map_err(|error| unusable(error.into()))?;
+        let mut found = false;
+        for certificate in CertificateDer::pem_slice_iter(&pem) {
+            let certificate = certificate.map_err(|error| unusable(error.into()))?;
+            roots
+                .add(certificate)
+                .map_err(|error| unusable(error.into()))?;
+            found = true;
+        }
+        if !found {
+            return Err(unusable("it holds no certificate".into()));
+        }
+    }
+    Ok(roots)
+}
+
+/// Trusts the [`trust_roots`].
+///
+/// # Errors
+///
+/// [`TlsError`].
+pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    Ok(ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(trust_roots(ca_file)?)
+        .with_no_client_auth())
+}
