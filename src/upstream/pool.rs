@@ -35,7 +35,6 @@ const MOST_IDLE: usize = 256;
 pub(super) struct Pool {
     connector: Connector,
     timeout: Duration,
-    clock: Arc<dyn Clock>,
     most_idle: usize,
     kept: Mutex<Kept>,
     /// Held by each request on its way.
@@ -62,8 +61,10 @@ pub(super) struct Busy(Arc<()>);
 /// their way at once, so that this takes four round trips; a handshake takes two or three.
 const LARGE: u64 = 256 << 10;
 
-#[derive(Default)]
 struct Kept {
+    /// Read with the lock held: to a thread that had read it before, what another did meanwhile would
+    /// lie in the future.
+    clock: Arc<dyn Clock>,
     /// The one used last is used next, so that a burst's connections age. Sorted by time of use.
     idle: Vec<(http1::SendRequest<Body>, SystemTime)>,
     /// One HTTP/2 connection serves all.
@@ -82,16 +83,13 @@ struct Kept {
 
 impl Pool {
     pub(super) fn new(connector: Connector, timeout: Duration, clock: Arc<dyn Clock>) -> Self {
-        let turn = tokio::sync::Mutex::default();
-        let kept = Mutex::default();
         Self {
             connector,
             timeout,
-            clock,
             most_idle: MOST_IDLE,
-            kept,
+            kept: Mutex::new(Kept::new(clock)),
             busy: Busy::default(),
-            turn,
+            turn: tokio::sync::Mutex::default(),
         }
     }
 
@@ -102,7 +100,7 @@ impl Pool {
             ..Self::new(
                 self.connector.clone().pinging(),
                 self.timeout,
-                Arc::clone(&self.clock),
+                Arc::clone(&self.lock().clock),
             )
         }
     }
@@ -112,7 +110,7 @@ impl Pool {
         Self::new(
             self.connector.clone(),
             self.timeout,
-            Arc::clone(&self.clock),
+            Arc::clone(&self.lock().clock),
         )
     }
 
@@ -135,31 +133,21 @@ impl Pool {
 
     /// A connection that was open a moment ago.
     pub(super) fn checkout(&self, load: Load) -> Option<Connection> {
-        let now = self.clock.now();
         let mut kept = self.lock();
-        if load == Load::Together
-            && let Some(shared) = kept.shared(load, now)
-        {
-            return Some(shared);
+        match load {
+            Load::Together => kept.shared(load).or_else(|| kept.idle()),
+            Load::Alone | Load::Large => kept.idle().or_else(|| kept.shared(load)),
         }
-        while let Some((sender, since)) = kept.idle.pop() {
-            // One that is not ready is closed, or has not written all of its last request.
-            if is_young(since, now) && sender.is_ready() {
-                return Some(Connection::Http1(sender));
-            }
-        }
-        kept.shared(load, now)
     }
 
     /// The same for another thread. What that has seen the end of may still be busy here.
     pub(super) async fn lend(&self, load: Load) -> Option<Connection> {
-        let now = self.clock.now();
-        if let Some(shared) = self.lock().shared(load, now) {
+        if let Some(shared) = self.lock().shared(load) {
             return Some(shared);
         }
         loop {
-            let (mut sender, since) = self.lock().idle.pop()?;
-            if is_young(since, now) && matches!(timeout(TURN, sender.ready()).await, Ok(Ok(()))) {
+            let mut sender = self.lock().youngest()?;
+            if matches!(timeout(TURN, sender.ready()).await, Ok(Ok(()))) {
                 return Some(Connection::Http1(sender));
             }
         }
@@ -205,7 +193,7 @@ impl Pool {
         // Whoever had the turn before may have learned that all can connect at once,
         let turn = turn.filter(|_| !self.lock().one_at_a_time);
         // or have brought a connection for all.
-        if let Some(shared) = self.lock().shared(Load::Together, self.clock.now()) {
+        if let Some(shared) = self.lock().shared(Load::Together) {
             return Ok(shared);
         }
         let connection = self.connector.connect().await?;
@@ -214,7 +202,7 @@ impl Pool {
             Connection::Http1(_) => kept.one_at_a_time = true,
             Connection::Http2(sender, origin) => {
                 kept.one_at_a_time = false;
-                kept.shared = Some((sender.clone(), origin.clone(), self.clock.now()));
+                kept.shared = Some((sender.clone(), origin.clone(), kept.clock.now()));
             }
         }
         drop((kept, turn));
@@ -226,8 +214,8 @@ impl Pool {
         let Connection::Http1(sender) = connection else {
             return;
         };
-        let now = self.clock.now();
         let mut kept = self.lock();
+        let now = kept.clock.now();
         let aged = kept
             .idle
             .partition_point(|(_, since)| !is_young(*since, now));
@@ -240,12 +228,15 @@ impl Pool {
 
     /// Sees to it that a connection is ready, and will be for some time.
     pub(super) async fn renew(&self) {
-        if self.lock().is_ready(self.clock.now()) {
+        if self.lock().is_ready() {
             return;
         }
         // One of HTTP/2 serves several threads.
         match self.connect(Load::Together).await {
-            Ok(connection) => self.checkin(connection),
+            Ok(connection) => {
+                self.checkin(connection);
+                tracing::debug!("connection kept ready");
+            }
             Err(error) => tracing::debug!(%error, "no connection to keep ready"),
         }
     }
@@ -260,8 +251,8 @@ impl Pool {
     /// Had to borrow a connection. Who does so again before one of its own would have aged gets
     /// one: requests that follow one another are not to go through another thread.
     pub(super) fn borrowed(self: &Arc<Self>, load: Load) {
-        let now = self.clock.now();
         let mut kept = self.lock();
+        let now = kept.clock.now();
         let again = kept
             .missed
             .replace(now)
@@ -287,10 +278,23 @@ impl Pool {
 // === impl Kept ===
 
 impl Kept {
-    fn shared(&mut self, load: Load, now: SystemTime) -> Option<Connection> {
+    fn new(clock: Arc<dyn Clock>) -> Self {
+        Self {
+            clock,
+            idle: Vec::new(),
+            shared: None,
+            one_at_a_time: false,
+            http2_only: false,
+            missed: None,
+            preparing: false,
+        }
+    }
+
+    fn shared(&mut self, load: Load) -> Option<Connection> {
         if load == Load::Large && !self.http2_only {
             return None;
         }
+        let now = self.clock.now();
         let (sender, origin, since) = self.shared.as_mut()?;
         if sender.is_closed() || !is_young(*since, now) {
             self.shared = None;
@@ -300,11 +304,27 @@ impl Kept {
         Some(Connection::Http2(sender.clone(), origin.clone()))
     }
 
+    fn idle(&mut self) -> Option<Connection> {
+        // One that is not ready is closed, or has not written all of its last request.
+        let mut youngest = std::iter::from_fn(|| self.youngest());
+        let ready = youngest.find(http1::SendRequest::is_ready)?;
+        Some(Connection::Http1(ready))
+    }
+
+    /// The one used last, unless that was too long ago.
+    fn youngest(&mut self) -> Option<http1::SendRequest<Body>> {
+        let now = self.clock.now();
+        std::iter::from_fn(|| self.idle.pop())
+            .find(|(_, since)| is_young(*since, now))
+            .map(|(sender, _)| sender)
+    }
+
     /// Whether there is a connection that stays good until the next look.
-    fn is_ready(&mut self, now: SystemTime) -> bool {
+    fn is_ready(&mut self) -> bool {
+        let now = self.clock.now();
         // Asking for the shared one makes it young again, and rightly: upstream has answered a ping,
         // or the connection would be closed.
-        self.shared(Load::Together, now).is_some()
+        self.shared(Load::Together).is_some()
             || self.idle.iter().any(|(sender, since)| {
                 let age = now.duration_since(*since);
                 sender.is_ready() && age.is_ok_and(|age| age < RENEWAL)
@@ -363,7 +383,7 @@ mod tests {
         for (second, made) in [(0, 0), (11, 0), (39, 0), (40, 40), (79, 40), (91, 91)] {
             clock.0.store(second, Relaxed);
             pool.renew().await;
-            while !pool.lock().is_ready(clock.now()) {
+            while !pool.lock().is_ready() {
                 tokio::task::yield_now().await;
             }
             let made = UNIX_EPOCH + Duration::from_secs(made);
@@ -378,7 +398,7 @@ mod tests {
         let (pool, mut accepted) = spare(&clock).await;
         pool.renew().await;
         drop(accepted.recv().await);
-        while pool.lock().is_ready(clock.now()) {
+        while pool.lock().is_ready() {
             tokio::task::yield_now().await;
         }
         pool.renew().await;

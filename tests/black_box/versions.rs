@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{Connection, Proxy, Upstream, get, post};
+use crate::support::{Connection, Proxy, Upstream, eventually, get, post};
 
 /// As many at once as leave each of at most four threads more than one.
 const CROWD: usize = 24;
@@ -47,6 +47,34 @@ fn requests_that_come_together_share_a_connection_of_http_2() {
             "{alone}"
         );
     }
+}
+
+#[test]
+fn thread_that_borrowed_gets_a_connection_for_requests_that_come_together() {
+    let upstream = Upstream::lenient("h2,http/1.1");
+    let proxy = Proxy::to(&upstream)
+        .setting("upstream.keep_warm", "1m")
+        .start_warm();
+    // The one for all threads is taken, so that another is made ready: one of HTTP/2.
+    let gate = upstream.hold();
+    let mut first = proxy.connect();
+    first.send(get("/v1/x"));
+    let ready = proxy
+        .stderr
+        .find(|line| line.contains("connection kept ready"));
+    assert!(ready.is_some(), "none was made ready");
+    upstream.wait(|seen| seen.shared == 1);
+    gate.open();
+    assert_eq!(first.answer().status(), 200);
+    eventually("a thread has one of its own", || {
+        let mut clients: Vec<_> = (0..CROWD).map(|_| proxy.connect()).collect();
+        for client in &mut clients {
+            client.send(get("/v1/x"));
+        }
+        let mut statuses = clients.iter_mut().map(Connection::answer);
+        assert!(statuses.all(|answer| answer.status() == 200));
+        upstream.seen().shared > 1
+    });
 }
 
 #[test]

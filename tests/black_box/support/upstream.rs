@@ -53,6 +53,8 @@ pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
 #[derive(Clone, Default)]
 pub struct Seen {
     pub connections: usize,
+    /// Those of them that speak HTTP/2.
+    pub shared: usize,
     /// Connections that ended: idle, in the middle of a request or while we hung.
     pub closed: usize,
     /// Bytes of requests, framing included.
@@ -349,6 +351,7 @@ impl Shared {
             };
             self.note(|seen| seen.connections += 1);
             if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+                self.note(|seen| seen.shared += 1);
                 tokio::spawn(Arc::clone(&self).serve_http2(stream));
             } else {
                 let (stream, session) = stream.into_inner();
