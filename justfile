@@ -30,6 +30,10 @@ test:
     cargo test --locked
     BLACK_BOX_LOG_FILTER=trace cargo test --locked --test black_box
 
+# Half an hour of mixed load, in which nothing may grow or get lost.
+soak:
+    SOAK_SECONDS=1800 cargo test --locked --release --test black_box soak:: -- --nocapture
+
 # Writes the references in `docs/` anew, which `test` compares with the program.
 docs:
     UPDATE_DOCS=1 cargo test --locked --test black_box docs::

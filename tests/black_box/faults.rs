@@ -4,7 +4,6 @@
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
-    env,
     hash::{DefaultHasher, Hash, Hasher},
     net::SocketAddr,
     sync::{
@@ -19,7 +18,7 @@ use fastrand::Rng;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Connection, Message, Proxy, Step, Upstream, get, kling, reply, request, send,
+    Connection, Message, Proxy, Step, Upstream, documented, get, given, kling, reply, request, send,
 };
 
 /// Creates, and as many polls: enough for each fault to meet each kind of request. `FAULTS_COUNT`
@@ -280,26 +279,6 @@ fn rng(seed: u64, what: impl Hash) -> Rng {
     Rng::with_seed(hasher.finish())
 }
 
-/// Whether an error says that it may be sent again; nothing if it is not in the documented form.
-fn documented(answer: &Message) -> Option<bool> {
-    let body: Value = serde_json::from_slice(&answer.body).ok()?;
-    let error = &body["error"];
-    let texts = ["type", "definition", "explanation", "solution"];
-    let retryable = error["retryable"].as_bool()?;
-    let waits = retryable && [429, 503].contains(&answer.status());
-    let whole = body["code"].is_i64()
-        && body["message"].is_string()
-        && body["request_id"].is_string()
-        && texts.iter().all(|text| error[text].is_string())
-        && error["type"].as_str() == answer.header("kling-proxy-error")
-        && ["upstream", "proxy"].contains(&error["source"].as_str()?)
-        && (error["upstream_status"].is_u64() || error["upstream_status"].is_null())
-        && error["attempts"].is_u64()
-        && answer.header("x-should-retry") == Some(if retryable { "true" } else { "false" })
-        && (!waits || answer.header("retry-after").is_some());
-    whole.then_some(retryable)
-}
-
 /// Which create a line of the log tells the outcome of: its task, or else the error.
 fn told_by(line: &str) -> Option<(String, Value)> {
     let mut line: Value = serde_json::from_str(line).ok()?;
@@ -307,11 +286,6 @@ fn told_by(line: &str) -> Option<(String, Value)> {
     let outcome = outcomes.into_iter().find(|outcome| !outcome.is_null())?;
     let name = line["request_id"].as_str()?;
     (line["message"] != "sending again" && is_create(name)).then(|| (name.to_owned(), outcome))
-}
-
-/// A number from the environment, for longer or repeated runs.
-fn given(variable: &str) -> Option<u64> {
-    Some(env::var(variable).ok()?.parse().expect("a number"))
 }
 
 fn survives_a_bad_day(upstream: &Upstream) {

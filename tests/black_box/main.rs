@@ -30,6 +30,7 @@ mod sandbox;
 mod secrets;
 mod server;
 mod settings;
+mod soak;
 mod stream;
 mod systemd;
 mod timeouts;

@@ -201,6 +201,26 @@ pub fn is_cut_off(answer: &io::Result<Message>) -> bool {
     kind.is_some_and(|kind| [ConnectionReset, UnexpectedEof].contains(&kind))
 }
 
+/// Whether an error says that it may be sent again; nothing if it is not in the documented form.
+pub fn documented(answer: &Message) -> Option<bool> {
+    let body: Value = serde_json::from_slice(&answer.body).ok()?;
+    let error = &body["error"];
+    let texts = ["type", "definition", "explanation", "solution"];
+    let retryable = error["retryable"].as_bool()?;
+    let waits = retryable && [429, 503].contains(&answer.status());
+    let whole = body["code"].is_i64()
+        && body["message"].is_string()
+        && body["request_id"].is_string()
+        && texts.iter().all(|text| error[text].is_string())
+        && error["type"].as_str() == answer.header("kling-proxy-error")
+        && ["upstream", "proxy"].contains(&error["source"].as_str()?)
+        && (error["upstream_status"].is_u64() || error["upstream_status"].is_null())
+        && error["attempts"].is_u64()
+        && answer.header("x-should-retry") == Some(if retryable { "true" } else { "false" })
+        && (!waits || answer.header("retry-after").is_some());
+    whole.then_some(retryable)
+}
+
 fn cut_off() -> io::Error {
     io::ErrorKind::UnexpectedEof.into()
 }

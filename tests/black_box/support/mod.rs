@@ -12,12 +12,14 @@ mod tls;
 mod token;
 mod upstream;
 
-use std::time::Duration;
+use std::{env, time::Duration};
 
 use tokio::time::Instant;
 
 pub use client::{Connection, raw};
-pub use http::{Message, get, gzip, is_cut_off, kling, parse_headers, post, reply, request};
+pub use http::{
+    Message, documented, get, gzip, is_cut_off, kling, parse_headers, post, reply, request,
+};
 pub use process::{Command, Finished, Proxy, unprivileged};
 pub use rustix::process::Signal;
 pub use tls::{Issued, Root};
@@ -44,6 +46,11 @@ pub fn started_with(settings: &[(&str, &str)]) -> (Upstream, Proxy) {
 /// The same, sending nothing twice: for what a single attempt comes to.
 pub fn started_without_retry() -> (Upstream, Proxy) {
     started_with(&[("retry.attempts", "1")])
+}
+
+/// A number from the environment, for longer or repeated runs.
+pub fn given(variable: &str) -> Option<u64> {
+    Some(env::var(variable).ok()?.parse().expect("a number"))
 }
 
 /// Asks again until the answer is yes.
