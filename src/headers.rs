@@ -1,16 +1,20 @@
 //! Which headers pass, in both directions.
 
-use http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, FORWARDED, HeaderMap, HeaderName,
-    PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, VIA,
-};
+use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, TRANSFER_ENCODING};
 
 /// Where a client may show its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
 
-/// Removes what must not reach upstream.
-pub fn strip_request(headers: &mut HeaderMap) {
-    strip(headers, |name| is_hop_by_hop(name) || is_of_client(name));
+/// Those of a request that may reach upstream, with room for what is added.
+pub fn passing(headers: &HeaderMap) -> HeaderMap {
+    let named = named_by_connection(headers);
+    let mut passing = HeaderMap::with_capacity(headers.len() + 2);
+    for (name, value) in headers {
+        if !is_hop_by_hop(name) && !is_of_client(name) && !named.contains(name) {
+            passing.append(name.clone(), value.clone());
+        }
+    }
+    passing
 }
 
 /// Removes what must not reach the client.
@@ -19,17 +23,10 @@ pub fn strip_response(headers: &mut HeaderMap) {
         // The chunks tell where the body ends, and the length may lie (RFC 9112, section 6.3).
         headers.remove(CONTENT_LENGTH);
     }
-    strip(headers, |name| is_hop_by_hop(name) || is_of_proxy(name));
-}
-
-fn strip(headers: &mut HeaderMap, forbidden: impl Fn(&HeaderName) -> bool) {
-    let named = named_by_connection(headers);
-    let doomed: Vec<_> = headers
-        .keys()
-        .filter(|name| forbidden(name))
-        .cloned()
-        .collect();
-    for name in named.iter().chain(&doomed) {
+    let mut doomed = named_by_connection(headers);
+    let forbidden = |name: &&HeaderName| is_hop_by_hop(name) || is_of_proxy(name);
+    doomed.extend(headers.keys().filter(forbidden).cloned());
+    for name in doomed {
         headers.remove(name);
     }
 }
@@ -45,27 +42,29 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
 
 /// Those of RFC 9110, section 7.6.1, and RFC 2616, section 13.5.1.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    static STANDARD: [HeaderName; 7] = [
-        CONNECTION,
-        PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION,
-        TE,
-        TRAILER,
-        TRANSFER_ENCODING,
-        UPGRADE,
-    ];
-    const OTHER: [&str; 3] = ["keep-alive", "proxy-connection", "http2-settings"];
-    STANDARD.contains(name) || OTHER.contains(&name.as_str())
+    matches!(
+        name.as_str(),
+        "connection"
+            | "http2-settings"
+            | "keep-alive"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "proxy-connection"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+    )
 }
 
 /// What speaks of the client: its credentials, where it comes from, and names with `_`, which some
 /// servers read as `-`.
 fn is_of_client(name: &HeaderName) -> bool {
-    static CREDENTIALS_AND_PATH: [HeaderName; 5] =
-        [AUTHORIZATION, COOKIE, CLIENT_TOKEN, FORWARDED, VIA];
     let text = name.as_str();
-    CREDENTIALS_AND_PATH.contains(name)
-        || text == "x-real-ip"
+    matches!(
+        text,
+        "authorization" | "cookie" | "forwarded" | "via" | "x-real-ip"
+    ) || *name == CLIENT_TOKEN
         || text.starts_with("x-forwarded-")
         || text.contains('_')
 }
@@ -97,14 +96,13 @@ mod tests {
             let mut headers = headers(&[("x-a", "1"), ("x-b", "2")]);
             headers.append(CONNECTION, "".parse().unwrap());
             headers.append(CONNECTION, line.parse().unwrap());
-            strip_request(&mut headers);
-            assert_eq!(names(&headers), ["x-b"], "{line:?}");
+            assert_eq!(names(&passing(&headers)), ["x-b"], "{line:?}");
         }
     }
 
     #[test]
     fn a_request_keeps_its_ordinary_headers_only() {
-        let mut headers = headers(&[
+        let headers = headers(&[
             ("accept-encoding", "gzip"),
             ("authorization", "Bearer x"),
             ("cookie", "a=b"),
@@ -118,8 +116,7 @@ mod tests {
             ("x-real-ip", "1.2.3.4"),
             ("x_real_ip", "1.2.3.4"),
         ]);
-        strip_request(&mut headers);
-        assert_eq!(names(&headers), ["accept-encoding"]);
+        assert_eq!(names(&passing(&headers)), ["accept-encoding"]);
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub mod layer;
 pub mod lifecycle;
 pub mod live;
 pub mod metrics;
+pub mod original;
 pub mod replay;
 pub mod request_id;
 pub mod rules;

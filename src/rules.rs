@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytesize::ByteSize;
-use http::header::{HOST, HeaderMap, HeaderValue, ORIGIN, TRANSFER_ENCODING};
+use http::header::{HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, TRANSFER_ENCODING};
 use http::{Method, Uri};
 
 use crate::client_token::{ClientName, ClientTokens};
@@ -27,6 +27,9 @@ pub struct Rules {
     /// Most requests at once (`limits.in_flight`).
     pub in_flight: u64,
 }
+
+/// Whether a page asks, and of which site (Fetch Metadata, section 2.4).
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// As much of a refused host name as its sender is told.
 const LONGEST_QUOTE: usize = 255;
@@ -85,7 +88,7 @@ impl Rules {
         let allowed = if headers.contains_key(ORIGIN) {
             headers.get_all(ORIGIN).iter().all(is_listed)
         } else {
-            headers.get_all("sec-fetch-site").iter().all(from_this_site)
+            headers.get_all(SEC_FETCH_SITE).iter().all(from_this_site)
         };
         if allowed {
             Ok(())

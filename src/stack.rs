@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::response::Response;
 use tokio_util::task::TaskTracker;
 use tower::retry::RetryLayer;
 use tower::util::MapResponseLayer;
@@ -20,11 +19,12 @@ use crate::layer::cors::CorsLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::normalise::{Look, NormaliseLayer};
 use crate::layer::retry::Resending;
-use crate::layer::trace::TraceLayer;
+use crate::layer::trace::{Counted, TraceLayer};
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
 use crate::metrics::Metrics;
-use crate::replay::{Keeper, Replay};
+use crate::original::Original;
+use crate::replay::Keeper;
 use crate::rules::Rules;
 use crate::token::Tokens;
 use crate::upstream::{Origin, Upstream};
@@ -70,7 +70,7 @@ impl Shared {
     pub fn stack(
         &self,
         carried: &TaskTracker,
-    ) -> impl Service<Request, Response = Response, Error = Infallible, Future: Send>
+    ) -> impl Service<Request, Response = http::Response<Counted>, Error = Infallible, Future: Send>
     + Clone
     + Send
     + Sync
@@ -85,10 +85,9 @@ impl Shared {
                 Arc::clone(&self.lifecycle),
                 Arc::clone(&self.metrics),
             )) // refuses before anything is spent
-            .map_request(move |request: Request| request.map(|body| Replay::new(body, &keeper)))
+            .map_request(move |request| Original::new(request, &keeper))
             .layer(CarryLayer::new(carried.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.clone())) // never a create that may have worked
-            .map_request(|request: http::Request<Replay>| request.map(Replay::into_body))
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
                 self.origin.host(),

@@ -12,13 +12,16 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
+use bytesize::ByteSize;
 use futures_util::FutureExt;
 use http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
 use kling_proxy::clock::SystemClock;
 use kling_proxy::error::Error;
-use kling_proxy::headers::{strip_request, strip_response};
+use kling_proxy::headers::{passing, strip_response};
 use kling_proxy::layer::authenticate::AuthenticateLayer;
 use kling_proxy::metrics::Metrics;
+use kling_proxy::original::Original;
+use kling_proxy::replay::{Bounds, Keeper};
 use kling_proxy::secret::Secret;
 use kling_proxy::token::{Credential, Tokens, Validity};
 use libfuzzer_sys::fuzz_target;
@@ -57,10 +60,16 @@ static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
     AuthenticateLayer::new(Arc::new(tokens), HeaderValue::from_static("kling.test"))
 });
 
+static KEEPER: LazyLock<Arc<Keeper>> = LazyLock::new(|| {
+    let [body, memory] = [ByteSize::b(0); 2];
+    let metrics = Metrics::new().expect("metrics").into();
+    Arc::new(Keeper::new(Bounds { body, memory }, metrics))
+});
+
 fuzz_target!(|input: &[u8]| {
     let headers = parse(input);
-    let [mut asked, mut answered] = [(); 2].map(|()| headers.clone());
-    strip_request(&mut asked);
+    let mut asked = passing(&headers);
+    let mut answered = headers.clone();
     strip_response(&mut answered);
     let of_client = |name: &str| {
         OF_CLIENT.contains(&name) || name.starts_with("x-forwarded-") || name.contains('_')
@@ -148,6 +157,7 @@ fn authenticated(headers: HeaderMap) -> HeaderMap {
         *answer.headers_mut() = request.into_parts().0.headers;
         Ok::<_, Error>(answer)
     });
+    let request = Original::new(request, &KEEPER);
     let answer = AUTHENTICATE.layer(inner).oneshot(request);
     let answer = answer.now_or_never().expect("it waits for nothing");
     answer.expect("there is a key").into_parts().0.headers

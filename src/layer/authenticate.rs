@@ -14,20 +14,25 @@ use tower::{Layer, Service};
 use crate::error::Error;
 use crate::headers;
 use crate::layer::Refusable;
+use crate::original::Original;
 use crate::token::Tokens;
 
 /// Adds [`Authenticate`] to a service.
 #[derive(Clone)]
-pub struct AuthenticateLayer {
-    tokens: Arc<Tokens>,
-    host: HeaderValue,
-}
+pub struct AuthenticateLayer(Arc<Means>);
 
-/// Strips what may not pass, then sets `Authorization` and `Host`.
+/// Makes of a client's request what upstream sees: strips what may not pass, then sets
+/// `Authorization` and `Host`.
 #[derive(Clone)]
 pub struct Authenticate<S> {
     inner: S,
-    layer: AuthenticateLayer,
+    means: Arc<Means>,
+}
+
+/// What is shown to upstream.
+struct Means {
+    tokens: Arc<Tokens>,
+    host: HeaderValue,
 }
 
 pin_project! {
@@ -35,7 +40,7 @@ pin_project! {
     pub struct Authenticated<F> {
         #[pin]
         inner: F,
-        tokens: Arc<Tokens>,
+        means: Arc<Means>,
     }
 }
 
@@ -47,7 +52,7 @@ const REFUSED: std::ops::RangeInclusive<i64> = 1000..=1002;
 impl AuthenticateLayer {
     /// Shows `tokens` to the upstream that is called `host`.
     pub fn new(tokens: Arc<Tokens>, host: HeaderValue) -> Self {
-        Self { tokens, host }
+        Self(Arc::new(Means { tokens, host }))
     }
 }
 
@@ -57,14 +62,14 @@ impl<S> Layer<S> for AuthenticateLayer {
     fn layer(&self, inner: S) -> Authenticate<S> {
         Authenticate {
             inner,
-            layer: self.clone(),
+            means: Arc::clone(&self.0),
         }
     }
 }
 
 // === impl Authenticate ===
 
-impl<S> Service<Request> for Authenticate<S>
+impl<S> Service<Original> for Authenticate<S>
 where
     S: Service<Request, Response = Response, Error = Error>,
 {
@@ -76,19 +81,21 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request) -> Self::Future {
-        let bearer = match self.layer.tokens.bearer() {
+    fn call(&mut self, request: Original) -> Self::Future {
+        let bearer = match self.means.tokens.bearer() {
             Ok(bearer) => bearer,
             Err(error) => return Either::Left(future::ready(Err(Error::Credentials(error)))),
         };
-        let headers = request.headers_mut();
         // First strip, then add: `Connection: authorization` must not name what we add.
-        headers::strip_request(headers);
-        headers.insert(HOST, self.layer.host.clone());
+        let mut headers = headers::passing(request.headers());
+        headers.insert(HOST, self.means.host.clone());
         headers.insert(AUTHORIZATION, bearer);
+        if let Some(facts) = request.facts() {
+            facts.attempted();
+        }
         Either::Right(Authenticated {
-            inner: self.inner.call(request),
-            tokens: Arc::clone(&self.layer.tokens),
+            inner: self.inner.call(request.attempt(headers)),
+            means: Arc::clone(&self.means),
         })
     }
 }
@@ -107,7 +114,7 @@ where
         if let Err(error) = &result
             && REFUSED.contains(&error.code())
         {
-            this.tokens.was_refused();
+            this.means.tokens.was_refused();
         }
         Poll::Ready(result)
     }
@@ -118,11 +125,13 @@ mod tests {
     use std::time::Duration;
 
     use axum::body::Body;
+    use bytesize::ByteSize;
     use tower::{ServiceBuilder, ServiceExt, service_fn};
 
     use super::*;
     use crate::clock::SystemClock;
     use crate::metrics::Metrics;
+    use crate::replay::{Bounds, Keeper};
     use crate::secret::Secret;
     use crate::token::{Credential, Validity};
 
@@ -135,6 +144,11 @@ mod tests {
         };
         let credential = Credential::ApiKey(Secret::from(api_key.to_owned()));
         let metrics = Arc::new(Metrics::new().unwrap());
+        let bounds = Bounds {
+            body: ByteSize::kib(1),
+            memory: ByteSize::kib(1),
+        };
+        let keeper = Arc::new(Keeper::new(bounds, Arc::clone(&metrics)));
         let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
         let host = HeaderValue::from_static("kling.test");
         let stack = ServiceBuilder::new()
@@ -144,6 +158,7 @@ mod tests {
                 *answer.headers_mut() = request.into_parts().0.headers;
                 Ok::<_, Error>(answer)
             }));
+        let request = Original::new(request, &keeper);
         let answer = stack.oneshot(request).await.map_err(|error| error.code())?;
         let text = |value: &HeaderValue| value.to_str().unwrap().to_owned();
         Ok(answer

@@ -8,7 +8,6 @@ use std::task::{Context, Poll, ready};
 
 use axum::response::Response;
 use futures_util::future::Either;
-use http::{Request, Uri};
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 use tower::{Layer, Service};
@@ -17,7 +16,7 @@ use tracing::Instrument;
 use crate::effect::Effect;
 use crate::error::{Error, chain};
 use crate::facts::Facts;
-use crate::replay::Replay;
+use crate::original::Original;
 use crate::task::Task;
 use crate::telemetry::printable;
 
@@ -40,7 +39,7 @@ pub struct Carried(oneshot::Receiver<Parcel>);
 /// A create on its way to its client. Whatever drops it before it was taken, it is logged.
 struct Parcel {
     outcome: Outcome,
-    order: Order,
+    order: Original,
 }
 
 /// What came of a create.
@@ -51,13 +50,6 @@ enum Outcome {
     There(Result<Response, Error>),
     /// The client has it.
     Taken,
-}
-
-/// What is known of a create without its answer.
-struct Order {
-    uri: Uri,
-    facts: Option<Facts>,
-    body: Replay,
 }
 
 // === impl CarryLayer ===
@@ -80,9 +72,9 @@ impl<S> Layer<S> for CarryLayer {
 
 // === impl Carry ===
 
-impl<S> Service<Request<Replay>> for Carry<S>
+impl<S> Service<Original> for Carry<S>
 where
-    S: Service<Request<Replay>, Response = Response, Error = Error, Future: Send + 'static>,
+    S: Service<Original, Response = Response, Error = Error, Future: Send + 'static>,
 {
     type Response = Response;
     type Error = Error;
@@ -92,21 +84,17 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Replay>) -> Self::Future {
-        if Effect::of(&request) == Effect::Read {
+    fn call(&mut self, request: Original) -> Self::Future {
+        if request.effect() == Effect::Read {
             return Either::Left(self.inner.call(request));
         }
-        let order = Order {
-            uri: request.uri().clone(),
-            facts: Facts::of(request.extensions()).cloned(),
-            body: request.body().clone(),
-        };
+        let order = request.clone();
         let exchange = self.inner.call(request);
         let (sender, receiver) = oneshot::channel();
         let running = async move {
             let outcome = Outcome::Coming;
             let mut parcel = Parcel { outcome, order };
-            parcel.outcome = Outcome::There(exchange.await);
+            parcel.arrive(exchange.await);
             // A parcel that is not taken speaks for itself.
             let _ = sender.send(parcel);
         };
@@ -135,25 +123,22 @@ impl Future for Carried {
 
 // === impl Parcel ===
 
-impl Drop for Parcel {
-    fn drop(&mut self) {
-        match &self.outcome {
-            Outcome::There(outcome) => self.order.tell(Some(outcome.as_ref())),
-            Outcome::Coming => self.order.tell(None),
-            Outcome::Taken => {}
+impl Parcel {
+    fn arrive(&mut self, mut outcome: Result<Response, Error>) {
+        let answer = outcome.as_mut().ok();
+        let task = answer.and_then(|answer| answer.extensions_mut().remove());
+        if let (Some(task), Some(facts)) = (task, self.order.facts()) {
+            facts.created(task);
         }
+        self.outcome = Outcome::There(outcome);
     }
-}
 
-// === impl Order ===
-
-impl Order {
     /// Logs what came of a create whose client was not told; nothing yet, if it was cut off. The
     /// line may be all that is left of a paid task.
     fn tell(&self, outcome: Option<Result<&Response, &Error>>) {
-        let facts = self.facts.as_ref();
+        let facts = self.order.facts();
         let task = facts.and_then(Facts::task);
-        let ordered = self.body.with_kept(Task::ordered);
+        let ordered = self.order.body().with_kept(Task::ordered);
         let external_id = task.and_then(|task| task.external_id.as_ref());
         let external_id = external_id.or(ordered.external_id.as_ref());
         let answer = outcome.and_then(Result::ok);
@@ -162,7 +147,7 @@ impl Order {
         tracing::warn!(
             request_id = facts.map(|facts| facts.id().as_str()),
             client = facts.and_then(Facts::client),
-            url.path = &*printable(self.uri.path()),
+            url.path = &*printable(self.order.uri().path()),
             task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
             task.external_id = external_id.map(|id| printable(id)).as_deref(),
             http.response.status_code = answer.map(|answer| answer.status().as_u16()),
@@ -175,5 +160,15 @@ impl Order {
                 None => "a create was cut off; its task may exist and be billed",
             }
         );
+    }
+}
+
+impl Drop for Parcel {
+    fn drop(&mut self) {
+        match &self.outcome {
+            Outcome::There(outcome) => self.tell(Some(outcome.as_ref())),
+            Outcome::Coming => self.tell(None),
+            Outcome::Taken => {}
+        }
     }
 }

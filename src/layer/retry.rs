@@ -5,11 +5,11 @@
 //! (see `upstream`), nothing below this layer sends anything twice, and what an error allows stands
 //! in [`Error::resend`].
 
+use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::response::Response;
-use http::Request;
 use http::header::{HeaderMap, RETRY_AFTER};
 use tokio::time::{Instant, Sleep, sleep};
 use tower::retry::Policy;
@@ -18,10 +18,9 @@ use tower::retry::budget::{Budget, TpsBudget};
 use crate::clock::Clock;
 use crate::effect::Effect;
 use crate::error::{Error, Resend};
-use crate::facts::Facts;
 use crate::live::Live;
 use crate::metrics::Metrics;
-use crate::replay::Replay;
+use crate::original::Original;
 use crate::token::Tokens;
 
 /// How often and for how long (`retry.attempts`, `retry.total_time`).
@@ -33,7 +32,8 @@ pub struct Limits {
     pub total_time: Duration,
 }
 
-/// Judges what came of the attempts of one request; each request has a clone of its own.
+/// Judges what came of the attempts of one request. tower makes a clone for each request, but only
+/// after it has asked the one for all of them for a copy of the first attempt.
 #[derive(Clone)]
 pub struct Resending {
     shared: Arc<Shared>,
@@ -43,6 +43,8 @@ pub struct Resending {
     attempts: u64,
     /// Whether an attempt was made with a token minted for it.
     renewed: bool,
+    /// Whether the next attempt is a further one of the same request.
+    again: bool,
 }
 
 struct Shared {
@@ -86,6 +88,7 @@ impl Resending {
             begun: None,
             attempts: 0,
             renewed: false,
+            again: false,
         }
     }
 
@@ -125,28 +128,29 @@ impl Resending {
     }
 }
 
-impl Policy<Request<Replay>, Response, Error> for Resending {
+impl Policy<Original, Response, Error> for Resending {
     type Future = Sleep;
 
     fn retry(
         &mut self,
-        request: &mut Request<Replay>,
+        request: &mut Original,
         result: &mut Result<Response, Error>,
     ) -> Option<Sleep> {
         let error = result.as_ref().err()?;
-        let wait = self.wait(Effect::of(request), error)?;
+        let wait = self.wait(request.effect(), error)?;
         let withheld = if !request.body().is_whole() {
             "body"
         } else if !self.shared.budget.withdraw() {
             "budget"
         } else {
             tracing::info!(
-                request_id = Facts::of(request.extensions()).map(|facts| facts.id().as_str()),
+                request_id = request.facts().map(|facts| facts.id().as_str()),
                 error.type = error.kind(),
                 attempts = self.attempts,
                 wait_seconds = wait.as_secs_f64(),
                 "sending again"
             );
+            self.again = true;
             return Some(sleep(wait));
         };
         self.shared.metrics.resend_withheld(withheld);
@@ -154,10 +158,12 @@ impl Policy<Request<Replay>, Response, Error> for Resending {
     }
 
     /// Called before each attempt: with a copy, `retry` is asked what to make of its outcome.
-    fn clone_request(&mut self, request: &Request<Replay>) -> Option<Request<Replay>> {
-        if self.begun.is_none() {
+    fn clone_request(&mut self, request: &Original) -> Option<Original> {
+        if !mem::take(&mut self.again) {
             self.begun = Some(Instant::now());
             self.limits = **self.shared.limits.load();
+            self.attempts = 0;
+            self.renewed = false;
             self.shared.budget.deposit();
         }
         self.attempts += 1;

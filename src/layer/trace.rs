@@ -2,7 +2,6 @@
 //! id to the answer and changes nothing else.
 
 use std::convert::Infallible;
-use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -64,7 +63,7 @@ struct Traced {
 
 pin_project! {
     /// A body that counts its request as in flight until it is dropped.
-    struct Counted {
+    pub struct Counted {
         #[pin]
         body: Body,
         facts: Facts,
@@ -97,7 +96,7 @@ impl<S> Service<Request> for Trace<S>
 where
     S: Service<Request, Response = Response, Error = Infallible>,
 {
-    type Response = Response;
+    type Response = http::Response<Counted>;
     type Error = Infallible;
     type Future = TraceFuture<S::Future>;
 
@@ -136,7 +135,7 @@ impl<F> Future for TraceFuture<F>
 where
     F: Future<Output = Result<Response, Infallible>>,
 {
-    type Output = Result<Response, Infallible>;
+    type Output = Result<http::Response<Counted>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
@@ -153,9 +152,8 @@ where
             .headers_mut()
             .insert(REQUEST_ID, request.facts.id().clone().into_value());
         request.answered = true;
-        let (body, facts) = (mem::take(response.body_mut()), request.facts.clone());
-        *response.body_mut() = Body::new(Counted { body, facts });
-        Poll::Ready(Ok(response))
+        let facts = request.facts.clone();
+        Poll::Ready(Ok(response.map(|body| Counted { body, facts })))
     }
 }
 

@@ -5,16 +5,15 @@ mod socket_file;
 mod tls;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use axum::body::Body;
 use axum::extract::Request;
-use axum::response::Response;
+use bytes::Bytes;
 use futures_util::FutureExt;
 use http::Method;
 use http::header::{CONNECTION, HeaderValue, UPGRADE};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,7 +21,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use tower::{Service, ServiceExt};
+use tower::Service;
 
 use self::listener::{Accepted, Acceptor, Stream};
 pub use self::listener::{Listener, bind};
@@ -53,16 +52,17 @@ pub struct Limits {
 /// # Errors
 ///
 /// A listener could not be registered with the runtime.
-pub async fn run<S>(
+pub async fn run<S, B>(
     listeners: Vec<Listener>,
     service: S,
     limits: Limits,
     mut stop: watch::Receiver<bool>,
 ) -> io::Result<usize>
 where
-    S: Service<Request, Response = Response> + Clone + Send + Sync + 'static,
+    S: Service<Request, Response = http::Response<B>> + Send + 'static,
     S::Error: Into<BoxError> + Send,
     S::Future: Send,
+    B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
     let mut accepting = JoinSet::new();
     let (sender, mut accepted) = mpsc::channel(1);
@@ -74,8 +74,8 @@ where
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout);
-    // Each request has a clone of its own; an idle connection needs none.
-    let service = Arc::new(service);
+    // One for all connections of this thread: what it keeps between calls is the same for all.
+    let service = Arc::new(Mutex::new(service));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let stopped = stop.wait_for(|stop| *stop);
@@ -90,13 +90,14 @@ where
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let last = ends_connection(&request);
             let paid = Effect::of(&request) == Effect::Create;
-            let mut answer = Box::pin(S::clone(&service).oneshot(request.map(boxed)));
+            let mut answer = Box::pin(call(&service, request.map(boxed)));
             // hyper drops it unpolled if the client has sent all of its request and gone; what
             // outlives its client has to be begun by then.
             let answered = paid.then(|| (&mut answer).now_or_never()).flatten();
+            let answered = answered.map(Box::new); // rare: not each connection has room for it
             async move {
                 let mut answer = match answered {
-                    Some(answer) => answer?,
+                    Some(answered) => (*answered)?,
                     None => answer.await?,
                 };
                 if last || is_malformed(&answer) {
@@ -123,12 +124,18 @@ where
     Ok(connections.len())
 }
 
+/// Calls a service that is ready always: what limits requests answers them.
+fn call<S: Service<Request>>(service: &Mutex<S>, request: Request) -> S::Future {
+    let mut service = service.lock().unwrap_or_else(PoisonError::into_inner);
+    service.call(request)
+}
+
 /// A body that is there, or none.
-fn boxed(body: Incoming) -> Body {
+fn boxed(body: Incoming) -> axum::body::Body {
     if body.is_end_stream() {
-        Body::empty()
+        axum::body::Body::empty()
     } else {
-        Body::new(body)
+        axum::body::Body::new(body)
     }
 }
 
@@ -139,7 +146,7 @@ fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
 }
 
 /// Whether the guard found the request malformed, so that nobody can say where the next one begins.
-fn is_malformed(answer: &Response) -> bool {
+fn is_malformed<B>(answer: &http::Response<B>) -> bool {
     let failure = answer.extensions().get::<Failure>();
     failure.is_some_and(|failure| failure.code == Error::MALFORMED)
 }

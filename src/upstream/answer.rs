@@ -17,9 +17,9 @@ use tokio::time::{Instant, timeout_at};
 
 use super::download::{Download, Step};
 use super::text::Text;
+use crate::effect::Effect;
 use crate::envelope::{self, Envelope, Peek};
 use crate::error::{Answer, Error};
-use crate::facts::Facts;
 use crate::task::Task;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
@@ -33,15 +33,15 @@ const EXCERPT: usize = 512;
 
 /// Passes a success, and makes an error of everything else that is one.
 ///
-/// Where it answers a create, `created` is told which task that made: the log names it.
+/// That to a create has the [`Task`] it made among its extensions: the log names it.
 ///
 /// # Errors
 ///
 /// [`Error::Service`] and [`Error::BadResponse`].
 pub(super) async fn judge(
-    head: response::Parts,
+    mut head: response::Parts,
     body: Download,
-    created: Option<&Facts>,
+    effect: Effect,
 ) -> Result<Response, Error> {
     let status = head.status;
     if status.is_client_error() || status.is_server_error() {
@@ -66,10 +66,10 @@ pub(super) async fn judge(
     }
     let mut reader = Reader::new(&head.headers, body);
     let deadline = Instant::now() + HOLD;
-    match (reader.peek(deadline).await, created) {
-        (Peek::Code(0), Some(facts)) => {
+    match (reader.peek(deadline).await, effect) {
+        (Peek::Code(0), Effect::Create) => {
             Box::pin(reader.read_until(deadline)).await;
-            facts.created(Task::answered(reader.text.seen()));
+            head.extensions.insert(Task::answered(reader.text.seen()));
         }
         (Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided, _) => {}
         (Peek::Code(_), _) => {

@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
+use futures_util::future::Either;
 use http::header::{HOST, TRANSFER_ENCODING};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Uri, Version};
@@ -27,6 +29,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// Receive windows of HTTP/2: a result file moves at full speed over a long way.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// As much of an upload as is encrypted for one system call, in bytes. It is rustls that would take
+/// no more than 64 KiB.
+const SEND_BUFFER: usize = 256 << 10;
 
 /// Where requests go: scheme and authority of `upstream.url`, and nothing a request says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +65,7 @@ pub(super) struct Connector {
     any: HttpsConnector<Tcp>,
     /// Of HTTP/1.1.
     http1: HttpsConnector<Tcp>,
-    origin: Origin,
+    origin: Arc<Origin>,
     ping_while_idle: bool,
 }
 
@@ -68,7 +74,7 @@ pub(super) enum Connection {
     /// One request at a time.
     Http1(http1::SendRequest<Body>),
     /// Many at a time; needs scheme and authority for each.
-    Http2(http2::SendRequest<Body>, Origin),
+    Http2(http2::SendRequest<Body>, Arc<Origin>),
 }
 
 // === impl Origin ===
@@ -187,7 +193,7 @@ impl Connector {
         Self {
             any: offering(&[b"h2", b"http/1.1"]),
             http1: offering(&[b"http/1.1"]),
-            origin: origin.clone(),
+            origin: Arc::new(origin.clone()),
             ping_while_idle: false,
         }
     }
@@ -217,7 +223,7 @@ impl Connector {
                 .handshake(stream)
                 .await?;
             tokio::spawn(connection);
-            Ok(Connection::Http2(sender, self.origin.clone()))
+            Ok(Connection::Http2(sender, Arc::clone(&self.origin)))
         } else {
             Ok(Connection::Http1(http1_on(stream).await?))
         }
@@ -234,7 +240,12 @@ impl Connector {
 
     async fn stream(&self, by: &HttpsConnector<Tcp>) -> Result<Stream, BoxError> {
         let root = self.origin.uri(PathAndQuery::from_static("/"));
-        by.clone().ready().await?.call(root).await
+        let mut stream = by.clone().ready().await?.call(root).await?;
+        if let MaybeHttpsStream::Https(tls) = &mut stream {
+            let (_, session) = tls.inner_mut().get_mut();
+            session.set_buffer_limit(Some(SEND_BUFFER));
+        }
+        Ok(stream)
     }
 }
 
@@ -266,27 +277,29 @@ impl Connection {
     ///
     /// Dropping the future before the answer closes the connection (HTTP/1.1) or resets the stream
     /// (HTTP/2), so that a body cut short never looks complete.
-    pub(super) async fn send(
+    pub(super) fn send(
         &mut self,
         mut request: Request,
-    ) -> Result<http::Response<Incoming>, TrySendError<Request>> {
+    ) -> impl Future<Output = Result<http::Response<Incoming>, TrySendError<Request>>> + use<> {
         match self {
             Self::Http1(sender) => {
                 *request.version_mut() = Version::HTTP_11;
-                *request.uri_mut() = Uri::from(path_and_query(&request));
+                if request.uri().authority().is_some() {
+                    *request.uri_mut() = Uri::from(path_and_query(&request));
+                }
                 if request.body().size_hint().exact().is_none() {
                     // hyper would send a GET without its body otherwise.
                     let chunked = HeaderValue::from_static("chunked");
                     request.headers_mut().insert(TRANSFER_ENCODING, chunked);
                 }
-                sender.try_send_request(request).await
+                Either::Left(sender.try_send_request(request))
             }
             Self::Http2(sender, origin) => {
                 *request.version_mut() = Version::HTTP_2;
                 *request.uri_mut() = origin.uri(path_and_query(&request));
                 // `:authority` says it (RFC 9113, section 8.3.1).
                 request.headers_mut().remove(HOST);
-                sender.try_send_request(request).await
+                Either::Right(sender.try_send_request(request))
             }
         }
     }

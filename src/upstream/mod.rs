@@ -25,6 +25,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
+use futures_util::FutureExt;
 use http::header::{HOST, USER_AGENT};
 use http::{HeaderValue, Method, Version};
 use hyper::body::Incoming;
@@ -44,7 +45,6 @@ use self::upload::{Progress, Upload};
 use crate::clock::Clock;
 use crate::effect::Effect;
 use crate::error::{Error, Resend, chain};
-use crate::facts::Facts;
 use crate::headers;
 use crate::metrics::Metrics;
 
@@ -67,7 +67,11 @@ pub struct Timeouts {
 
 /// Sends requests to the one upstream.
 #[derive(Clone)]
-pub struct Upstream {
+pub struct Upstream(Arc<Way>);
+
+/// What sends them.
+#[derive(Clone)]
+struct Way {
     pool: Arc<Pool>,
     spare: Arc<Spare>,
     timeouts: Timeouts,
@@ -91,22 +95,22 @@ impl Upstream {
     ) -> Self {
         let connector = Connector::new(origin, proxy, tls, timeouts.idle);
         let spare = Spare::new(Pool::new(connector, timeouts.connect, clock).spare());
-        Self {
+        Self(Arc::new(Way {
             pool: Arc::clone(spare.pool()),
             spare: Arc::new(spare),
             timeouts,
             learner: origin.is_secure().then_some(upstream_clock),
             metrics,
-        }
+        }))
     }
 
     /// One for another thread, with connections of its own.
     #[must_use]
     pub fn for_thread(&self) -> Self {
-        Self {
-            pool: Arc::new(self.pool.another()),
-            ..self.clone()
-        }
+        Self(Arc::new(Way {
+            pool: Arc::new(self.0.pool.another()),
+            ..Way::clone(&self.0)
+        }))
     }
 
     /// Asks upstream for nothing, without a credential: to learn its clock, and to be connected
@@ -119,9 +123,9 @@ impl Upstream {
         let mut request = Request::new(Body::empty());
         *request.method_mut() = Method::HEAD;
         let headers = request.headers_mut();
-        headers.insert(HOST, self.pool.host());
+        headers.insert(HOST, self.0.pool.host());
         headers.insert(USER_AGENT, HeaderValue::from_static(NAME));
-        match self.forward(request).await {
+        match Arc::clone(&self.0).forward(request).await {
             Err(error) if error.answer().is_none() => {
                 tracing::info!(error = chain(&error), "upstream does not answer yet");
             }
@@ -132,31 +136,23 @@ impl Upstream {
 
     /// Keeps a connection ready until nobody has asked for this long, and again once somebody does.
     pub async fn keep_warm(&self, warm: Duration) {
-        self.spare.keep(warm).await;
+        self.0.spare.keep(warm).await;
     }
+}
 
-    async fn forward(&self, request: Request) -> Result<Response, Error> {
-        let (effect, facts) = (
-            Effect::of(&request),
-            Facts::of(request.extensions()).cloned(),
-        );
+// === impl Way ===
+
+impl Way {
+    async fn forward(self: Arc<Self>, request: Request) -> Result<Response, Error> {
+        let effect = Effect::of(&request);
         let (request, progress) = Upload::record(request);
-        let response = match self.send(request, &progress).await {
-            Ok(response) => response,
+        let outcome = match self.send(request, &progress).await {
+            Ok(response) => pass(response, effect).await,
             // The client's fault is the cause; what upstream made of it only follows from that.
-            Err(error) => return Err(progress.take_fault().unwrap_or(error)),
+            Err(error) => Err(progress.take_fault().unwrap_or(error)),
         };
-        let (mut head, body) = response.into_parts();
-        if head.status.is_informational() {
-            return Err(Error::NotHttp("upstream switched protocols unasked".into()));
-        }
-        headers::strip_response(&mut head.headers);
-        // What upstream speaks is no concern of the client.
-        head.version = Version::HTTP_11;
-        let created = facts.as_ref().filter(|_| effect == Effect::Create);
-        let judged = answer::judge(head, body, created).await;
-        self.learn(&judged, progress.since());
-        judged
+        self.learn(&outcome, progress.since());
+        outcome
     }
 
     /// Has the clock learn from what upstream answered, which had the request since `asked`.
@@ -237,17 +233,25 @@ impl Service<Request> for Upstream {
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let this = self.clone();
-        if let Some(facts) = Facts::of(request.extensions()) {
-            facts.attempted();
-        }
-        Box::pin(async move {
-            let metrics = Arc::clone(&this.metrics);
-            let result = this.forward(request).await;
-            metrics.attempted(result.as_ref().err().map(Error::kind));
-            result
-        })
+        let way = Arc::clone(&self.0);
+        let metrics = Arc::clone(&way.metrics);
+        let count = move |outcome: &Result<_, Error>| {
+            metrics.attempted(outcome.as_ref().err().map(Error::kind));
+        };
+        Box::pin(way.forward(request).inspect(count))
     }
+}
+
+/// What is made of an answer.
+async fn pass(response: http::Response<Download>, effect: Effect) -> Result<Response, Error> {
+    let (mut head, body) = response.into_parts();
+    if head.status.is_informational() {
+        return Err(Error::NotHttp("upstream switched protocols unasked".into()));
+    }
+    headers::strip_response(&mut head.headers);
+    // What upstream speaks is no concern of the client.
+    head.version = Version::HTTP_11;
+    answer::judge(head, body, effect).await
 }
 
 /// What a failure means after something may have been sent.

@@ -68,7 +68,7 @@ struct Kept {
     /// The one used last is used next, so that a burst's connections age. Sorted by time of use.
     idle: Vec<(http1::SendRequest<Body>, SystemTime)>,
     /// One HTTP/2 connection serves all.
-    shared: Option<(http2::SendRequest<Body>, Origin, SystemTime)>,
+    shared: Option<(http2::SendRequest<Body>, Arc<Origin>, SystemTime)>,
     /// Whether upstream chose HTTP/1.1 last.
     one_at_a_time: bool,
     /// Whether it refuses that.
@@ -202,7 +202,7 @@ impl Pool {
             Connection::Http1(_) => kept.one_at_a_time = true,
             Connection::Http2(sender, origin) => {
                 kept.one_at_a_time = false;
-                kept.shared = Some((sender.clone(), origin.clone(), kept.clock.now()));
+                kept.shared = Some((sender.clone(), Arc::clone(origin), kept.clock.now()));
             }
         }
         drop((kept, turn));
@@ -301,7 +301,7 @@ impl Kept {
             return None;
         }
         *since = now;
-        Some(Connection::Http2(sender.clone(), origin.clone()))
+        Some(Connection::Http2(sender.clone(), Arc::clone(origin)))
     }
 
     fn idle(&mut self) -> Option<Connection> {
