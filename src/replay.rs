@@ -26,7 +26,6 @@ pub struct Replay {
     at: u64,
     /// Which reader this is, once it reads.
     turn: Option<u64>,
-    /// Of the whole body, where it is declared.
     length: Option<u64>,
 }
 
@@ -58,6 +57,8 @@ struct Source {
     ended: bool,
     /// Whether what was read is not all there any more.
     lost: bool,
+    /// Of the whole body, where it is declared.
+    length: Option<u64>,
     keeper: Arc<Keeper>,
 }
 
@@ -78,6 +79,7 @@ impl Replay {
                 turn: 0,
                 ended: false,
                 lost: false,
+                length,
                 keeper: Arc::clone(keeper),
             }))
         });
@@ -199,7 +201,9 @@ impl Source {
         if self.lost {
             return;
         }
-        if self.keeper.take(self.read, data.len()) {
+        // What will not fit in the end is not kept in the beginning.
+        let all = self.read.max(self.length.unwrap_or_default());
+        if self.keeper.take(all, data.len()) {
             self.kept.extend_from_slice(data);
         } else {
             self.lose();
