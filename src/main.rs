@@ -2,6 +2,13 @@
 
 use std::process::ExitCode;
 
+use tikv_jemallocator::Jemalloc;
+
+/// The system's allocator takes an eighth more of the CPU when requests come together, and a third
+/// more memory for an idle connection; that of musl takes far more.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
+
 fn main() -> ExitCode {
     kling_proxy::cli::run()
 }
