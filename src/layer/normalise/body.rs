@@ -33,6 +33,9 @@ struct Detail<'a> {
     excerpt: Option<&'a str>,
 }
 
+/// Most bodies are shorter, in bytes.
+const USUAL: usize = 1536;
+
 /// Renders an error of a request with this effect and these facts.
 pub(super) fn render(error: &Error, effect: Effect, facts: Option<&Facts>) -> Vec<u8> {
     let request_id = facts.map_or("", |facts| facts.id().as_str());
@@ -71,8 +74,10 @@ pub(super) fn render(error: &Error, effect: Effect, facts: Option<&Facts>) -> Ve
             excerpt,
         },
     };
-    // A struct of texts and numbers cannot fail to serialise.
-    serde_json::to_vec(&body).unwrap_or_default()
+    let mut json = Vec::with_capacity(USUAL);
+    // A struct of texts and numbers cannot fail to serialise, nor a vector to grow.
+    let _ = serde_json::to_writer(&mut json, &body);
+    json
 }
 
 /// Advice where the proxy knows more than the table.

@@ -1,10 +1,14 @@
 //! Sets up what is logged, where and how.
 
+mod line;
+
 use std::borrow::Cow;
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::reload::Handle;
+
+use self::line::JsonLine;
 
 /// How log lines look (`log.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +49,10 @@ pub fn init(format: Format, filter: EnvFilter) -> Filter {
     let terminal = std::io::stderr().is_terminal();
     let (filter, set) = match (format, terminal) {
         (Format::Json, _) | (Format::Auto, false) => {
-            let builder = builder.json().flatten_event(true).with_span_list(false);
-            let builder = builder.with_filter_reloading();
+            let builder = builder
+                .json()
+                .event_format(JsonLine)
+                .with_filter_reloading();
             (Filter::of(builder.reload_handle()), builder.try_init())
         }
         (Format::Pretty, _) | (Format::Auto, true) => {
