@@ -1,14 +1,16 @@
 # `just check` runs what CI runs, with the tools already installed; `bash .ci/run` installs them too.
 
-check: fmt clippy doc deny typos files test packages fuzz clients
+check: fmt clippy doc deny typos files test compare packages fuzz clients
 
 fmt:
     cargo fmt --check
     cargo fmt --check --manifest-path fuzz/Cargo.toml
+    cargo fmt --check --manifest-path benches/compare/Cargo.toml
 
 clippy:
     cargo clippy --all-targets --locked -- -D warnings
     cargo clippy --manifest-path fuzz/Cargo.toml --locked -- -D warnings
+    cargo clippy --manifest-path benches/compare/Cargo.toml --locked -- -D warnings
 
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked
@@ -37,6 +39,11 @@ soak:
 # Writes the references in `docs/` anew, which `test` compares with the program.
 docs:
     UPDATE_DOCS=1 cargo test --locked --test black_box docs::
+
+# That the comparison with other proxies works; benches/compare/README.md says how to make one.
+compare:
+    cargo build --locked
+    python3 benches/compare/compare.py --smoke
 
 # The crate, the image, what is in config/: built and started. As root, with the Debian packages of `.ci/run` and
 # `pip install -r tests/packages/requirements.txt`.
