@@ -1,6 +1,6 @@
 # `just check` runs what CI runs, with the tools already installed; `bash .ci/run` installs them too.
 
-check: fmt clippy doc deny typos files test compare packages fuzz clients
+check: fmt clippy doc deny typos files test bench compare packages fuzz clients
 
 fmt:
     cargo fmt --check
@@ -35,6 +35,14 @@ test:
 # Half an hour of mixed load, in which nothing may grow or get lost.
 soak:
     SOAK_SECONDS=1800 cargo test --locked --release --test black_box soak:: -- --nocapture
+
+# Instructions of a request, against what was agreed; needs valgrind.
+bench:
+    cargo bench --locked --bench instructions
+
+# After a change that is worth its instructions, or saves some: agrees to what is counted now.
+counts:
+    UPDATE_COUNTS=1 cargo bench --locked --bench instructions
 
 # Writes the references in `docs/` anew, which `test` compares with the program.
 docs:

@@ -1,0 +1,220 @@
+//! What is counted: requests through the whole stack, and two parts of it on their own.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::Request;
+use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HOST, USER_AGENT};
+use http::{Method, StatusCode};
+use http_body_util::BodyExt;
+use kling_proxy::clock::{Clock, SystemClock};
+use kling_proxy::envelope::{self, Peek};
+use kling_proxy::layer::retry::Resending;
+use kling_proxy::live::Live;
+use kling_proxy::metrics::Metrics;
+use kling_proxy::replay::Keeper;
+use kling_proxy::rules::Rules;
+use kling_proxy::secret::Secret;
+use kling_proxy::service_code;
+use kling_proxy::settings::{Flags, Settings};
+use kling_proxy::stack::Shared;
+use kling_proxy::telemetry::{self, Format};
+use kling_proxy::token::{Credential, Tokens};
+use kling_proxy::upstream::{Upstream, UpstreamClock, client_config};
+use tokio::runtime;
+use tokio_util::task::TaskTracker;
+use tower::Service;
+
+use crate::upstream;
+use crate::valgrind::counted;
+
+/// So many that what is done once for all of them does not show.
+pub(crate) const CALLS: u64 = 100;
+/// Before those: they connect, mint the token and let grow what grows.
+const WARM_UP: u64 = 20;
+
+/// Every scenario with its name.
+pub(crate) const SCENARIOS: [(&str, fn()); 5] = [
+    ("poll", poll),
+    ("create", create),
+    ("error", error),
+    ("token_cached", token_cached),
+    ("service_code", service_code),
+];
+
+const SUCCEEDED: &str = r#"{"code":0,"message":"SUCCEED","request_id":"CmYbBGdv6pUAAAAAAB4Xgg","data":{"task_id":"829836802793406551","task_status":"succeed","task_status_msg":"","task_info":{"external_task_id":"shot-0001"},"created_at":1722769557708,"updated_at":1722769559708,"task_result":{"videos":[{"id":"f2b1a6c2-1b1f-4d9e-9b0a-5b8f6f3f6b1e","url":"https://video.example/829836802793406551/f2b1a6c2-1b1f-4d9e-9b0a-5b8f6f3f6b1e/0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0.mp4?x-pid=112781&token=0123456789abcdef01234","duration":"5.1"}]},"final_unit_deduction":"0.35"}}"#;
+const SUBMITTED: &str = r#"{"code":0,"message":"SUCCEED","request_id":"CmYbBGdv6pUAAAAAAB4Xgg","data":{"task_id":"829836802793406551","task_status":"submitted","task_info":{"external_task_id":"shot-0001"},"created_at":1722769557708,"updated_at":1722769557708}}"#;
+const LIMITED: &str = r#"{"code":1303,"message":"parallel task over resource pack limit","request_id":"CmYbBGdv6pUAAAAAAB4Xgg"}"#;
+const ORDER: &str = r#"{"model_name":"kling-v2-6","mode":"std","duration":"5","aspect_ratio":"16:9","prompt":"a cat rides a bicycle through the rain, seen from above","external_task_id":"shot-0001"}"#;
+
+fn poll() {
+    let request = || {
+        let path = "/v1/videos/text2video/829836802793406551";
+        ask(Method::GET, path).body(Body::empty()).unwrap()
+    };
+    exchange(request, "\r\n\r\n", StatusCode::OK, SUCCEEDED);
+}
+
+fn create() {
+    exchange(order, ORDER, StatusCode::OK, SUBMITTED);
+}
+
+/// Of a create, and with a line in the log, like a create that went well.
+fn error() {
+    exchange(order, ORDER, StatusCode::TOO_MANY_REQUESTS, LIMITED);
+}
+
+/// A token that was minted before.
+fn token_cached() {
+    let (tokens, _) = tokens(&settings(&[]), &Arc::new(Metrics::new().unwrap()));
+    tokens.bearer().unwrap();
+    counted(&mut || {
+        for _ in 0..CALLS {
+            black_box(tokens.bearer()).unwrap();
+        }
+    });
+}
+
+/// An error that comes with a success of HTTP: first looked for, then read.
+fn service_code() {
+    counted(&mut || {
+        for _ in 0..CALLS {
+            let text = black_box(LIMITED.as_bytes());
+            assert_eq!(envelope::peek(text), Peek::Code(1303));
+            let envelope = envelope::read(text).unwrap();
+            assert_eq!(service_code::sent_by_kling(envelope.code).code, 1303);
+        }
+    });
+}
+
+fn order() -> Request {
+    let path = "/v1/videos/text2video";
+    let request = ask(Method::POST, path)
+        .header(CONTENT_TYPE, "application/json")
+        .header(CONTENT_LENGTH, ORDER.len());
+    request.body(Body::from(ORDER)).unwrap()
+}
+
+fn ask(method: Method, path: &str) -> http::request::Builder {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, "localhost:5546")
+        .header(USER_AGENT, "python-requests/2.32.5")
+        .header("accept-encoding", "gzip, deflate")
+        .header(ACCEPT, "*/*")
+        .header("authorization", "Bearer of-the-client")
+}
+
+/// Sends requests, of which `end` is the last that upstream sees, through the stack and reads the
+/// answers to their end.
+fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, body: &str) {
+    let answer = format!(
+        "HTTP/1.1 {status}\r\n\
+         date: Sun, 22 Nov 2026 12:00:00 GMT\r\n\
+         content-type: application/json; charset=utf-8\r\n\
+         content-length: {}\r\n\
+         x-request-id: CmYbBGdv6pUAAAAAAB4Xgg\r\n\r\n{body}",
+        body.len()
+    );
+    let upstream = upstream::start(end.as_bytes(), answer.into_bytes());
+    // How long a further attempt would wait is left to chance.
+    let settings = settings(&[
+        ("KLING_PROXY_UPSTREAM__URL", &format!("http://{upstream}")),
+        (
+            "KLING_PROXY_RETRY__ATTEMPTS",
+            if status.is_success() { "3" } else { "1" },
+        ),
+    ]);
+    telemetry::init(Format::Json, settings.log.filter.clone());
+    let mut stack = shared(&settings).stack(&TaskTracker::new());
+    let runtime = runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.unwrap();
+    let mut send = |requests: &mut Vec<Request>| {
+        runtime.block_on(async {
+            for request in requests.drain(..) {
+                let Ok(mut response) = stack.call(request).await;
+                assert_eq!(response.status(), status);
+                while let Some(frame) = response.frame().await {
+                    black_box(frame.unwrap());
+                }
+            }
+        });
+    };
+    send(&mut (0..WARM_UP).map(|_| request()).collect());
+    let mut requests = (0..CALLS).map(|_| request()).collect();
+    counted(&mut || send(&mut requests));
+}
+
+/// The defaults, but for these variables.
+fn settings(variables: &[(&str, &str)]) -> Settings {
+    let variables: Vec<_> = variables
+        .iter()
+        .map(|(name, value)| (name.into(), value.into()))
+        .collect();
+    let (settings, _) = Settings::load(&Flags::default(), &variables).unwrap();
+    settings
+}
+
+/// The parts, put together as `serve` does it.
+fn shared(settings: &Settings) -> Shared {
+    let metrics = Arc::new(Metrics::new().unwrap());
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+    let (tokens, upstream_clock) = tokens(settings, &metrics);
+    let upstream = Upstream::new(
+        &settings.upstream.origin,
+        settings.upstream.proxy.clone(),
+        &client_config(settings.upstream.ca_file.as_deref()).unwrap(),
+        settings.upstream.timeouts,
+        Arc::clone(&clock),
+        Arc::clone(&upstream_clock),
+        Arc::clone(&metrics),
+    );
+    let rules = Rules {
+        allowed_hosts: settings.access.allowed_hosts.clone(),
+        allowed_origins: settings.access.allowed_origins.clone(),
+        allowed_methods: settings.access.allowed_methods.clone(),
+        allowed_paths: settings.access.allowed_paths.clone(),
+        client_tokens: None,
+        request_body: settings.limits.request_body,
+        in_flight: settings.limits.in_flight,
+    };
+    Shared {
+        resending: Resending::new(
+            settings.retry,
+            Arc::clone(&tokens),
+            upstream_clock,
+            Arc::clone(&metrics),
+        ),
+        keeper: Arc::new(Keeper::new(settings.replay, Arc::clone(&metrics))),
+        admin_rules: Live::new(rules.for_admin()),
+        rules: Live::new(rules),
+        errors: Live::new(settings.errors),
+        tokens,
+        origin: settings.upstream.origin.clone(),
+        upstream,
+        clock,
+        lifecycle: Arc::default(),
+        metrics,
+    }
+}
+
+fn tokens(settings: &Settings, metrics: &Arc<Metrics>) -> (Arc<Tokens>, Arc<UpstreamClock>) {
+    let clock = Arc::new(UpstreamClock::new(
+        Arc::new(SystemClock),
+        Arc::clone(metrics),
+    ));
+    let [access_key, secret_key] = ["access", "secret"].map(|key| Secret::from(key.repeat(5)));
+    let credential = Credential::Pair {
+        access_key,
+        secret_key,
+    };
+    let tokens = Tokens::new(
+        credential,
+        settings.token,
+        Arc::<UpstreamClock>::clone(&clock),
+        Arc::clone(metrics),
+    );
+    (Arc::new(tokens), clock)
+}
