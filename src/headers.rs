@@ -7,12 +7,14 @@ pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token"
 
 /// Those of a request that may reach upstream, with room for what is added.
 pub fn passing(headers: &HeaderMap) -> HeaderMap {
-    let named = named_by_connection(headers);
     let mut passing = HeaderMap::with_capacity(headers.len() + 2);
     for (name, value) in headers {
-        if !is_hop_by_hop(name) && !is_of_client(name) && !named.contains(name) {
+        if !is_hop_by_hop(name) && !is_of_client(name) {
             passing.append(name.clone(), value.clone());
         }
+    }
+    for name in named_by_connection(headers) {
+        passing.remove(name);
     }
     passing
 }

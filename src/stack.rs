@@ -71,9 +71,7 @@ impl Shared {
         &self,
         carried: &TaskTracker,
     ) -> impl Service<Request, Response = http::Response<Counted>, Error = Infallible, Future: Send>
-    + Clone
     + Send
-    + Sync
     + use<> {
         let keeper = Arc::clone(&self.keeper);
         ServiceBuilder::new()

@@ -49,6 +49,8 @@ pub struct Limits {
 /// Serves all listeners until told to stop, then lets what is in flight end within the limit.
 /// Returns how many connections had to be cut.
 ///
+/// The service has to be ready always: it is not asked, since what limits requests answers them.
+///
 /// # Errors
 ///
 /// A listener could not be registered with the runtime.
@@ -74,7 +76,7 @@ where
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout);
-    // One for all connections of this thread: what it keeps between calls is the same for all.
+    // One for all connections of this thread: a clone for each request would cost more than the guard.
     let service = Arc::new(Mutex::new(service));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
@@ -124,7 +126,7 @@ where
     Ok(connections.len())
 }
 
-/// Calls a service that is ready always: what limits requests answers them.
+/// Calls a service that is ready always.
 fn call<S: Service<Request>>(service: &Mutex<S>, request: Request) -> S::Future {
     let mut service = service.lock().unwrap_or_else(PoisonError::into_inner);
     service.call(request)
