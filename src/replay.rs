@@ -26,6 +26,7 @@ pub struct Replay {
     at: u64,
     /// Which reader this is, once it reads.
     turn: Option<u64>,
+    /// Of the whole body, where it is declared.
     length: Option<u64>,
 }
 
@@ -57,7 +58,6 @@ struct Source {
     ended: bool,
     /// Whether what was read is not all there any more.
     lost: bool,
-    /// Of the whole body, where it is declared.
     length: Option<u64>,
     keeper: Arc<Keeper>,
 }
@@ -247,7 +247,7 @@ impl Keeper {
         self.bounds.store(bounds);
     }
 
-    /// Whether `more` bytes may be kept, which make `all` of one body.
+    /// Whether `more` bytes may be kept of a body that is known to come to `all`.
     fn take(&self, all: u64, more: usize) -> bool {
         let bounds = **self.bounds.load();
         let more = more as u64;

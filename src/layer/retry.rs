@@ -32,8 +32,10 @@ pub struct Limits {
     pub total_time: Duration,
 }
 
-/// Judges what came of the attempts of one request. tower makes a clone for each request, but only
-/// after it has asked the one for all of them for a copy of the first attempt.
+/// Judges what came of the attempts of one request.
+///
+/// tower asks one for all requests for a copy of the first attempt, and then clones it for the request.
+/// Only the clone is asked to judge, so that `again` is never set on the one for all.
 #[derive(Clone)]
 pub struct Resending {
     shared: Arc<Shared>,

@@ -62,7 +62,8 @@ pub(super) struct Tcp {
 // === impl EgressProxy ===
 
 impl EgressProxy {
-    /// This proxy, if it is on the way to `origin`.
+    /// This proxy, if it is on the way to `origin`: plain http is for this machine itself, which no
+    /// other has to lead to.
     pub fn leading_to(self, origin: &Origin) -> Option<Self> {
         origin.is_secure().then_some(self)
     }
