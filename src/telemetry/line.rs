@@ -1,18 +1,18 @@
 //! A log line as a JSON object: what `tracing_subscriber`'s own JSON format writes with its event
 //! flattened, at half the cost. That writes each quote and comma on its own through `fmt`, which made a
-//! refused request half as dear again; this puts the line together and writes it once.
+//! refused request half as dear again; this puts the line together and writes it once. Of a span it
+//! has the fields only, and the target of what comes by the `log` crate is `log`.
 
 use std::fmt;
 
-use serde::ser::{SerializeMap, Serializer as _};
+use serde::ser::{Error, SerializeMap, Serializer as _};
 use serde_json::value::RawValue;
 use tracing::{Event, Subscriber};
 use tracing_serde::SerdeMapVisitor;
 use tracing_subscriber::fmt::format::{JsonFields, Writer};
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
-
-use crate::clock::{Clock, SystemClock};
 
 /// Formats an event as a [line](self).
 pub(super) struct JsonLine;
@@ -46,10 +46,13 @@ where
     S: Subscriber + for<'span> LookupSpan<'span>,
 {
     let metadata = event.metadata();
-    let timestamp = humantime::format_rfc3339_micros(SystemClock.now());
+    let mut timestamp = String::new();
+    SystemTime
+        .format_time(&mut Writer::new(&mut timestamp))
+        .map_err(Error::custom)?;
     let mut serializer = serde_json::Serializer::new(line);
     let mut map = serializer.serialize_map(None)?;
-    map.serialize_entry("timestamp", &timestamp.to_string())?;
+    map.serialize_entry("timestamp", &timestamp)?;
     map.serialize_entry("level", metadata.level().as_str())?;
     let mut fields = SerdeMapVisitor::new(map);
     event.record(&mut fields);
