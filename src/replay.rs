@@ -58,7 +58,6 @@ struct Source {
     ended: bool,
     /// Whether what was read is not all there any more.
     lost: bool,
-    length: Option<u64>,
     keeper: Arc<Keeper>,
 }
 
@@ -79,7 +78,6 @@ impl Replay {
                 turn: 0,
                 ended: false,
                 lost: false,
-                length,
                 keeper: Arc::clone(keeper),
             }))
         });
@@ -151,7 +149,7 @@ impl http_body::Body for Replay {
             Some(Ok(frame)) => {
                 match frame.data_ref() {
                     Some(data) => {
-                        source.keep(data);
+                        source.keep(data, this.length);
                         this.at += data.len() as u64;
                     }
                     // Trailers are not kept.
@@ -196,13 +194,13 @@ fn lock(source: &Mutex<Source>) -> MutexGuard<'_, Source> {
 // === impl Source ===
 
 impl Source {
-    fn keep(&mut self, data: &[u8]) {
+    fn keep(&mut self, data: &[u8], length: Option<u64>) {
         self.read += data.len() as u64;
         if self.lost {
             return;
         }
         // What will not fit in the end is not kept in the beginning.
-        let all = self.read.max(self.length.unwrap_or_default());
+        let all = self.read.max(length.unwrap_or_default());
         if self.keeper.take(all, data.len()) {
             self.kept.extend_from_slice(data);
         } else {
