@@ -185,9 +185,13 @@ fn integer(json: &str) -> Option<i64> {
 
 /// A string; of anything else, its JSON text; of `null`, nothing.
 fn text(json: &RawValue) -> Option<String> {
-    match serde_json::from_str(json.get()) {
-        Ok(text) => text,
-        Err(_) => Some(json.get().to_owned()),
+    let json = json.get();
+    let quoted = json
+        .strip_prefix('"')
+        .and_then(|text| text.strip_suffix('"'));
+    match quoted {
+        Some(plain) if !plain.contains('\\') => Some(plain.to_owned()),
+        _ => serde_json::from_str(json).unwrap_or_else(|_| Some(json.to_owned())),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Every way a request can fail.
 
+use std::fmt::Write;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -272,9 +273,14 @@ impl From<&Error> for Failure {
     }
 }
 
+/// Most such lines are shorter, in bytes.
+const USUAL: usize = 128;
+
 /// An error and its causes in one line. A cause that its effect already quotes is left out.
 pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
+    let mut line = String::with_capacity(USUAL);
+    // To write to a string cannot fail.
+    let _ = write!(line, "{error}");
     let mut next = error.source();
     while let Some(cause) = next {
         let text = cause.to_string();

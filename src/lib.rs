@@ -32,6 +32,7 @@ pub mod envelope;
 pub mod error;
 pub mod facts;
 pub mod headers;
+pub mod json;
 pub mod layer;
 pub mod lifecycle;
 pub mod live;

@@ -75,7 +75,12 @@ const LONGEST: usize = 1024;
 pub fn printable(text: &str) -> Cow<'_, str> {
     let end = text.floor_char_boundary(LONGEST);
     let (text, rest) = text.split_at(end);
-    if rest.is_empty() && !text.contains(char::is_control) {
+    let special = |byte| !matches!(byte, b' '..=b'~');
+    // Mostly it is plain ASCII, which unlike characters is looked at in many bytes at a time.
+    let plain = !text
+        .bytes()
+        .fold(false, |found, byte| found | special(byte));
+    if rest.is_empty() && (plain || !text.contains(char::is_control)) {
         return text.into();
     }
     let mut escaped = String::with_capacity(text.len() + '…'.len_utf8());

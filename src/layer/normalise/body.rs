@@ -1,83 +1,60 @@
 //! The body of an error, as docs/errors.md describes it.
 
-use serde::Serialize;
-use serde_json::value::RawValue;
-
 use crate::effect::Effect;
 use crate::error::{self, Error};
 use crate::facts::Facts;
-
-#[derive(Serialize)]
-struct ErrorBody<'a> {
-    code: i64,
-    message: &'a str,
-    request_id: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    data: Option<&'a RawValue>,
-    error: Detail<'a>,
-}
-
-#[derive(Serialize)]
-struct Detail<'a> {
-    r#type: &'static str,
-    source: &'static str,
-    upstream_status: Option<u16>,
-    definition: &'static str,
-    explanation: &'static str,
-    solution: &'static str,
-    retryable: bool,
-    attempts: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    hint: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    excerpt: Option<&'a str>,
-}
+use crate::json::Object;
 
 /// Most bodies are shorter, in bytes.
 const USUAL: usize = 1536;
 
 /// Renders an error of a request with this effect and these facts.
-pub(super) fn render(error: &Error, effect: Effect, facts: Option<&Facts>) -> Vec<u8> {
-    let request_id = facts.map_or("", |facts| facts.id().as_str());
+pub(super) fn render(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
+    let mut body = Object::with_capacity(USUAL);
+    body.number("code", error.code());
+    let own_id = facts.map_or("", |facts| facts.id().as_str());
+    if let Error::Service { envelope, .. } = error {
+        let message = envelope.message.as_deref();
+        body.text("message", message.unwrap_or(error.row().explanation));
+        let id = envelope.request_id.as_deref();
+        body.text("request_id", id.unwrap_or(own_id));
+        if let Some(data) = &envelope.data {
+            body.raw("data", data.get());
+        }
+    } else {
+        body.text("message", &error::chain(error));
+        body.text("request_id", own_id);
+    }
+    body.raw("error", &detail(error, effect, facts));
+    body.end()
+}
+
+/// What the proxy knows of an error, as JSON.
+fn detail(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
     let row = error.row();
-    let said = match error {
-        Error::Service { envelope, .. } => Some(envelope),
-        _ => None,
-    };
-    let own_message = match said {
-        Some(_) => row.explanation.to_owned(),
-        None => error::chain(error),
-    };
-    let excerpt = match error {
-        Error::BadResponse { excerpt, .. } => excerpt.as_deref(),
-        _ => None,
-    };
-    let body = ErrorBody {
-        code: error.code(),
-        message: said
-            .and_then(|said| said.message.as_deref())
-            .unwrap_or(&own_message),
-        request_id: said
-            .and_then(|said| said.request_id.as_deref())
-            .unwrap_or(request_id),
-        data: said.and_then(|said| said.data.as_deref()),
-        error: Detail {
-            r#type: error.kind(),
-            source: row.source(),
-            upstream_status: error.answer().map(|answer| answer.head.status.as_u16()),
-            definition: row.definition,
-            explanation: row.explanation,
-            solution: row.solution,
-            retryable: error.retryable(effect),
-            attempts: facts.map_or(0, Facts::attempts),
-            hint: hint(error, effect),
-            excerpt,
-        },
-    };
-    let mut json = Vec::with_capacity(USUAL);
-    // A struct of texts and numbers cannot fail to serialise, nor a vector to grow.
-    let _ = serde_json::to_writer(&mut json, &body);
-    json
+    let mut detail = Object::with_capacity(USUAL);
+    detail.text("type", error.kind());
+    detail.text("source", row.source());
+    match error.answer() {
+        Some(answer) => detail.number("upstream_status", answer.head.status.as_u16()),
+        None => detail.raw("upstream_status", "null"),
+    }
+    detail.text("definition", row.definition);
+    detail.text("explanation", row.explanation);
+    detail.text("solution", row.solution);
+    detail.bool("retryable", error.retryable(effect));
+    detail.number("attempts", facts.map_or(0, Facts::attempts));
+    if let Some(hint) = hint(error, effect) {
+        detail.text("hint", hint);
+    }
+    if let Error::BadResponse {
+        excerpt: Some(excerpt),
+        ..
+    } = error
+    {
+        detail.text("excerpt", excerpt);
+    }
+    detail.end()
 }
 
 /// Advice where the proxy knows more than the table.
