@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use http::Extensions;
+use tokio::time::Instant;
 
 use crate::client_token::ClientName;
 use crate::metrics::InFlight;
@@ -19,6 +20,7 @@ pub struct Facts(Arc<Inner>);
 
 struct Inner {
     id: RequestId,
+    begun: Instant,
     _in_flight: InFlight,
     client: OnceLock<ClientName>,
     attempts: AtomicU32,
@@ -28,10 +30,11 @@ struct Inner {
 // === impl Facts ===
 
 impl Facts {
-    /// Begins with the request's name and count.
+    /// Begins now, with the request's name and count.
     pub fn new(id: RequestId, in_flight: InFlight) -> Self {
         Self(Arc::new(Inner {
             id,
+            begun: Instant::now(),
             _in_flight: in_flight,
             client: OnceLock::new(),
             attempts: AtomicU32::new(0),
@@ -47,6 +50,11 @@ impl Facts {
     /// The request's name.
     pub fn id(&self) -> &RequestId {
         &self.0.id
+    }
+
+    /// When its head was there.
+    pub fn begun(&self) -> Instant {
+        self.0.begun
     }
 
     /// The guard knows whose token was shown.

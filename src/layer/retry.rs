@@ -18,6 +18,7 @@ use tower::retry::budget::{Budget, TpsBudget};
 use crate::clock::Clock;
 use crate::effect::Effect;
 use crate::error::{Error, Resend};
+use crate::facts::Facts;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::original::Original;
@@ -162,7 +163,7 @@ impl Policy<Original, Response, Error> for Resending {
     /// Called before each attempt: with a copy, `retry` is asked what to make of its outcome.
     fn clone_request(&mut self, request: &Original) -> Option<Original> {
         if !mem::take(&mut self.again) {
-            self.begun = Some(Instant::now());
+            self.begun = Some(request.facts().map_or_else(Instant::now, Facts::begun));
             self.limits = **self.shared.limits.load();
             self.attempts = 0;
             self.renewed = false;

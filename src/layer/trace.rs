@@ -13,7 +13,6 @@ use bytes::Bytes;
 use http::{HeaderName, Method, Uri};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::time::Instant;
 use tower::{Layer, Service};
 use tracing::Span;
 
@@ -57,7 +56,6 @@ struct Traced {
     method: Method,
     uri: Uri,
     effect: Effect,
-    begun: Instant,
     answered: bool,
 }
 
@@ -116,7 +114,6 @@ where
             method: request.method().clone(),
             uri: request.uri().clone(),
             effect,
-            begun: Instant::now(),
             answered: false,
         };
         request.extensions_mut().insert(facts);
@@ -145,7 +142,7 @@ where
         drop(entered);
 
         let request = this.request;
-        let after = request.begun.elapsed();
+        let after = request.facts.begun().elapsed();
         this.metrics
             .answered(&request.method, response.status(), after);
         response
@@ -172,7 +169,7 @@ impl Traced {
                     url.path = &*printable(self.uri.path()),
                     http.request.resend_count = self.facts.resend_count(),
                     http.response.status_code = response.status().as_u16(),
-                    duration_seconds = self.begun.elapsed().as_secs_f64(),
+                    duration_seconds = self.facts.begun().elapsed().as_secs_f64(),
                     $($more)*
                 )
             };

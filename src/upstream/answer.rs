@@ -4,10 +4,12 @@
 //! bounds, so that what it says can be told in our form.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
+use futures_util::FutureExt;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, response};
 use http_body::Body as _;
@@ -65,10 +67,10 @@ pub(super) async fn judge(
         return Ok(Response::from_parts(head, Body::new(body)));
     }
     let mut reader = Reader::new(&head.headers, body);
-    let deadline = Instant::now() + HOLD;
-    match (reader.peek(deadline).await, effect) {
+    let mut patience = Patience::of(HOLD);
+    match (reader.peek(&mut patience).await, effect) {
         (Peek::Code(0), Effect::Create) => {
-            Box::pin(reader.read_until(deadline)).await;
+            Box::pin(reader.read_all(&mut patience)).await;
             head.extensions.insert(Task::answered(reader.text.seen()));
         }
         (Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided, _) => {}
@@ -93,6 +95,13 @@ struct Reader {
     text: Text,
     size: usize,
     end: End,
+}
+
+/// How long a body may keep somebody waiting. It counts from the first wait on: mostly all is there,
+/// and nobody looks at a clock.
+struct Patience {
+    limit: Duration,
+    deadline: Option<Instant>,
 }
 
 /// How a body ended.
@@ -122,7 +131,7 @@ impl Reader {
     }
 
     /// Reads until the code is known, or cannot be known in time.
-    async fn peek(&mut self, deadline: Instant) -> Peek {
+    async fn peek(&mut self, patience: &mut Patience) -> Peek {
         let mut worth_a_look = 1;
         loop {
             let seen = self.text.seen();
@@ -134,7 +143,7 @@ impl Reader {
                     decided => return decided,
                 }
             }
-            if timeout_at(deadline, self.read()).await.is_err() {
+            if !patience.lasts(self.read()).await {
                 return Peek::Undecided;
             }
         }
@@ -142,15 +151,15 @@ impl Reader {
 
     /// Reads an error's body as far as the bounds allow.
     async fn read_error(&mut self) {
-        if !self.read_until(Instant::now() + ERROR_BODY).await {
+        if !self.read_all(&mut Patience::of(ERROR_BODY)).await {
             self.end = End::Cut;
         }
     }
 
     /// Reads as far as the bounds allow. Tells whether that was possible in time.
-    async fn read_until(&mut self, deadline: Instant) -> bool {
+    async fn read_all(&mut self, patience: &mut Patience) -> bool {
         while !self.is_over() {
-            if timeout_at(deadline, self.read()).await.is_err() {
+            if !patience.lasts(self.read()).await {
                 return false;
             }
         }
@@ -197,6 +206,28 @@ impl Reader {
         } = self;
         body.unread(steps);
         Body::new(body)
+    }
+}
+
+// === impl Patience ===
+
+impl Patience {
+    fn of(limit: Duration) -> Self {
+        Self {
+            limit,
+            deadline: None,
+        }
+    }
+
+    /// Waits for something. Tells whether it came in time.
+    async fn lasts(&mut self, step: impl Future<Output = ()>) -> bool {
+        let mut step = pin!(step);
+        if step.as_mut().now_or_never().is_some() {
+            return true;
+        }
+        let limit = self.limit;
+        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + limit);
+        timeout_at(deadline, step).await.is_ok()
     }
 }
 

@@ -76,7 +76,7 @@ impl UpstreamClock {
     /// Learns from the head of an answer, if a sample is due. `asked` is when upstream had the
     /// request.
     pub(super) fn learn(&self, head: &HeaderMap, asked: Instant) {
-        if self.is_due()
+        if self.is_due(asked)
             && let Some(reading) = self.read(head, asked)
         {
             self.take(reading);
@@ -119,8 +119,8 @@ impl UpstreamClock {
         self.settle(&mut history);
     }
 
-    fn is_due(&self) -> bool {
-        let now = whole_millis(self.start.elapsed());
+    fn is_due(&self, now: Instant) -> bool {
+        let now = whole_millis(now - self.start);
         let due = self.due.load(Relaxed);
         // Of several threads one takes the sample.
         let next = now.saturating_add(whole_millis(INTERVAL));

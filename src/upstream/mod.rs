@@ -145,7 +145,9 @@ impl Upstream {
 impl Way {
     async fn forward(self: Arc<Self>, request: Request) -> Result<Response, Error> {
         let effect = Effect::of(&request);
-        let (request, progress) = Upload::record(request);
+        let now = Instant::now();
+        self.spare.note(now);
+        let (request, progress) = Upload::record(request, now);
         let outcome = match self.send(request, &progress).await {
             Ok(response) => pass(response, effect).await,
             // The client's fault is the cause; what upstream made of it only follows from that.
@@ -180,7 +182,6 @@ impl Way {
         mut request: Request,
         progress: &Arc<Progress>,
     ) -> Result<http::Response<Download>, Error> {
-        self.spare.note();
         let (load, busy) = self.pool.begin(request.body());
         loop {
             let checkout = self.checkout(load).await;
@@ -190,6 +191,7 @@ impl Way {
             } else {
                 // Boxed, as what is rare is here: every request's future would have room for it.
                 let connected = Box::pin(self.pool.connect(load)).await;
+                progress.restart();
                 (connected.map_err(Error::Unreachable)?, &self.pool)
             };
             let sent = connection.send(request);

@@ -47,8 +47,8 @@ impl Spare {
     }
 
     /// Upstream is being asked.
-    pub(super) fn note(&self) {
-        let now = self.second();
+    pub(super) fn note(&self, now: Instant) {
+        let now = self.second(now);
         // Read by all threads, written by one of them in each second.
         if self.asked.load(Relaxed) != now {
             self.asked.store(now, Relaxed);
@@ -80,11 +80,13 @@ impl Spare {
     fn left(&self, warm: Duration) -> Duration {
         match self.asked.load(Relaxed) {
             0 => Duration::ZERO,
-            asked => warm.saturating_sub(Duration::from_secs(self.second().saturating_sub(asked))),
+            asked => warm.saturating_sub(Duration::from_secs(
+                self.second(Instant::now()).saturating_sub(asked),
+            )),
         }
     }
 
-    fn second(&self) -> u64 {
-        1 + self.start.elapsed().as_secs()
+    fn second(&self, now: Instant) -> u64 {
+        1 + (now - self.start).as_secs()
     }
 }

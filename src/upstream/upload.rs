@@ -51,13 +51,13 @@ enum Turn {
 // === impl Upload ===
 
 impl Upload {
-    /// Makes the body of a request, if it has one, record its progress.
-    pub(super) fn record(request: Request) -> (Request, Arc<Progress>) {
+    /// Makes the body of a request, if it has one, record its progress from `now` on.
+    pub(super) fn record(request: Request, now: Instant) -> (Request, Arc<Progress>) {
         let empty = request.body().is_end_stream();
         let turn = if empty { Turn::Done } else { Turn::Upstream };
         let state = State {
             turn,
-            since: Instant::now(),
+            since: now,
             fault: None,
             abandoned: false,
             waiting: None,
@@ -134,7 +134,6 @@ impl Progress {
         timeouts: Timeouts,
     ) -> Result<F::Output, Error> {
         let mut exchange = pin!(exchange);
-        self.lock().since = Instant::now();
         loop {
             // In this order: what is done in between is noticed by the one or by the other.
             let done = self.is_done();
@@ -153,6 +152,11 @@ impl Progress {
                 }
             }
         }
+    }
+
+    /// Counts anew: the time until now went into a connection.
+    pub(super) fn restart(&self) {
+        self.lock().since = Instant::now();
     }
 
     /// What the client did wrong, if it did.
