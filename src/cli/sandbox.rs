@@ -10,7 +10,7 @@ use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
 use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
-use crate::server::{self, Limits, Listener};
+use crate::server::{self, Limits, Listener, Worker};
 use crate::telemetry;
 
 pub(super) fn run(
@@ -41,7 +41,7 @@ pub(super) fn run(
         say(format_args!("api key: {API_KEY}"));
         let (_stop, stopped) = watch::channel(false);
         tokio::select! {
-            ended = server::run(vec![Listener::Tcp(listener)], sandbox, limits, stopped) => { ended.map_err(failed)?; }
+            ended = server::run(vec![Listener::Tcp(listener)], Worker::alone(), sandbox, limits, stopped) => { ended.map_err(failed)?; }
             // Nothing that it does is worth waiting for.
             () = signals.next() => {}
         }

@@ -37,15 +37,14 @@ pub(super) enum Acceptor {
     Unix(UnixListener),
 }
 
-/// What a client that connected is to be given.
-pub(super) enum Accepted {
-    /// An answer to its request.
-    Ready(Stream),
-    /// First the proof of who we are, which takes as long as the client likes.
-    Shaking(Handshake),
+/// An accepted connection, not bound to a runtime yet.
+pub(super) enum Socket {
+    Tcp(net::TcpStream),
+    Tls(net::TcpStream, Arc<ServerConfig>),
+    Unix(unix::net::UnixStream),
 }
 
-/// A connection. One type for all kinds, so that there is one copy of the HTTP code.
+/// A connection in its runtime. One type for all kinds, so that there is one copy of the HTTP code.
 pub(super) enum Stream {
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
@@ -143,29 +142,46 @@ fn path(address: &unix::net::SocketAddr) -> String {
 // === impl Acceptor ===
 
 impl Acceptor {
-    /// The next connection; `idle` is how long its peer may leave unread what was written to it.
-    pub(super) async fn accept(&self, idle: Duration) -> io::Result<Accepted> {
-        let tcp = async |socket: &TcpListener| {
-            let (stream, _) = socket.accept().await?;
-            if let Err(error) = set_up(&stream, idle) {
-                tracing::debug!(%error, "cannot set up a connection");
-            }
-            Ok::<_, io::Error>(stream)
-        };
+    /// The next connection.
+    pub(super) async fn accept(&self) -> io::Result<Socket> {
         Ok(match self {
-            Self::Tcp(socket) => Accepted::Ready(Stream::Tcp(tcp(socket).await?)),
-            Self::Tls(socket, config) => Accepted::Shaking(Handshake {
-                config: Arc::clone(config),
-                stream: tcp(socket).await?,
-            }),
-            // The kernel has no timeout here for a client that stops reading; who may open the
-            // socket is trusted that far.
-            Self::Unix(socket) => Accepted::Ready(Stream::Unix(socket.accept().await?.0)),
+            Self::Tcp(socket) => Socket::Tcp(socket.accept().await?.0.into_std()?),
+            Self::Tls(socket, config) => {
+                Socket::Tls(socket.accept().await?.0.into_std()?, Arc::clone(config))
+            }
+            Self::Unix(socket) => Socket::Unix(socket.accept().await?.0.into_std()?),
         })
     }
 }
 
-fn set_up(stream: &TcpStream, idle: Duration) -> io::Result<()> {
+// === impl Socket ===
+
+impl Socket {
+    /// Hands it over to the current runtime, and makes sure of who we are where that takes TLS: as
+    /// long as the client likes. `idle` is how long its peer may leave unread what was written to it.
+    pub(super) async fn open(self, idle: Duration) -> io::Result<Stream> {
+        let tcp = |stream: net::TcpStream| {
+            if let Err(error) = set_up(&stream, idle) {
+                tracing::debug!(%error, "cannot set up a connection");
+            }
+            TcpStream::from_std(stream)
+        };
+        Ok(match self {
+            Self::Tcp(stream) => Stream::Tcp(tcp(stream)?),
+            Self::Tls(stream, config) => {
+                let stream = tcp(stream)?;
+                let handshake = Handshake { config, stream };
+                // Boxed, or each connection would have room for it.
+                Stream::Tls(Box::new(Box::pin(handshake.finish()).await?))
+            }
+            // The kernel has no timeout here for a client that stops reading; who may open the
+            // socket is trusted that far.
+            Self::Unix(stream) => Stream::Unix(UnixStream::from_std(stream)?),
+        })
+    }
+}
+
+fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
     // Without it a small answer may wait for the client's acknowledgement.
     stream.set_nodelay(true)?;
     // hyper has no timeout for a client that stops reading; the kernel has (tcp(7)).

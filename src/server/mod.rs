@@ -1,5 +1,6 @@
 //! Accepts connections and serves them; given its sockets, its service and the word to stop.
 
+mod balance;
 mod listener;
 mod socket_file;
 mod tls;
@@ -18,12 +19,14 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tower::Service;
 
-use self::listener::{Accepted, Acceptor, Stream};
+pub use self::balance::Worker;
+use self::balance::{Arrival, Balancer};
+use self::listener::{Acceptor, Socket, Stream};
 pub use self::listener::{Listener, bind};
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
@@ -46,7 +49,8 @@ pub struct Limits {
     pub drain: Duration,
 }
 
-/// Serves all listeners until told to stop, then lets what is in flight end within the limit.
+/// Accepts from all listeners until told to stop, and serves what comes to this worker; then lets what
+/// is in flight end within the limit.
 /// Returns how many connections had to be cut.
 ///
 /// The service has to be ready always: it is not asked, since what limits requests answers them.
@@ -56,6 +60,7 @@ pub struct Limits {
 /// A listener could not be registered with the runtime.
 pub async fn run<S, B>(
     listeners: Vec<Listener>,
+    worker: Worker,
     service: S,
     limits: Limits,
     mut stop: watch::Receiver<bool>,
@@ -66,12 +71,15 @@ where
     S::Future: Send,
     B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
+    let Worker {
+        balancer,
+        mut arrivals,
+    } = worker;
     let mut accepting = JoinSet::new();
-    let (sender, mut accepted) = mpsc::channel(1);
     for listener in listeners {
-        accepting.spawn(accept(listener.register()?, limits.clone(), sender.clone()));
+        let permits = Arc::clone(&limits.connections);
+        accepting.spawn(accept(listener.register()?, permits, balancer.clone()));
     }
-    drop(sender);
 
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
@@ -80,12 +88,13 @@ where
     let service = Arc::new(Mutex::new(service));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
+    let told = stop.clone();
     let stopped = stop.wait_for(|stop| *stop);
     tokio::pin!(stopped);
     loop {
-        let (stream, permit) = tokio::select! {
+        let Arrival { socket, place } = tokio::select! {
             _ = &mut stopped => break,
-            Some(connection) = accepted.recv() => connection,
+            Some(arrival) = arrivals.recv() => arrival,
             Some(_) = connections.join_next() => continue,
         };
         let service = Arc::clone(&service);
@@ -110,16 +119,21 @@ where
                 Ok::<_, S::Error>(answer)
             }
         });
-        let connection = http.serve_connection(TokioIo::new(stream), service);
-        let connection = graceful.watch(connection);
+        let (http, watcher) = (http.clone(), graceful.watcher());
+        let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
         connections.spawn(async move {
-            if let Err(error) = connection.await {
+            let _place = place;
+            let Some(stream) = open(socket, header_timeout, idle, told).await else {
+                return;
+            };
+            let connection = http.serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, "connection ended early");
             }
-            drop(permit);
         });
     }
     accepting.shutdown().await;
+    drop(arrivals);
     // Whether in time or not: what is left then is what is cut.
     let _ = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
     while connections.try_join_next().is_some() {}
@@ -155,48 +169,36 @@ fn is_malformed<B>(answer: &http::Response<B>) -> bool {
 
 /// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits
 /// here, and the others in the kernel's queue.
-async fn accept(
-    listener: Acceptor,
-    limits: Limits,
-    sender: mpsc::Sender<(Stream, OwnedSemaphorePermit)>,
-) {
-    // Beside the loop: a silent client holds up nobody, and is dropped with the loop at the end.
-    let mut handshakes = JoinSet::new();
+async fn accept(listener: Acceptor, permits: Arc<Semaphore>, balancer: Balancer) -> Option<()> {
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept(limits.idle) => accepted,
-            Some(_) = handshakes.join_next() => continue,
-        };
-        let accepted = match accepted {
-            Ok(accepted) => accepted,
+        match listener.accept().await {
+            Ok(socket) => {
+                let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
+                balancer.assign(socket, permit).await?;
+            }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let Ok(permit) = Arc::clone(&limits.connections).acquire_owned().await else {
-            return;
-        };
-        match accepted {
-            Accepted::Ready(stream) => {
-                if sender.send((stream, permit)).await.is_err() {
-                    return;
-                }
-            }
-            Accepted::Shaking(handshake) => {
-                let (sender, limit) = (sender.clone(), limits.header_timeout);
-                handshakes.spawn(async move {
-                    match timeout(limit, handshake.finish()).await {
-                        Ok(Ok(stream)) => {
-                            // Nobody takes it any more when we end.
-                            let _ = sender.send((Stream::Tls(Box::new(stream)), permit)).await;
-                        }
-                        Ok(Err(error)) => tracing::debug!(%error, "no TLS connection"),
-                        Err(_) => tracing::debug!("no TLS connection: the client was too slow"),
-                    }
-                });
             }
         }
     }
+}
+
+/// Gets a connection ready for requests. A silent client holds up nobody, not even who wants to stop.
+async fn open(
+    socket: Socket,
+    limit: Duration,
+    idle: Duration,
+    mut stop: watch::Receiver<bool>,
+) -> Option<Stream> {
+    let opened = tokio::select! {
+        opened = timeout(limit, socket.open(idle)) => opened,
+        _ = stop.wait_for(|stop| *stop) => return None,
+    };
+    match opened {
+        Ok(Ok(stream)) => return Some(stream),
+        Ok(Err(error)) => tracing::debug!(%error, "no connection"),
+        Err(_) => tracing::debug!("no TLS connection: the client was too slow"),
+    }
+    None
 }

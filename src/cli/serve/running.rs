@@ -24,7 +24,7 @@ use super::systemd::Manager;
 use crate::admin::Control;
 use crate::cli::{Exit, Failure, runtime};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::server::{self, Limits, Listener, SocketFile};
+use crate::server::{self, Limits, Listener, SocketFile, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
 
@@ -98,7 +98,14 @@ impl Proxy {
         };
         if let Some((listener, sandbox)) = sandbox {
             let limits = own(Semaphore::MAX_PERMITS);
-            others.spawn(server::run(vec![listener], sandbox, limits, never.clone()));
+            let (listeners, worker) = (vec![listener], Worker::alone());
+            others.spawn(server::run(
+                listeners,
+                worker,
+                sandbox,
+                limits,
+                never.clone(),
+            ));
         }
         if !admin.is_empty() {
             let local = admin.iter().all(Listener::is_local);
@@ -106,7 +113,8 @@ impl Proxy {
                 quit: configuration.settings.admin.quit.then(|| quit.clone()),
             });
             let (router, limits) = (shared.admin(control), own(ADMIN_CONNECTIONS));
-            others.spawn(server::run(admin, router, limits, never));
+            let worker = Worker::alone();
+            others.spawn(server::run(admin, worker, router, limits, never));
         }
         keep_warm(&shared, configuration.settings.upstream.warmth);
         let lifecycle = Arc::clone(&shared.lifecycle);
@@ -212,7 +220,8 @@ fn start_threads(
 ) -> io::Result<mpsc::UnboundedReceiver<Ended>> {
     let (sender, ended) = mpsc::unbounded_channel();
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    for index in 0..cores.min(MOST_THREADS) {
+    let crew = Worker::crew(cores.min(MOST_THREADS));
+    for (index, worker) in crew.into_iter().enumerate() {
         let listeners = listeners
             .iter()
             .map(Listener::try_clone)
@@ -223,7 +232,7 @@ fn start_threads(
         thread::Builder::new()
             .name(format!("requests-{index}"))
             .spawn(move || {
-                let ended = runtime.block_on(serve(listeners, &shared, limits, stopped));
+                let ended = runtime.block_on(serve(listeners, worker, &shared, limits, stopped));
                 runtime.shutdown_background();
                 // Nobody listens any more after a second signal.
                 let _ = sender.send(ended);
@@ -236,13 +245,14 @@ fn start_threads(
 /// whose clients have gone. Tells what had to be cut.
 async fn serve(
     listeners: Vec<Listener>,
+    worker: Worker,
     shared: &Shared,
     limits: Limits,
     stopped: latch::Receiver<bool>,
 ) -> Ended {
     let carried = TaskTracker::new();
     let (drain, mut told) = (limits.drain, stopped.clone());
-    let connections = server::run(listeners, shared.stack(&carried), limits, stopped);
+    let connections = server::run(listeners, worker, shared.stack(&carried), limits, stopped);
     let deadline = async {
         // A sender that has gone is the word to stop too.
         let _ = told.wait_for(|stop| *stop).await;
