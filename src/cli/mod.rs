@@ -32,6 +32,7 @@ use tokio::runtime::Runtime;
 use self::flags::{SettingsArgs, WithSandbox, command_line, refuse_idle};
 use crate::credentials::{self, CommandError, Found, Places};
 use crate::error::chain;
+use crate::telemetry;
 
 /// Local authenticating reverse proxy for the Kling AI API.
 ///
@@ -279,6 +280,7 @@ fn find_credential(places: &Places) -> Result<Found, credentials::Error> {
 fn runtime() -> io::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .on_thread_park(telemetry::flush)
         .build()
 }
 

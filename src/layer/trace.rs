@@ -21,7 +21,7 @@ use crate::error::Failure;
 use crate::facts::Facts;
 use crate::metrics::{Metrics, method_label};
 use crate::request_id::RequestId;
-use crate::telemetry::printable;
+use crate::telemetry::{printable, unhurried};
 
 /// Names the request in its answer.
 const REQUEST_ID: HeaderName = HeaderName::from_static("kling-proxy-request-id");
@@ -175,16 +175,22 @@ impl Traced {
             };
         }
         match (response.extensions().get::<Failure>(), self.effect) {
-            (Some(failure), _) => {
+            (Some(failure), effect) => {
                 let upstream_id = failure.upstream_request_id.as_deref().map(printable);
-                event!(
-                    warn,
-                    error.type = failure.kind,
-                    error.code = failure.code,
-                    error.cause = &*printable(&failure.cause),
-                    upstream.request_id = upstream_id.as_deref(),
-                    "failed"
-                );
+                let log = || {
+                    event!(
+                        warn,
+                        error.type = failure.kind,
+                        error.code = failure.code,
+                        error.cause = &*printable(&failure.cause),
+                        upstream.request_id = upstream_id.as_deref(),
+                        "failed"
+                    );
+                };
+                match effect {
+                    Effect::Read => unhurried(log),
+                    Effect::Create => log(),
+                }
             }
             (None, Effect::Create) => {
                 let task = self.facts.task();

@@ -1,6 +1,7 @@
 //! Sets up what is logged, where and how.
 
 mod line;
+mod lines;
 
 use std::borrow::Cow;
 use std::io::IsTerminal;
@@ -9,6 +10,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::reload::Handle;
 
 use self::line::JsonLine;
+use self::lines::Lines;
+pub use self::lines::{flush, unhurried};
 
 /// How log lines look (`log.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +48,7 @@ impl Filter {
 pub fn init(format: Format, filter: EnvFilter) -> Filter {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(|| Lines);
     let terminal = std::io::stderr().is_terminal();
     let (filter, set) = match (format, terminal) {
         (Format::Json, _) | (Format::Auto, false) => {
