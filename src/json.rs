@@ -19,16 +19,13 @@ impl Object {
 
     /// A member whose value is JSON already.
     pub fn raw(&mut self, name: &'static str, json: &str) {
-        debug_assert!(!is_special(name), "{name} needs escaping");
-        self.0.push_str(if self.0.len() > 1 { ",\"" } else { "\"" });
-        self.0.push_str(name);
-        self.0.push_str("\":");
+        self.name(name);
         self.0.push_str(json);
     }
 
     /// A string.
     pub fn text(&mut self, name: &'static str, text: &str) {
-        self.raw(name, "");
+        self.name(name);
         if is_special(text) {
             // A string is always JSON.
             let escaped = serde_json::to_string(text).unwrap_or_default();
@@ -40,9 +37,9 @@ impl Object {
         }
     }
 
-    /// An integer, or a float that is finite.
+    /// A number as JSON has them.
     pub fn number(&mut self, name: &'static str, number: impl Display) {
-        self.raw(name, "");
+        self.name(name);
         // To write to a string cannot fail.
         let _ = write!(self.0, "{number}");
     }
@@ -56,6 +53,13 @@ impl Object {
     pub fn end(mut self) -> String {
         self.0.push('}');
         self.0
+    }
+
+    fn name(&mut self, name: &'static str) {
+        debug_assert!(!is_special(name), "{name} needs escaping");
+        self.0.push_str(if self.0.len() > 1 { ",\"" } else { "\"" });
+        self.0.push_str(name);
+        self.0.push_str("\":");
     }
 }
 
@@ -80,12 +84,12 @@ mod tests {
         assert_eq!(Object::with_capacity(0).end(), "{}");
         object.text("a", "b");
         object.number("c", -1);
-        object.number("d", 0.000_000_1);
+        object.number("d", 0.5);
         object.bool("e", true);
         object.raw("f", "null");
         assert_eq!(
             object.end(),
-            r#"{"a":"b","c":-1,"d":0.0000001,"e":true,"f":null}"#
+            r#"{"a":"b","c":-1,"d":0.5,"e":true,"f":null}"#
         );
     }
 

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::listener::Socket;
@@ -25,23 +26,21 @@ pub(super) struct Balancer {
 /// What leads to a worker.
 struct Queue {
     sender: mpsc::Sender<Arrival>,
-    /// Its connections, those included that are on their way to it.
-    open: Arc<AtomicUsize>,
+    /// Of its connections, those included that are on their way to it.
+    count: Arc<AtomicUsize>,
 }
 
 /// A connection that a worker is to serve.
 pub(super) struct Arrival {
     pub(super) socket: Socket,
     pub(super) place: Place,
+    pub(super) permit: OwnedSemaphorePermit,
 }
 
-/// Counts a connection until it is dropped.
-pub(super) struct Place {
-    open: Arc<AtomicUsize>,
-    _permit: OwnedSemaphorePermit,
-}
+/// One in the count of a worker's connections, until it is dropped.
+pub(super) struct Place(Arc<AtomicUsize>);
 
-/// Connections that wait for a worker that is busy. Beyond, the kernel's queue is as good.
+/// Connections that wait for a worker. One that is so far behind gets no more from others.
 const WAITING: usize = 16;
 
 // === impl Worker ===
@@ -79,46 +78,54 @@ impl Worker {
 impl Queue {
     fn new() -> (Self, mpsc::Receiver<Arrival>) {
         let (sender, arrivals) = mpsc::channel(WAITING);
-        let open = Arc::default();
-        (Self { sender, open }, arrivals)
+        let count = Arc::default();
+        (Self { sender, count }, arrivals)
     }
 
-    fn open(&self) -> usize {
-        self.open.load(Relaxed)
+    fn connections(&self) -> usize {
+        self.count.load(Relaxed)
     }
 }
 
 // === impl Balancer ===
 
 impl Balancer {
-    /// Gives a connection to the worker that has the fewest. `None` if that serves no more.
+    /// Gives a connection to the worker that has the fewest. `None` if this one serves no more.
     pub(super) async fn assign(&self, socket: Socket, permit: OwnedSemaphorePermit) -> Option<()> {
         let own = &self.queues[self.own];
-        let fewest = self.queues.iter().min_by_key(|queue| queue.open());
+        let fewest = self.queues.iter().min_by_key(|queue| queue.connections());
         // Among equals it stays where it is.
-        let queue = fewest.filter(|queue| queue.open() < own.open());
-        let queue = queue.unwrap_or(own);
-        let place = Place::new(queue, permit);
-        queue.sender.send(Arrival { socket, place }).await.ok()
+        let other = fewest.filter(|queue| queue.connections() < own.connections());
+        let place = Place::at(other.unwrap_or(own));
+        let mut arrival = Arrival {
+            socket,
+            place,
+            permit,
+        };
+        if let Some(other) = other {
+            arrival = match other.sender.try_send(arrival) {
+                Ok(()) => return Some(()),
+                // It is stuck, or has ended.
+                Err(TrySendError::Full(arrival) | TrySendError::Closed(arrival)) => arrival,
+            };
+            arrival.place = Place::at(own);
+        }
+        own.sender.send(arrival).await.ok()
     }
 }
 
 // === impl Place ===
 
 impl Place {
-    fn new(queue: &Queue, permit: OwnedSemaphorePermit) -> Self {
-        let open = Arc::clone(&queue.open);
-        open.fetch_add(1, Relaxed);
-        Self {
-            open,
-            _permit: permit,
-        }
+    fn at(queue: &Queue) -> Self {
+        queue.count.fetch_add(1, Relaxed);
+        Self(Arc::clone(&queue.count))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.open.fetch_sub(1, Relaxed);
+        self.0.fetch_sub(1, Relaxed);
     }
 }
 
@@ -163,6 +170,22 @@ mod tests {
         assign(&crew[1], &permits).await;
         assert_eq!(crew[1].arrivals.len(), 1);
         assign(&crew[1], &permits).await;
+        assert_eq!(crew[0].arrivals.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_is_stuck_or_has_ended_holds_up_no_other() {
+        let permits = Arc::new(Semaphore::new(3 * WAITING));
+        let mut crew = Worker::crew(2);
+        let mut served = Vec::new();
+        // The other one takes none.
+        while served.len() < 2 * WAITING - 1 {
+            assign(&crew[0], &permits).await;
+            served.extend(crew[0].arrivals.try_recv());
+        }
+        assert_eq!(crew[1].arrivals.len(), WAITING);
+        drop(crew.pop());
+        assign(&crew[0], &permits).await;
         assert_eq!(crew[0].arrivals.len(), 1);
     }
 }

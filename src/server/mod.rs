@@ -89,14 +89,7 @@ where
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let told = stop.clone();
-    let stopped = stop.wait_for(|stop| *stop);
-    tokio::pin!(stopped);
-    loop {
-        let Arrival { socket, place } = tokio::select! {
-            _ = &mut stopped => break,
-            Some(arrival) = arrivals.recv() => arrival,
-            Some(_) = connections.join_next() => continue,
-        };
+    let serve = |arrival: Arrival| {
         let service = Arc::clone(&service);
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let last = ends_connection(&request);
@@ -121,8 +114,13 @@ where
         });
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
-        connections.spawn(async move {
-            let _place = place;
+        async move {
+            let Arrival {
+                socket,
+                place,
+                permit,
+            } = arrival;
+            let _counted = (place, permit);
             let Some(stream) = open(socket, header_timeout, idle, told).await else {
                 return;
             };
@@ -130,9 +128,21 @@ where
             if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, "connection ended early");
             }
-        });
+        }
+    };
+    let stopped = stop.wait_for(|stop| *stop);
+    tokio::pin!(stopped);
+    loop {
+        tokio::select! {
+            _ = &mut stopped => break,
+            Some(arrival) = arrivals.recv() => { connections.spawn(serve(arrival)); }
+            Some(_) = connections.join_next() => {}
+        }
     }
     accepting.shutdown().await;
+    while let Ok(arrival) = arrivals.try_recv() {
+        connections.spawn(serve(arrival));
+    }
     drop(arrivals);
     // Whether in time or not: what is left then is what is cut.
     let _ = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
@@ -192,12 +202,13 @@ async fn open(
     mut stop: watch::Receiver<bool>,
 ) -> Option<Stream> {
     let opened = tokio::select! {
+        biased; // without TLS it is open at once
         opened = timeout(limit, socket.open(idle)) => opened,
         _ = stop.wait_for(|stop| *stop) => return None,
     };
     match opened {
         Ok(Ok(stream)) => return Some(stream),
-        Ok(Err(error)) => tracing::debug!(%error, "no connection"),
+        Ok(Err(error)) => tracing::debug!(%error, "no TLS connection"),
         Err(_) => tracing::debug!("no TLS connection: the client was too slow"),
     }
     None

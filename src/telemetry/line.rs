@@ -73,7 +73,8 @@ impl Visit for Fields<'_> {
 
     fn record_f64(&mut self, field: &Field, value: f64) {
         if value.is_finite() {
-            self.0.number(field.name(), value);
+            // With a point even where it is whole, so that readers see one type.
+            self.0.number(field.name(), format_args!("{value:?}"));
         } else {
             self.0.raw(field.name(), "null");
         }

@@ -70,7 +70,7 @@ pub(super) async fn judge(
     let mut patience = Patience::of(HOLD);
     match (reader.peek(&mut patience).await, effect) {
         (Peek::Code(0), Effect::Create) => {
-            Box::pin(reader.read_all(&mut patience)).await;
+            Box::pin(reader.read_within(&mut patience)).await;
             head.extensions.insert(Task::answered(reader.text.seen()));
         }
         (Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided, _) => {}
@@ -151,13 +151,13 @@ impl Reader {
 
     /// Reads an error's body as far as the bounds allow.
     async fn read_error(&mut self) {
-        if !self.read_all(&mut Patience::of(ERROR_BODY)).await {
+        if !self.read_within(&mut Patience::of(ERROR_BODY)).await {
             self.end = End::Cut;
         }
     }
 
     /// Reads as far as the bounds allow. Tells whether that was possible in time.
-    async fn read_all(&mut self, patience: &mut Patience) -> bool {
+    async fn read_within(&mut self, patience: &mut Patience) -> bool {
         while !self.is_over() {
             if !patience.lasts(self.read()).await {
                 return false;

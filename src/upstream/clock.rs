@@ -76,7 +76,7 @@ impl UpstreamClock {
     /// Learns from the head of an answer, if a sample is due. `asked` is when upstream had the
     /// request.
     pub(super) fn learn(&self, head: &HeaderMap, asked: Instant) {
-        if self.is_due(asked)
+        if self.takes_turn(asked)
             && let Some(reading) = self.read(head, asked)
         {
             self.take(reading);
@@ -119,16 +119,18 @@ impl UpstreamClock {
         self.settle(&mut history);
     }
 
-    fn is_due(&self, now: Instant) -> bool {
-        let now = whole_millis(now - self.start);
+    /// Whether an answer to what was `asked` then is the next sample. Mostly it is not, which is told
+    /// without a look at a clock.
+    fn takes_turn(&self, asked: Instant) -> bool {
         let due = self.due.load(Relaxed);
+        if whole_millis(asked - self.start) < due {
+            return false;
+        }
+        let next = whole_millis(self.start.elapsed() + INTERVAL);
         // Of several threads one takes the sample.
-        let next = now.saturating_add(whole_millis(INTERVAL));
-        now >= due
-            && self
-                .due
-                .compare_exchange(due, next, Relaxed, Relaxed)
-                .is_ok()
+        self.due
+            .compare_exchange(due, next, Relaxed, Relaxed)
+            .is_ok()
     }
 
     fn settle(&self, history: &mut History) {

@@ -204,6 +204,7 @@ impl Way {
                 Err(mut refused) => match refused.take_message() {
                     Some(unsent) if kept => {
                         request = unsent;
+                        progress.restart();
                         // HTTP/2 has taken it away, and the next connection may speak HTTP/1.1.
                         request.headers_mut().insert(HOST, self.pool.host());
                     }

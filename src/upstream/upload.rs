@@ -154,7 +154,7 @@ impl Progress {
         }
     }
 
-    /// Counts anew: the time until now went into a connection.
+    /// Counts anew: so far nothing was sent.
     pub(super) fn restart(&self) {
         self.lock().since = Instant::now();
     }

@@ -1,7 +1,8 @@
 //! A proxy while it runs, and how it ends.
 //!
-//! Requests are served by a few threads with a runtime each, which share nothing that locks: a
-//! connection, its requests and the connections that they use upstream stay on one thread. The thread
+//! Requests are served by a few threads with a runtime each: from its first byte on a connection, its
+//! requests and the connections that they use upstream stay on one of them, and none waits for another's
+//! lock. The thread
 //! that starts them keeps what is not a request: signals, the admin listener, the sandbox, and the
 //! connection that is ready for whichever of them has none. Changed files have a thread to wait on.
 
@@ -27,6 +28,7 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::server::{self, Limits, Listener, SocketFile, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
+use crate::telemetry;
 
 /// More would not make the Kling API faster, and each keeps connections of its own.
 const MOST_THREADS: usize = 4;
@@ -234,6 +236,7 @@ fn start_threads(
             .spawn(move || {
                 let ended = runtime.block_on(serve(listeners, worker, &shared, limits, stopped));
                 runtime.shutdown_background();
+                telemetry::flush();
                 // Nobody listens any more after a second signal.
                 let _ = sender.send(ended);
             })?;
