@@ -50,8 +50,7 @@ pub struct Limits {
 }
 
 /// Accepts from all listeners until told to stop, and serves what comes to this worker; then lets what
-/// is in flight end within the limit.
-/// Returns how many connections had to be cut.
+/// is in flight end within the limit. Returns how many connections had to be cut.
 ///
 /// The service has to be ready always: it is not asked, since what limits requests answers them.
 ///
@@ -91,27 +90,7 @@ where
     let told = stop.clone();
     let serve = |arrival: Arrival| {
         let service = Arc::clone(&service);
-        let service = service_fn(move |request: hyper::Request<Incoming>| {
-            let last = ends_connection(&request);
-            let paid = Effect::of(&request) == Effect::Create;
-            let mut answer = Box::pin(call(&service, request.map(boxed)));
-            // hyper drops it unpolled if the client has sent all of its request and gone; what
-            // outlives its client has to be begun by then.
-            let answered = paid.then(|| (&mut answer).now_or_never()).flatten();
-            let answered = answered.map(Box::new); // rare: not each connection has room for it
-            async move {
-                let mut answer = match answered {
-                    Some(answered) => (*answered)?,
-                    None => answer.await?,
-                };
-                if last || is_malformed(&answer) {
-                    answer
-                        .headers_mut()
-                        .insert(CONNECTION, HeaderValue::from_static("close"));
-                }
-                Ok::<_, S::Error>(answer)
-            }
-        });
+        let service = service_fn(move |request| answer(&service, request));
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
         async move {
@@ -148,6 +127,34 @@ where
     let _ = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
     while connections.try_join_next().is_some() {}
     Ok(connections.len())
+}
+
+/// Has the service answer a request.
+fn answer<S, B>(
+    service: &Mutex<S>,
+    request: hyper::Request<Incoming>,
+) -> impl Future<Output = Result<S::Response, S::Error>> + use<S, B>
+where
+    S: Service<Request, Response = http::Response<B>>,
+{
+    let last = ends_connection(&request);
+    let paid = Effect::of(&request) == Effect::Create;
+    let mut answer = Box::pin(call(service, request.map(boxed)));
+    // hyper drops it unpolled if the client has sent all of its request and gone; what outlives its
+    // client has to be begun by then.
+    let answered = paid.then(|| (&mut answer).now_or_never()).flatten();
+    let answered = answered.map(Box::new); // rare: not each connection has room for it
+    async move {
+        let mut answer = match answered {
+            Some(answered) => (*answered)?,
+            None => answer.await?,
+        };
+        if last || is_malformed(&answer) {
+            let headers = answer.headers_mut();
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        Ok(answer)
+    }
 }
 
 /// Calls a service that is ready always.

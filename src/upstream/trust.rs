@@ -62,7 +62,7 @@ pub fn trust_roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
 /// [`TlsError`].
 pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
     let mut provider = rustls::crypto::ring::default_provider();
-    // What browsers like best too: with 256 bits both ends spend an eighth more on an upload.
+    // What browsers like best too: with 256 bits both ends spend a tenth more on an upload.
     provider
         .cipher_suites
         .sort_by_key(|suite| !is_aes_128(suite.suite()));
