@@ -4,7 +4,6 @@
 //! span it has the fields only, and the target of what comes by the `log` crate is `log`.
 
 use std::fmt;
-use std::time::SystemTime;
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
@@ -12,6 +11,7 @@ use tracing_subscriber::fmt::format::{JsonFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::clock::{Clock, SystemClock};
 use crate::json::Object;
 
 /// Formats an event as a [line](self).
@@ -36,7 +36,7 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         let metadata = event.metadata();
-        let timestamp = humantime::format_rfc3339_micros(now()).to_string();
+        let timestamp = humantime::format_rfc3339_micros(SystemClock.now()).to_string();
         let mut line = Object::with_capacity(USUAL);
         line.text("timestamp", &timestamp);
         line.text("level", metadata.level().as_str());
@@ -87,12 +87,4 @@ impl Visit for Fields<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         self.0.text(field.name(), &format!("{value:?}"));
     }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "lines follow one another faster than `SystemClock` ticks"
-)]
-fn now() -> SystemTime {
-    SystemTime::now()
 }

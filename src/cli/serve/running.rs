@@ -1,10 +1,10 @@
 //! A proxy while it runs, and how it ends.
 //!
 //! Requests are served by a few threads with a runtime each: from its first byte on a connection, its
-//! requests and the connections that they use upstream stay on one of them, and none waits for another's
-//! lock. The thread
-//! that starts them keeps what is not a request: signals, the admin listener, the sandbox, and the
-//! connection that is ready for whichever of them has none. Changed files have a thread to wait on.
+//! requests and the connections that they use upstream stay on one of them, and none waits for
+//! another's lock. The thread that starts them keeps what is not a request: signals, the admin
+//! listener, the sandbox, and the connection that is ready for whichever of them has none. Changed
+//! files have a thread to wait on.
 
 use std::io;
 use std::sync::Arc;
