@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use figment::value::Value;
 use http::{HeaderValue, Method};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
 
 pub use self::layers::Flags;
 use self::layers::{DEFAULT, Layers};
@@ -152,7 +152,7 @@ pub struct Log {
     /// How lines look.
     pub format: telemetry::Format,
     /// Which lines.
-    pub filter: EnvFilter,
+    pub filter: Targets,
 }
 
 /// Something to correct. It never shows the value of a secret.

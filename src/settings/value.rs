@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use figment::value::Value;
 use http::{HeaderValue, Method};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
 
 use crate::layer::normalise::{self, Statuses};
 use crate::secret::Secret;
@@ -76,7 +76,8 @@ texts! {
     };
     HeaderValue, "a header value", |text: &str| text.parse().map_err(|_| None);
     Method, "a method such as \"GET\"", |text: &str| text.parse().map_err(|_| None);
-    EnvFilter, "a filter as in RUST_LOG", |text: &str| EnvFilter::try_new(text).map_err(|_| None);
+    Targets, "levels and targets as in RUST_LOG, such as \"info,kling_proxy=debug\"",
+        |text: &str| targets(text).ok_or(None);
     Statuses, "\"documented\" or \"actionable\"", |text: &str| match text {
         "documented" => Ok(Statuses::Documented),
         "actionable" => Ok(Statuses::Actionable),
@@ -143,6 +144,39 @@ impl<T: Setting> Setting for Vec<T> {
         match value.as_array() {
             Some(values) => values.iter().map(T::read).collect(),
             None => Ok(vec![T::read(value)?]),
+        }
+    }
+}
+
+/// What `RUST_LOG` may say of spans and their fields, in brackets, is refused rather than ignored.
+fn targets(text: &str) -> Option<Targets> {
+    let directives = text.split(',').map(str::trim);
+    let directives: Vec<_> = directives.filter(|text| !text.is_empty()).collect();
+    let text = directives.join(",");
+    let plain = !text.contains('[');
+    plain.then(|| text.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filter_of_lines_is_a_list_of_levels_and_targets() {
+        for text in ["info,kling_proxy=debug", " info, kling_proxy=debug ,"] {
+            let filter = targets(text).unwrap();
+            let said = |target: &str, level| filter.would_enable(target, &level);
+            assert!(said("kling_proxy::stack", tracing::Level::DEBUG), "{text}");
+            assert!(!said("kling_proxy::stack", tracing::Level::TRACE), "{text}");
+            assert!(said("hyper", tracing::Level::INFO), "{text}");
+            assert!(!said("hyper", tracing::Level::DEBUG), "{text}");
+        }
+        for text in [
+            "info,kling_proxy=loud",
+            "[request{id=1}]=debug",
+            "kling_proxy[request]",
+        ] {
+            assert_eq!(targets(text), None, "{text}");
         }
     }
 }

@@ -6,8 +6,11 @@ mod lines;
 use std::borrow::Cow;
 use std::io::IsTerminal;
 
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::reload::Handle;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload::{self, Handle};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, Registry, fmt};
 
 use self::line::JsonLine;
 use self::lines::Lines;
@@ -25,49 +28,37 @@ pub enum Format {
 }
 
 /// A hold on which lines are logged, to change that while running.
-pub struct Filter(Box<dyn Fn(EnvFilter) + Send>);
+pub struct Filter(Handle<Targets, Registry>);
 
 // === impl Filter ===
 
 impl Filter {
-    fn of<S: 'static>(handle: Handle<EnvFilter, S>) -> Self {
-        Self(Box::new(move |filter| {
-            if let Err(error) = handle.reload(filter) {
-                tracing::warn!(%error, "cannot change what is logged");
-            }
-        }))
-    }
-
     /// Logs what this filter lets through from now on.
-    pub fn set(&self, filter: EnvFilter) {
-        (self.0)(filter);
+    pub fn set(&self, filter: Targets) {
+        if let Err(error) = self.0.reload(filter) {
+            tracing::warn!(%error, "cannot change what is logged");
+        }
     }
 }
 
 /// Logs to standard error from now on, as the first caller in the process says.
-pub fn init(format: Format, filter: EnvFilter) -> Filter {
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(|| Lines);
+///
+/// Lines are let through by target and level. `EnvFilter` also looks at the fields of spans, for
+/// which it brings a regular expression engine: a twentieth of the program.
+pub fn init(format: Format, filter: Targets) -> Filter {
+    let (filter, handle) = reload::Layer::new(filter);
     let terminal = std::io::stderr().is_terminal();
-    let (filter, set) = match (format, terminal) {
-        (Format::Json, _) | (Format::Auto, false) => {
-            let builder = builder
-                .json()
-                .event_format(JsonLine)
-                .with_filter_reloading();
-            (Filter::of(builder.reload_handle()), builder.try_init())
-        }
-        (Format::Pretty, _) | (Format::Auto, true) => {
-            let builder = builder.with_ansi(terminal).with_filter_reloading();
-            (Filter::of(builder.reload_handle()), builder.try_init())
-        }
+    let lines = fmt::layer().with_writer(|| Lines);
+    let lines = match (format, terminal) {
+        (Format::Json, _) | (Format::Auto, false) => lines.json().event_format(JsonLine).boxed(),
+        (Format::Pretty, _) | (Format::Auto, true) => lines.with_ansi(terminal).boxed(),
     };
+    let subscriber = tracing_subscriber::registry().with(filter).with(lines);
     // Only a test that sets up twice gets here; the first setting stands.
-    if let Err(error) = set {
-        tracing::debug!(error, "logging is set up already");
+    if let Err(error) = subscriber.try_init() {
+        tracing::debug!(%error, "logging is set up already");
     }
-    filter
+    Filter(handle)
 }
 
 /// As much of a foreign text as is logged, in bytes.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use self::signals::Signals;
 use super::serve::{
@@ -24,7 +24,7 @@ use crate::secret::Secret;
 use crate::telemetry;
 
 /// What is logged unless somebody asks for more: standard error is the command's.
-const QUIET: &str = "warn";
+const QUIET: LevelFilter = LevelFilter::WARN;
 
 /// Ends with the code of the command, which is 128 and the signal's number where a signal ended it.
 pub(super) fn run(
@@ -36,7 +36,7 @@ pub(super) fn run(
     let (mut settings, rows) = args.load(environment)?;
     let is_default = |key| rows.iter().any(|row| row.key == key && row.is_default());
     if is_default("log.filter") {
-        settings.log.filter = EnvFilter::new(QUIET);
+        settings.log.filter = Targets::new().with_default(QUIET);
     }
     let filter = telemetry::init(settings.log.format, settings.log.filter.clone());
     hide_memory();
