@@ -6,29 +6,30 @@ use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use reqwest::Client;
+use bytes::Bytes;
+use http::header::HOST;
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Empty};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::admin;
+use crate::error::BoxError;
 
 /// Between two questions of `wait`: a proxy is ready within less.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// What asks.
-struct Probe {
-    client: Client,
-    address: SocketAddr,
-}
 
 /// Asks once.
 pub(super) fn run(
     args: &SettingsArgs,
     environment: &[(OsString, OsString)],
 ) -> Result<(), Failure> {
-    let probe = Probe::new(args, environment)?;
+    let address = address(args, environment)?;
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
-    let answer = runtime.block_on(probe.ask());
+    let answer = runtime.block_on(ask(address));
     say(answer.map_err(|reason| Failure::new(Exit::Failed, reason))?);
     Ok(())
 }
@@ -39,11 +40,11 @@ pub(super) fn wait(
     args: &SettingsArgs,
     environment: &[(OsString, OsString)],
 ) -> Result<(), Failure> {
-    let probe = Probe::new(args, environment)?;
+    let address = address(args, environment)?;
     let mut last = "no answer yet".to_owned();
     let ready = async {
         loop {
-            match probe.ask().await {
+            match ask(address).await {
                 Ok(answer) => return answer,
                 Err(reason) => last = reason,
             }
@@ -60,43 +61,46 @@ pub(super) fn wait(
     Ok(())
 }
 
-// === impl Probe ===
+/// Where the proxy of these settings answers.
+fn address(
+    args: &SettingsArgs,
+    environment: &[(OsString, OsString)],
+) -> Result<SocketAddr, Failure> {
+    let (settings, _) = args.load(environment)?;
+    let address = settings.admin.address.ok_or_else(|| {
+        let reason = "admin.address is off: there is nothing to ask";
+        Failure::new(Exit::Failed, reason)
+    })?;
+    Ok(reachable(address))
+}
 
-impl Probe {
-    fn new(args: &SettingsArgs, environment: &[(OsString, OsString)]) -> Result<Self, Failure> {
-        let (settings, _) = args.load(environment)?;
-        let address = settings.admin.address.ok_or_else(|| {
-            let reason = "admin.address is off: there is nothing to ask";
-            Failure::new(Exit::Failed, reason)
-        })?;
-        let client = Client::builder()
-            .no_proxy()
-            .timeout(admin::PROBE_TIMEOUT)
-            .build()
-            .map_err(|error| Failure::because(Exit::Failed, &error))?;
-        Ok(Self {
-            client,
-            address: reachable(address),
-        })
+/// The answer of a proxy that is ready, else what is wrong.
+async fn ask(address: SocketAddr) -> Result<String, String> {
+    let answer = timeout(admin::PROBE_TIMEOUT, get(address, admin::READY)).await;
+    let answer = answer.map_err(BoxError::from).flatten();
+    let (status, text) = answer.map_err(|error| {
+        let reason = root(&*error);
+        format!("no proxy answers on {address} (admin.address): {reason}")
+    })?;
+    if status.is_success() {
+        Ok(text)
+    } else {
+        Err(format!("not ready: {text}"))
     }
+}
 
-    /// The answer of a proxy that is ready, else what is wrong.
-    async fn ask(&self) -> Result<String, String> {
-        let address = self.address;
-        let unanswered = |error: reqwest::Error| {
-            let reason = root(&error);
-            format!("no proxy answers on {address} (admin.address): {reason}")
-        };
-        let url = format!("http://{address}{}", admin::READY);
-        let answer = self.client.get(url).send().await.map_err(unanswered)?;
-        let ready = answer.status().is_success();
-        let body = answer.text().await.map_err(unanswered)?;
-        if ready {
-            Ok(body)
-        } else {
-            Err(format!("not ready: {body}"))
-        }
-    }
+/// One request on a connection of its own.
+async fn get(address: SocketAddr, path: &str) -> Result<(StatusCode, String), BoxError> {
+    let stream = TcpStream::connect(address).await?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
+    let request = Request::get(path).header(HOST, address.to_string());
+    let answer = sender
+        .send_request(request.body(Empty::<Bytes>::new())?)
+        .await?;
+    let status = answer.status();
+    let body = answer.into_body().collect().await?.to_bytes();
+    Ok((status, String::from_utf8_lossy(&body).into_owned()))
 }
 
 /// The cause of all causes, such as a connection that was refused.

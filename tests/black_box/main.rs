@@ -26,6 +26,7 @@ mod reload;
 mod retry;
 mod rotation;
 mod run;
+mod rust_client;
 mod sandbox;
 mod secrets;
 mod server;
