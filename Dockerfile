@@ -8,6 +8,7 @@ WORKDIR /build
 
 # Dependencies alone, against empty sources: a layer that lasts until the lock file changes.
 COPY Cargo.toml Cargo.lock ./
+COPY .cargo .cargo
 RUN mkdir src \
     && echo 'fn main() {}' > src/main.rs \
     && touch src/lib.rs \
