@@ -8,7 +8,7 @@ WORKDIR /build
 
 # Dependencies alone, against empty sources: a layer that lasts until the lock file changes.
 COPY Cargo.toml Cargo.lock ./
-COPY .cargo .cargo
+COPY .cargo/config.toml .cargo/config.toml
 RUN mkdir src \
     && echo 'fn main() {}' > src/main.rs \
     && touch src/lib.rs \

@@ -34,7 +34,7 @@ pub(super) struct SettingsArgs {
     /// Log lines: auto, pretty or json
     #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
-    /// What is logged, as in RUST_LOG
+    /// Levels and targets of what is logged, as in RUST_LOG
     #[arg(long, global = true, value_name = "FILTER")]
     log_filter: Option<String>,
 }

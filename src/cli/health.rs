@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::HOST;
 use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
@@ -21,6 +21,8 @@ use crate::error::BoxError;
 
 /// Between two questions of `wait`: a proxy is ready within less.
 const PAUSE: Duration = Duration::from_millis(100);
+/// What answers more than this is no proxy, in bytes.
+const BOUND: usize = 64 << 10;
 
 /// Asks once.
 pub(super) fn run(
@@ -76,12 +78,13 @@ fn address(
 
 /// The answer of a proxy that is ready, else what is wrong.
 async fn ask(address: SocketAddr) -> Result<String, String> {
-    let answer = timeout(admin::PROBE_TIMEOUT, get(address, admin::READY)).await;
-    let answer = answer.map_err(BoxError::from).flatten();
-    let (status, text) = answer.map_err(|error| {
-        let reason = root(&*error);
-        format!("no proxy answers on {address} (admin.address): {reason}")
-    })?;
+    let limit = admin::PROBE_TIMEOUT;
+    let answer = match timeout(limit, get(address, admin::READY)).await {
+        Ok(answer) => answer.map_err(|error| root(&*error).to_string()),
+        Err(_) => Err(format!("not within {}", humantime::format_duration(limit))),
+    };
+    let (status, text) = answer
+        .map_err(|reason| format!("no proxy answers on {address} (admin.address): {reason}"))?;
     if status.is_success() {
         Ok(text)
     } else {
@@ -99,7 +102,8 @@ async fn get(address: SocketAddr, path: &str) -> Result<(StatusCode, String), Bo
         .send_request(request.body(Empty::<Bytes>::new())?)
         .await?;
     let status = answer.status();
-    let body = answer.into_body().collect().await?.to_bytes();
+    let body = Limited::new(answer.into_body(), BOUND).collect().await?;
+    let body = body.to_bytes();
     Ok((status, String::from_utf8_lossy(&body).into_owned()))
 }
 

@@ -148,13 +148,15 @@ impl<T: Setting> Setting for Vec<T> {
     }
 }
 
-/// What `RUST_LOG` may say of spans and their fields, in brackets, is refused rather than ignored.
+/// Any text could be a target. One that cannot be the path of a module is refused, since nothing would
+/// be logged: a value in quotes of its own, or what `RUST_LOG` may say of spans, in brackets.
 fn targets(text: &str) -> Option<Targets> {
     let directives = text.split(',').map(str::trim);
     let directives: Vec<_> = directives.filter(|text| !text.is_empty()).collect();
-    let text = directives.join(",");
-    let plain = !text.contains('[');
-    plain.then(|| text.parse().ok()).flatten()
+    let may_stand = |c: char| c.is_alphanumeric() || "_-:=".contains(c);
+    let is_sound = |text: &&str| text.chars().all(may_stand) && !text.ends_with('=');
+    let all = directives.iter().all(is_sound);
+    all.then(|| directives.join(",").parse().ok()).flatten()
 }
 
 #[cfg(test)]
@@ -173,8 +175,11 @@ mod tests {
         }
         for text in [
             "info,kling_proxy=loud",
-            "[request{id=1}]=debug",
+            "kling_proxy=",
             "kling_proxy[request]",
+            "[request{id=1}]=debug",
+            "\"info\"",
+            "*=debug",
         ] {
             assert_eq!(targets(text), None, "{text}");
         }

@@ -1,18 +1,22 @@
 //! A Rust program that uses reqwest knows a base URL and nothing else: no key, no way to make a token.
 
 use std::io;
-use std::time::Duration;
 
 use futures_util::stream;
 use reqwest::{Body, Client};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
-use crate::support::{Command, started};
+use crate::support::{Command, PATIENCE, started};
 
 const VIDEOS: &str = "/v1/videos/text2video";
 
 fn client() -> Client {
-    Client::builder().no_proxy().build().unwrap()
+    Client::builder()
+        .no_proxy()
+        .timeout(PATIENCE)
+        .build()
+        .unwrap()
 }
 
 #[tokio::test]
@@ -23,14 +27,19 @@ async fn a_task_is_created_polled_and_downloaded() -> reqwest::Result<()> {
     let (client, videos) = (client(), format!("http://{}{VIDEOS}", proxy.address));
     let order = json!({ "model_name": "kling-v2-6", "prompt": "a cat" });
     let created = client.post(&videos).json(&order).send().await?;
-    let mut task = created.error_for_status()?.json::<Value>().await?;
-    let url = format!("{videos}/{}", task["data"]["task_id"].as_str().unwrap());
-    while task["data"]["task_status"] != "succeed" {
-        assert_ne!(task["data"]["task_status"], "failed", "{task}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        task = client.get(&url).send().await?.json().await?;
-    }
-    let video = &task["data"]["task_result"]["videos"][0]["url"];
+    let created = created.error_for_status()?.json::<Value>().await?;
+    let id = created["data"]["task_id"].as_str().unwrap();
+    let url = format!("{videos}/{id}");
+    let succeeded = async {
+        loop {
+            let answer = client.get(&url).send().await?.error_for_status()?;
+            let mut task = answer.json::<Value>().await?["data"].take();
+            if task["task_status"] == "succeed" {
+                break reqwest::Result::Ok(task["task_result"]["videos"][0]["url"].take());
+            }
+        }
+    };
+    let video = timeout(PATIENCE, succeeded).await.unwrap()?;
     let file = client.get(video.as_str().unwrap()).send().await?;
     assert_eq!(file.headers()["content-type"], "video/mp4");
     assert_eq!(&file.bytes().await?[4..8], b"ftyp");

@@ -1,6 +1,11 @@
 //! `health` and `wait`: whether a proxy is ready, now or soon.
 
-use std::{net::SocketAddr, os::fd::OwnedFd, thread};
+use std::{
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener},
+    os::fd::OwnedFd,
+    thread,
+};
 
 use socket2::{Domain, Socket, Type};
 
@@ -64,6 +69,30 @@ fn failed_wait_tells_what_was_wrong_last() {
         assert_eq!((health.code, &*health.stdout), (Some(1), ""), "{health:?}");
         assert_has(&health.stderr, &[reason]);
     }
+}
+
+#[test]
+fn what_is_no_proxy_is_given_up() {
+    let (silent, address) = closed();
+    silent.listen(16).unwrap();
+    let endless = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endless_address = endless.local_addr().unwrap().to_string();
+    let answering = thread::spawn(move || {
+        let (mut client, _) = endless.accept().unwrap();
+        let _ = client.read(&mut [0; 4096]).unwrap();
+        let _ = client.write_all(b"HTTP/1.1 200 OK\r\n\r\n");
+        while client.write_all(&[b'a'; 4096]).is_ok() {}
+    });
+    for (admin, reason) in [
+        (address, "not within 3s"),
+        (endless_address, "length limit"),
+    ] {
+        let health = Command::new(["health"]).setting("admin.address", admin);
+        let health = health.run();
+        assert_eq!((health.code, &*health.stdout), (Some(1), ""), "{health:?}");
+        assert_has(&health.stderr, &["no proxy answers", reason]);
+    }
+    answering.join().unwrap();
 }
 
 #[test]
