@@ -455,9 +455,9 @@ fn no_secret_is_on_the_command_line() {
 fn environment_of_the_process_is_closed_to_others_of_its_user() {
     let upstream = Upstream::ok();
     let proxy = Proxy::to(&upstream).unprivileged().start();
-    let own = unprivileged("cat").arg("/proc/self/environ").status();
-    assert!(own.unwrap().success(), "one that any process may read");
-    let read = unprivileged("cat").arg(proxy.path("environ")).output();
-    let read = read.unwrap();
+    let read = |path: &Path| unprivileged("cat").arg(path).output().unwrap();
+    let own = read("/proc/self/environ".as_ref());
+    assert!(own.status.success(), "one that any process may read");
+    let read = read(&proxy.path("environ"));
     assert_eq!((read.status.success(), read.stdout), (false, vec![]));
 }
