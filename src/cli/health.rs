@@ -6,16 +6,13 @@ use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::header::HOST;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Limited};
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use super::{Exit, Failure, SettingsArgs, runtime, say};
+use super::{Exit, Failure, SettingsArgs, runtime, say, send};
 use crate::admin;
 use crate::error::BoxError;
 
@@ -95,12 +92,8 @@ async fn ask(address: SocketAddr) -> Result<String, String> {
 /// One request on a connection of its own.
 async fn get(address: SocketAddr, path: &str) -> Result<(StatusCode, String), BoxError> {
     let stream = TcpStream::connect(address).await?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
     let request = Request::get(path).header(HOST, address.to_string());
-    let answer = sender
-        .send_request(request.body(Empty::<Bytes>::new())?)
-        .await?;
+    let answer = send(stream, request.body(Empty::new())?).await?;
     let status = answer.status();
     let body = Limited::new(answer.into_body(), BOUND).collect().await?;
     let body = body.to_bytes();

@@ -155,8 +155,10 @@ fn targets(text: &str) -> Option<Targets> {
     let directives: Vec<_> = directives.filter(|text| !text.is_empty()).collect();
     let may_stand = |c: char| c.is_alphanumeric() || "_-:=".contains(c);
     let is_sound = |text: &&str| text.chars().all(may_stand) && !text.ends_with('=');
-    let all = directives.iter().all(is_sound);
-    all.then(|| directives.join(",").parse().ok()).flatten()
+    if !directives.iter().all(is_sound) {
+        return None;
+    }
+    directives.join(",").parse().ok()
 }
 
 #[cfg(test)]

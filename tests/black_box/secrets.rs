@@ -456,8 +456,8 @@ fn environment_of_the_process_is_closed_to_others_of_its_user() {
     let upstream = Upstream::ok();
     let proxy = Proxy::to(&upstream).unprivileged().start();
     let read = |path: &Path| unprivileged("cat").arg(path).output().unwrap();
-    let own = read("/proc/self/environ".as_ref());
-    assert!(own.status.success(), "one that any process may read");
-    let read = read(&proxy.path("environ"));
-    assert_eq!((read.status.success(), read.stdout), (false, vec![]));
+    let its_own = read("/proc/self/environ".as_ref());
+    assert!(its_own.status.success(), "one that any process may read");
+    let ours = read(&proxy.path("environ"));
+    assert_eq!((ours.status.success(), ours.stdout), (false, vec![]));
 }

@@ -3,20 +3,17 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HOST, USER_AGENT};
 use http::{HeaderMap, HeaderValue, Request, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::network::{Stream, Way};
 use super::region;
 use super::report::{Fault, Found, Outcome};
-use crate::cli::Exit;
+use crate::cli::{Exit, send};
 use crate::clock::Clock;
 use crate::envelope::{self, Envelope};
 use crate::error::chain;
@@ -204,7 +201,7 @@ async fn exchange(
             .as_millis()
     };
     let (start, end) = (milliseconds(now - SPAN), milliseconds(now));
-    let mut request = Request::new(Empty::<Bytes>::new());
+    let mut request = Request::new(Empty::new());
     let target = format!("/account/costs?start_time={start}&end_time={end}");
     // Constant but for digits.
     *request.uri_mut() = target.parse().unwrap_or_default();
@@ -213,13 +210,7 @@ async fn exchange(
         (AUTHORIZATION, authorization),
         (USER_AGENT, HeaderValue::from_static(upstream::NAME)),
     ]);
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
-    tokio::spawn(connection);
-    let (head, body) = sender
-        .send_request(request)
-        .await
-        .map_err(lost)?
-        .into_parts();
+    let (head, body) = send(stream, request).await.map_err(lost)?.into_parts();
     let body = read(body).await.map_err(lost)?;
     Ok((head.status, head.headers, body))
 }
