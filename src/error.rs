@@ -39,7 +39,7 @@ pub enum Error {
     #[error("this method is not forwarded")]
     MethodNotAllowed,
     /// The request body exceeds `limits.request_body`.
-    #[error("the request body is over `limits.request_body`, {limit}")]
+    #[error("the request body is over `limits.request_body`, {} bytes", limit.as_u64())]
     BodyTooLarge {
         /// The bound.
         limit: ByteSize,
