@@ -1,6 +1,8 @@
 //! Which headers pass, in both directions.
 
-use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, TRANSFER_ENCODING};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+};
 
 /// Where a client may show its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
@@ -8,12 +10,15 @@ pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token"
 /// Those of a request that may reach upstream, with room for what is added.
 pub fn passing(headers: &HeaderMap) -> HeaderMap {
     let mut passing = HeaderMap::with_capacity(headers.len() + 2);
+    let mut doomed = Vec::new();
     for (name, value) in headers {
-        if !is_hop_by_hop(name) && !is_of_client(name) {
+        if is_hop_by_hop(name) {
+            doom_named(&mut doomed, name, value);
+        } else if !is_of_client(name) {
             passing.append(name.clone(), value.clone());
         }
     }
-    for name in named_by_connection(headers) {
+    for name in doomed {
         passing.remove(name);
     }
     passing
@@ -21,25 +26,28 @@ pub fn passing(headers: &HeaderMap) -> HeaderMap {
 
 /// Removes what must not reach the client.
 pub fn strip_response(headers: &mut HeaderMap) {
-    if headers.contains_key(TRANSFER_ENCODING) {
-        // The chunks tell where the body ends, and the length may lie (RFC 9112, section 6.3).
-        headers.remove(CONTENT_LENGTH);
+    let mut doomed = Vec::new();
+    for (name, value) in &*headers {
+        if is_hop_by_hop(name) || is_of_proxy(name) {
+            doomed.push(name.clone());
+            doom_named(&mut doomed, name, value);
+            if *name == TRANSFER_ENCODING {
+                // The chunks tell where the body ends, and the length may lie (RFC 9112, section 6.3).
+                doomed.push(CONTENT_LENGTH);
+            }
+        }
     }
-    let mut doomed = named_by_connection(headers);
-    let forbidden = |name: &&HeaderName| is_hop_by_hop(name) || is_of_proxy(name);
-    doomed.extend(headers.keys().filter(forbidden).cloned());
     for name in doomed {
         headers.remove(name);
     }
 }
 
-/// The headers that `Connection` makes hop-by-hop (RFC 9110, section 7.6.1).
-fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
-    let lines = headers.get_all(CONNECTION).into_iter();
-    let names = lines.flat_map(|line| line.as_bytes().split(|b| *b == b','));
-    names
-        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-        .collect()
+/// Adds the headers that `Connection` makes hop-by-hop (RFC 9110, section 7.6.1).
+fn doom_named(doomed: &mut Vec<HeaderName>, name: &HeaderName, value: &HeaderValue) {
+    if *name == CONNECTION {
+        let names = value.as_bytes().split(|b| *b == b',');
+        doomed.extend(names.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()));
+    }
 }
 
 /// Those of RFC 9110, section 7.6.1, and RFC 2616, section 13.5.1.
