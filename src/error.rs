@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use axum::body::Body;
+use axum::response::Response;
 use bytesize::ByteSize;
 use http::StatusCode;
 use http::response;
@@ -253,6 +254,17 @@ impl Error {
             | Self::Overloaded(_)
             | Self::Draining => Resend::Never,
         }
+    }
+}
+
+// === impl Answer ===
+
+impl Answer {
+    /// Takes an answer as it came; rare enough not to lie in every result.
+    pub fn boxed(answer: Response) -> Box<Self> {
+        let (head, body) = answer.into_parts();
+        let body = SyncWrapper::new(body);
+        Box::new(Self { head, body })
     }
 }
 

@@ -3,25 +3,20 @@
 //! A success passes as it came, held only until its `code` is known; an error's body is read, within
 //! bounds, so that what it says can be told in our form.
 
-use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::pin::pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use axum::body::Body;
-use axum::response::Response;
 use futures_util::FutureExt;
+use http::HeaderMap;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, response};
-use http_body::Body as _;
-use http_body_util::BodyExt;
-use sync_wrapper::SyncWrapper;
 use tokio::time::{Instant, timeout_at};
 
-use super::download::{Download, Step};
+use super::download::Download;
 use super::text::Text;
 use crate::effect::Effect;
 use crate::envelope::{self, Envelope, Peek};
-use crate::error::{Answer, Error};
 use crate::task::Task;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
@@ -33,65 +28,58 @@ const ERROR_BODY: Duration = Duration::from_secs(10);
 /// As much of a body that is no envelope as a client is shown, in characters.
 const EXCERPT: usize = 512;
 
-/// Passes a success, and makes an error of everything else that is one.
+/// What an answer is.
+pub(super) enum Verdict {
+    /// It passes.
+    Success,
+    /// An error, whose body says this.
+    Service(Envelope),
+    /// An error whose body is no envelope, and how that begins where it is text.
+    Bare(Option<String>),
+}
+
+/// Judges an answer by its status and by what is read ahead of its body.
 ///
-/// That to a create has the [`Task`] it made among its extensions: the log names it.
-///
-/// # Errors
-///
-/// [`Error::Service`] and [`Error::BadResponse`].
-pub(super) async fn judge(
-    mut head: response::Parts,
-    body: Download,
-    effect: Effect,
-) -> Result<Response, Error> {
-    let status = head.status;
+/// That to a create has the [`Task`] it made among its extensions then: the log names it.
+pub(super) async fn judge(answer: &mut http::Response<Download>, effect: Effect) -> Verdict {
+    let status = answer.status();
     if status.is_client_error() || status.is_server_error() {
-        let mut reader = Reader::new(&head.headers, body);
-        Box::pin(reader.read_error()).await;
-        let envelope = reader.envelope().filter(|envelope| envelope.code != 0);
-        let excerpt = match envelope {
-            Some(_) => None,
-            None => excerpt(reader.text.seen()),
-        };
-        let answer = Box::new(Answer {
-            head,
-            body: SyncWrapper::new(reader.into_body()),
-        });
-        return Err(match envelope {
-            Some(envelope) => Error::Service { answer, envelope },
-            None => Error::BadResponse { answer, excerpt },
-        });
+        return Box::pin(judge_error(answer)).await;
     }
-    if !status.is_success() || !is_json(&head.headers) || body.is_end_stream() {
-        return Ok(Response::from_parts(head, Body::new(body)));
+    if !status.is_success() || !is_json(answer.headers()) || answer.body().is_read() {
+        return Verdict::Success;
     }
-    let mut reader = Reader::new(&head.headers, body);
+    let mut reader = Reader::of(answer);
     let mut patience = Patience::of(HOLD);
     match (reader.peek(&mut patience).await, effect) {
         (Peek::Code(0), Effect::Create) => {
             Box::pin(reader.read_within(&mut patience)).await;
-            head.extensions.insert(Task::answered(reader.text.seen()));
+            let task = Task::answered(reader.text.seen());
+            answer.extensions_mut().insert(task);
         }
         (Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided, _) => {}
         (Peek::Code(_), _) => {
             Box::pin(reader.read_error()).await;
             if let Some(envelope) = reader.envelope() {
-                let answer = Box::new(Answer {
-                    head,
-                    body: SyncWrapper::new(reader.into_body()),
-                });
-                return Err(Error::Service { answer, envelope });
+                return Verdict::Service(envelope);
             }
         }
     }
-    Ok(Response::from_parts(head, reader.into_body()))
+    Verdict::Success
 }
 
-/// Reads ahead in a body, and can put everything back.
-struct Reader {
-    body: Download,
-    steps: VecDeque<Step>,
+async fn judge_error(answer: &mut http::Response<Download>) -> Verdict {
+    let mut reader = Reader::of(answer);
+    reader.read_error().await;
+    match reader.envelope().filter(|envelope| envelope.code != 0) {
+        Some(envelope) => Verdict::Service(envelope),
+        None => Verdict::Bare(excerpt(reader.text.seen())),
+    }
+}
+
+/// Reads ahead in a body.
+struct Reader<'a> {
+    body: &'a mut Download,
     text: Text,
     size: usize,
     end: End,
@@ -114,17 +102,18 @@ enum End {
 
 // === impl Reader ===
 
-impl Reader {
-    fn new(headers: &HeaderMap, body: Download) -> Self {
-        let end = if body.is_end_stream() {
+impl<'a> Reader<'a> {
+    fn of(answer: &'a mut http::Response<Download>) -> Self {
+        let text = Text::new(answer.headers(), BOUND);
+        let body = answer.body_mut();
+        let end = if body.is_read() {
             End::Whole
         } else {
             End::NotYet
         };
         Self {
             body,
-            steps: VecDeque::new(),
-            text: Text::new(headers, BOUND),
+            text,
             size: 0,
             end,
         }
@@ -167,23 +156,24 @@ impl Reader {
     }
 
     async fn read(&mut self) {
-        match self.body.frame().await {
+        poll_fn(|cx| self.poll_read(cx)).await;
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match ready!(self.body.poll_ahead(cx)) {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.size += data.len();
                     self.text.push(data);
                 }
-                self.steps.push_back(Ok(frame));
-                if self.body.is_end_stream() {
+                if self.body.is_read() {
                     self.end = End::Whole;
                 }
             }
-            Some(Err(error)) => {
-                self.steps.push_back(Err(error));
-                self.end = End::Cut;
-            }
+            Some(Err(_)) => self.end = End::Cut,
             None => self.end = End::Whole,
         }
+        Poll::Ready(())
     }
 
     fn is_over(&self) -> bool {
@@ -197,15 +187,6 @@ impl Reader {
             End::Whole | End::NotYet => envelope::read_beginning(self.text.seen()),
             End::Cut => None,
         }
-    }
-
-    /// The whole body as it came.
-    fn into_body(self) -> Body {
-        let Self {
-            mut body, steps, ..
-        } = self;
-        body.unread(steps);
-        Body::new(body)
     }
 }
 
@@ -227,7 +208,7 @@ impl Patience {
         }
         let limit = self.limit;
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + limit);
-        timeout_at(deadline, step).await.is_ok()
+        Box::pin(timeout_at(deadline, step)).await.is_ok()
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::fmt;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
-use futures_util::future::Either;
 use http::header::{HOST, TRANSFER_ENCODING};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Uri, Version};
@@ -76,6 +76,11 @@ pub(super) enum Connection {
     /// Many at a time; needs scheme and authority for each.
     Http2(http2::SendRequest<Body>, Arc<Origin>),
 }
+
+/// Waits for the answer to what was sent. Boxed, since it has room for the request, if that comes
+/// back.
+pub(super) type Sent =
+    Pin<Box<dyn Future<Output = Result<http::Response<Incoming>, TrySendError<Request>>> + Send>>;
 
 // === impl Origin ===
 
@@ -277,10 +282,7 @@ impl Connection {
     ///
     /// Dropping the future before the answer closes the connection (HTTP/1.1) or resets the stream
     /// (HTTP/2), so that a body cut short never looks complete.
-    pub(super) fn send(
-        &mut self,
-        mut request: Request,
-    ) -> impl Future<Output = Result<http::Response<Incoming>, TrySendError<Request>>> + use<> {
+    pub(super) fn send(&mut self, mut request: Request) -> Sent {
         match self {
             Self::Http1(sender) => {
                 *request.version_mut() = Version::HTTP_11;
@@ -292,14 +294,14 @@ impl Connection {
                     let chunked = HeaderValue::from_static("chunked");
                     request.headers_mut().insert(TRANSFER_ENCODING, chunked);
                 }
-                Either::Left(sender.try_send_request(request))
+                Box::pin(sender.try_send_request(request))
             }
             Self::Http2(sender, origin) => {
                 *request.version_mut() = Version::HTTP_2;
                 *request.uri_mut() = origin.uri(path_and_query(&request));
                 // `:authority` says it (RFC 9113, section 8.3.1).
                 request.headers_mut().remove(HOST);
-                Either::Right(sender.try_send_request(request))
+                Box::pin(sender.try_send_request(request))
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::connect::Connection;
-use super::pool::{Busy, Pool};
+use super::pool::Pool;
 use super::upload::Progress;
 use crate::error::BoxError;
 
@@ -37,23 +37,16 @@ pub(super) struct Lease {
     pool: Arc<Pool>,
     connection: Option<Connection>,
     upload: Arc<Progress>,
-    _busy: Busy,
 }
 
 // === impl Lease ===
 
 impl Lease {
-    pub(super) fn new(
-        pool: Arc<Pool>,
-        connection: Connection,
-        upload: &Arc<Progress>,
-        busy: Busy,
-    ) -> Self {
+    pub(super) fn new(pool: Arc<Pool>, connection: Connection, upload: Arc<Progress>) -> Self {
         Self {
             pool,
             connection: Some(connection),
-            upload: Arc::clone(upload),
-            _busy: busy,
+            upload,
         }
     }
 
@@ -94,13 +87,20 @@ impl Download {
         this
     }
 
-    /// Puts back what was read ahead.
-    pub(super) fn unread(&mut self, steps: VecDeque<Step>) {
-        debug_assert!(
-            self.ahead.is_empty(),
-            "read ahead while something was put back"
-        );
-        self.ahead = steps;
+    /// Reads ahead: the step passes in its turn all the same.
+    pub(super) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Option<&Step>> {
+        Poll::Ready(match ready!(self.poll_step(cx)) {
+            Some(step) => {
+                self.ahead.push_back(step);
+                self.ahead.back()
+            }
+            None => None,
+        })
+    }
+
+    /// Whether all of it was read, be it ahead.
+    pub(super) fn is_read(&self) -> bool {
+        self.body.is_end_stream()
     }
 
     /// Gives the connection back if the body is over: of one in chunks only its `end` says so.
@@ -109,6 +109,20 @@ impl Download {
             && let Some(lease) = self.lease.take()
         {
             lease.end();
+        }
+    }
+
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Step>> {
+        match Pin::new(&mut self.body).poll_frame(cx) {
+            Poll::Ready(step) => {
+                self.moved = true;
+                self.end_lease(step.is_none());
+                Poll::Ready(step.map(|step| step.map_err(BoxError::from)))
+            }
+            Poll::Pending => self.poll_silence(cx).map(|()| {
+                let silence = format!("upstream was silent for {:?} inside a body", self.idle);
+                Some(Err(silence.into()))
+            }),
         }
     }
 
@@ -138,17 +152,7 @@ impl Body for Download {
         if let Some(step) = this.ahead.pop_front() {
             return Poll::Ready(Some(step));
         }
-        match Pin::new(&mut this.body).poll_frame(cx) {
-            Poll::Ready(step) => {
-                this.moved = true;
-                this.end_lease(step.is_none());
-                Poll::Ready(step.map(|step| step.map_err(BoxError::from)))
-            }
-            Poll::Pending => this.poll_silence(cx).map(|()| {
-                let silence = format!("upstream was silent for {:?} inside a body", this.idle);
-                Some(Err(silence.into()))
-            }),
-        }
+        this.poll_step(cx)
     }
 
     fn is_end_stream(&self) -> bool {

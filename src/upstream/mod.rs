@@ -28,7 +28,6 @@ use axum::response::Response;
 use futures_util::FutureExt;
 use http::header::{HOST, USER_AGENT};
 use http::{HeaderValue, Method, Version};
-use hyper::body::Incoming;
 use tokio::time::{Instant, sleep};
 use tower::Service;
 
@@ -37,14 +36,15 @@ pub use self::connect::{Origin, OriginError};
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
 pub use self::trust::{TlsError, client_config, trust_roots};
 
-use self::connect::{Connection, Connector};
+use self::answer::Verdict;
+use self::connect::{Connection, Connector, Sent};
 use self::download::{Download, Lease};
 use self::pool::{Load, Pool};
 use self::spare::Spare;
 use self::upload::{Progress, Upload};
 use crate::clock::Clock;
 use crate::effect::Effect;
-use crate::error::{Error, Resend, chain};
+use crate::error::{Answer, Error, Resend, chain};
 use crate::headers;
 use crate::metrics::Metrics;
 
@@ -79,6 +79,9 @@ struct Way {
     learner: Option<Arc<UpstreamClock>>,
     metrics: Arc<Metrics>,
 }
+
+/// What came of a request on one connection: an answer, or itself again, if nothing of it was sent.
+type Exchange = Result<http::Response<Download>, Box<Request>>;
 
 // === impl Upstream ===
 
@@ -143,18 +146,57 @@ impl Upstream {
 // === impl Way ===
 
 impl Way {
-    async fn forward(self: Arc<Self>, request: Request) -> Result<Response, Error> {
+    /// Sends a request and judges its answer.
+    ///
+    /// Mostly there is a connection, and the request leaves on it at once: what waits for the answer
+    /// has no room for a request. All that waits is memory that a core goes through for each answer.
+    fn forward(
+        self: Arc<Self>,
+        request: Request,
+    ) -> impl Future<Output = Result<Response, Error>> + use<> {
         let effect = Effect::of(&request);
         let now = Instant::now();
         self.spare.note(now);
-        let (request, progress) = Upload::record(request, now);
-        let outcome = match self.send(request, &progress).await {
-            Ok(response) => pass(response, effect).await,
-            // The client's fault is the cause; what upstream made of it only follows from that.
-            Err(error) => Err(progress.take_fault().unwrap_or(error)),
+        let (load, busy) = self.pool.begin(request.body());
+        let (request, progress) = Upload::record(request, now, busy);
+        let begun = match self.pool.checkout(load) {
+            Some(mut connection) => {
+                let sent = connection.send(request);
+                Ok((connection, sent))
+            }
+            None => Err(Box::new(request)),
         };
-        self.learn(&outcome, progress.since());
-        outcome
+        async move {
+            let mut answer = match self.answer(begun, load, &progress).await {
+                Ok(answer) => answer,
+                // The client's fault is the cause; what upstream made of it only follows from that.
+                Err(error) => return Err(progress.take_fault().unwrap_or(error)),
+            };
+            let verdict = answer::judge(&mut answer, effect).await;
+            let outcome = pass(answer, verdict);
+            self.learn(&outcome, progress.since());
+            outcome
+        }
+    }
+
+    /// The answer to what was begun, or sent now.
+    async fn answer(
+        &self,
+        begun: Result<(Connection, Sent), Box<Request>>,
+        load: Load,
+        progress: &Arc<Progress>,
+    ) -> Result<http::Response<Download>, Error> {
+        let request = match begun {
+            Ok((connection, sent)) => {
+                let way = (connection, &self.pool);
+                match self.exchange(sent, way, progress).await? {
+                    Ok(answer) => return Ok(answer),
+                    Err(unsent) => unsent,
+                }
+            }
+            Err(request) => request,
+        };
+        Box::pin(self.send(request, load, progress)).await
     }
 
     /// Has the clock learn from what upstream answered, which had the request since `asked`.
@@ -179,39 +221,53 @@ impl Way {
     /// one.
     async fn send(
         &self,
-        mut request: Request,
+        mut request: Box<Request>,
+        load: Load,
         progress: &Arc<Progress>,
     ) -> Result<http::Response<Download>, Error> {
-        let (load, busy) = self.pool.begin(request.body());
         loop {
             let checkout = self.checkout(load).await;
             let kept = checkout.is_some();
             let (mut connection, home) = if let Some(checkout) = checkout {
                 checkout
             } else {
-                // Boxed, as what is rare is here: every request's future would have room for it.
-                let connected = Box::pin(self.pool.connect(load)).await;
-                progress.restart();
+                let connected = self.pool.connect(load).await;
                 (connected.map_err(Error::Unreachable)?, &self.pool)
             };
-            let sent = connection.send(request);
-            match progress.supervise(sent, self.timeouts).await? {
-                Ok(response) => {
-                    let lease = Lease::new(Arc::clone(home), connection, progress, busy);
-                    let idle = self.timeouts.idle;
-                    return Ok(response.map(|body: Incoming| Download::new(body, lease, idle)));
+            // HTTP/2 takes it away, and the next connection may speak HTTP/1.1.
+            request.headers_mut().insert(HOST, self.pool.host());
+            progress.restart();
+            let sent = connection.send(*request);
+            let way = (connection, home);
+            match self.exchange(sent, way, progress).await? {
+                Ok(answer) => return Ok(answer),
+                Err(unsent) if kept => request = unsent,
+                Err(_) => {
+                    let cause = "the new connection was closed at once";
+                    return Err(Error::Unreachable(cause.into()));
                 }
-                Err(mut refused) => match refused.take_message() {
-                    Some(unsent) if kept => {
-                        request = unsent;
-                        progress.restart();
-                        // HTTP/2 has taken it away, and the next connection may speak HTTP/1.1.
-                        request.headers_mut().insert(HOST, self.pool.host());
-                    }
-                    Some(_) => return Err(Error::Unreachable(refused.into_error().into())),
-                    None => return Err(classify(refused.into_error())),
-                },
             }
+        }
+    }
+
+    /// Waits for the answer to what was sent on a connection, which goes back to where it comes from.
+    async fn exchange(
+        &self,
+        sent: Sent,
+        (connection, home): (Connection, &Arc<Pool>),
+        progress: &Arc<Progress>,
+    ) -> Result<Exchange, Error> {
+        match progress.supervise(sent, self.timeouts).await? {
+            Ok(answer) => {
+                let lease = Lease::new(Arc::clone(home), connection, Arc::clone(progress));
+                let idle = self.timeouts.idle;
+                let answer = answer.map(|body| Download::new(body, lease, idle));
+                Ok(Ok(answer))
+            }
+            Err(mut refused) => match refused.take_message() {
+                Some(unsent) => Ok(Err(Box::new(unsent))),
+                None => Err(classify(refused.into_error())),
+            },
         }
     }
 
@@ -246,15 +302,25 @@ impl Service<Request> for Upstream {
 }
 
 /// What is made of an answer.
-async fn pass(response: http::Response<Download>, effect: Effect) -> Result<Response, Error> {
-    let (mut head, body) = response.into_parts();
-    if head.status.is_informational() {
+fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Response, Error> {
+    if answer.status().is_informational() {
         return Err(Error::NotHttp("upstream switched protocols unasked".into()));
     }
-    headers::strip_response(&mut head.headers);
+    headers::strip_response(answer.headers_mut());
     // What upstream speaks is no concern of the client.
-    head.version = Version::HTTP_11;
-    answer::judge(head, body, effect).await
+    *answer.version_mut() = Version::HTTP_11;
+    let answer = answer.map(Body::new);
+    match verdict {
+        Verdict::Success => Ok(answer),
+        Verdict::Service(envelope) => Err(Error::Service {
+            answer: Answer::boxed(answer),
+            envelope,
+        }),
+        Verdict::Bare(excerpt) => Err(Error::BadResponse {
+            answer: Answer::boxed(answer),
+            excerpt,
+        }),
+    }
 }
 
 /// What a failure means after something may have been sent.

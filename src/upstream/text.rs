@@ -6,11 +6,12 @@ use flate2::write::{GzDecoder, ZlibDecoder};
 use http::HeaderMap;
 use http::header::CONTENT_ENCODING;
 
-/// The beginning of a body's text, at most `bound` bytes of it.
+/// The beginning of a body's text, at most `bound` bytes of it. Most of it comes plain, so that only
+/// that is small.
 pub(super) enum Text {
     Plain(Bounded),
-    Gzip(GzDecoder<Bounded>),
-    Deflate(ZlibDecoder<Bounded>),
+    Gzip(Box<GzDecoder<Bounded>>),
+    Deflate(Box<ZlibDecoder<Bounded>>),
     /// In an encoding that is not read here.
     Opaque,
 }
@@ -39,8 +40,8 @@ impl Text {
             (None, _) => Self::Plain(bounded),
             (Some(one), None) => match &*one {
                 b"identity" | b"" => Self::Plain(bounded),
-                b"gzip" | b"x-gzip" => Self::Gzip(GzDecoder::new(bounded)),
-                b"deflate" => Self::Deflate(ZlibDecoder::new(bounded)),
+                b"gzip" | b"x-gzip" => Self::Gzip(GzDecoder::new(bounded).into()),
+                b"deflate" => Self::Deflate(ZlibDecoder::new(bounded).into()),
                 _ => Self::Opaque,
             },
             (Some(_), Some(_)) => Self::Opaque,

@@ -1,6 +1,6 @@
 //! The request body on its way up: who keeps whom waiting, and what went wrong with it.
 
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::Timeouts;
+use super::pool::Busy;
 use crate::error::Error;
 
 /// A body that records its progress.
@@ -25,6 +26,8 @@ pub(super) struct Progress {
     state: Mutex<State>,
     /// Told when nothing is left to send: another limit counts from then on.
     done: Notify,
+    /// The request is on its way for as long as this is there.
+    _busy: Busy,
 }
 
 struct State {
@@ -52,7 +55,7 @@ enum Turn {
 
 impl Upload {
     /// Makes the body of a request, if it has one, record its progress from `now` on.
-    pub(super) fn record(request: Request, now: Instant) -> (Request, Arc<Progress>) {
+    pub(super) fn record(request: Request, now: Instant, busy: Busy) -> (Request, Arc<Progress>) {
         let empty = request.body().is_end_stream();
         let turn = if empty { Turn::Done } else { Turn::Upstream };
         let state = State {
@@ -65,6 +68,7 @@ impl Upload {
         let progress = Arc::new(Progress {
             state: Mutex::new(state),
             done: Notify::new(),
+            _busy: busy,
         });
         if empty {
             return (request, progress);
@@ -128,12 +132,11 @@ impl Progress {
     /// # Errors
     ///
     /// [`Error::ClientTooSlow`] and [`Error::UpstreamTimeout`], by whose turn it was.
-    pub(super) async fn supervise<F: Future>(
+    pub(super) async fn supervise<F: Future + Unpin>(
         &self,
-        exchange: F,
+        mut exchange: F,
         timeouts: Timeouts,
     ) -> Result<F::Output, Error> {
-        let mut exchange = pin!(exchange);
         loop {
             // In this order: what is done in between is noticed by the one or by the other.
             let done = self.is_done();
