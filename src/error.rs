@@ -104,8 +104,8 @@ pub struct Answer {
     pub body: SyncWrapper<Body>,
 }
 
-/// What is told of an error besides the response: rides on its extensions, for logs.
-#[derive(Clone, Debug)]
+/// What the log tells of an error.
+#[derive(Debug)]
 pub struct Failure {
     /// The code of the body.
     pub code: i64,

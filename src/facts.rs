@@ -3,15 +3,16 @@
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
-use http::Extensions;
+use axum::extract::Request;
 use tokio::time::Instant;
 
 use crate::client_token::ClientName;
+use crate::error::Failure;
 use crate::metrics::InFlight;
 use crate::request_id::RequestId;
 use crate::task::Task;
 
-/// The facts of one request, among its extensions. All clones are one.
+/// The facts of one request. All clones are one.
 ///
 /// The request counts as in flight while there is a clone: until its answer has ended, and a create
 /// until it is carried through.
@@ -25,6 +26,16 @@ struct Inner {
     client: OnceLock<ClientName>,
     attempts: AtomicU32,
     task: OnceLock<Task>,
+    failure: OnceLock<Box<Failure>>,
+}
+
+/// A request between the layers. Its facts go beside it: among its extensions they would take a hash
+/// map for each request.
+pub struct Traced {
+    /// As it came.
+    pub request: Request,
+    /// `None` on the admin listener, where nothing is traced.
+    pub facts: Option<Facts>,
 }
 
 // === impl Facts ===
@@ -39,12 +50,8 @@ impl Facts {
             client: OnceLock::new(),
             attempts: AtomicU32::new(0),
             task: OnceLock::new(),
+            failure: OnceLock::new(),
         }))
-    }
-
-    /// Those of the request with these extensions; `trace` has put them there.
-    pub fn of(extensions: &Extensions) -> Option<&Self> {
-        extensions.get()
     }
 
     /// The request's name.
@@ -79,6 +86,17 @@ impl Facts {
         self.0.task.get()
     }
 
+    /// The request is answered with an error.
+    pub fn failed(&self, failure: Failure) {
+        // It is answered once.
+        let _ = self.0.failure.set(Box::new(failure));
+    }
+
+    /// Why it failed, if it did.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.0.failure.get().map(|failure| &**failure)
+    }
+
     /// Upstream was asked once more.
     pub fn attempted(&self) {
         self.0.attempts.fetch_add(1, Relaxed);
@@ -92,5 +110,14 @@ impl Facts {
     /// How often the request was sent again; `None` if never.
     pub fn resend_count(&self) -> Option<u32> {
         self.attempts().checked_sub(1).filter(|resent| *resent > 0)
+    }
+}
+
+// === impl Traced ===
+
+impl From<Request> for Traced {
+    fn from(request: Request) -> Self {
+        let facts = None;
+        Self { request, facts }
     }
 }

@@ -6,7 +6,7 @@ use axum::extract::Request;
 use http::{HeaderMap, Uri, request};
 
 use crate::effect::Effect;
-use crate::facts::Facts;
+use crate::facts::{Facts, Traced};
 use crate::replay::{Keeper, Replay};
 
 /// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
@@ -15,6 +15,7 @@ use crate::replay::{Keeper, Replay};
 pub struct Original {
     head: Arc<request::Parts>,
     effect: Effect,
+    facts: Option<Facts>,
     body: Replay,
 }
 
@@ -22,12 +23,14 @@ pub struct Original {
 
 impl Original {
     /// Keeps what is read of the body for as long as `keeper` lets it.
-    pub fn new(request: Request, keeper: &Arc<Keeper>) -> Self {
+    pub fn new(traced: Traced, keeper: &Arc<Keeper>) -> Self {
+        let Traced { request, facts } = traced;
         let effect = Effect::of(&request);
         let (head, body) = request.into_parts();
         Self {
             head: Arc::new(head),
             effect,
+            facts,
             body: Replay::new(body, keeper),
         }
     }
@@ -49,7 +52,7 @@ impl Original {
 
     /// What is known of it.
     pub fn facts(&self) -> Option<&Facts> {
-        Facts::of(&self.head.extensions)
+        self.facts.as_ref()
     }
 
     /// Its body, as far as it is kept.

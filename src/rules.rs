@@ -85,10 +85,10 @@ impl Rules {
         let from_this_site =
             |site: &HeaderValue| [&b"none"[..], b"same-origin"].contains(&site.as_bytes());
         let is_listed = |origin: &HeaderValue| self.allowed_origins.contains(origin);
-        let allowed = if headers.contains_key(ORIGIN) {
-            headers.get_all(ORIGIN).iter().all(is_listed)
-        } else {
-            headers.get_all(SEC_FETCH_SITE).iter().all(from_this_site)
+        let mut origins = headers.get_all(ORIGIN).iter();
+        let allowed = match origins.next() {
+            Some(origin) => is_listed(origin) && origins.all(is_listed),
+            None => headers.get_all(SEC_FETCH_SITE).iter().all(from_this_site),
         };
         if allowed {
             Ok(())
@@ -153,7 +153,10 @@ impl Rules {
 fn without_port(authority: &str) -> Option<&str> {
     let end = match authority.strip_prefix('[') {
         Some(rest) => rest.find(']')? + 2,
-        None => authority.find(':').unwrap_or(authority.len()),
+        None => authority
+            .bytes()
+            .position(|b| b == b':')
+            .unwrap_or(authority.len()),
     };
     let (name, port) = authority.split_at(end);
     let is_port = |port: &str| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());

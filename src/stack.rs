@@ -13,6 +13,7 @@ use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::admin::{self, Control};
 use crate::clock::Clock;
+use crate::facts::Traced;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::carry::CarryLayer;
 use crate::layer::cors::CorsLayer;
@@ -83,7 +84,7 @@ impl Shared {
                 Arc::clone(&self.lifecycle),
                 Arc::clone(&self.metrics),
             )) // refuses before anything is spent
-            .map_request(move |request| Original::new(request, &keeper))
+            .map_request(move |traced| Original::new(traced, &keeper))
             .layer(CarryLayer::new(carried.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.clone())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
@@ -102,13 +103,16 @@ impl Shared {
             return open.layer(harmless);
         };
         let guarded = ServiceBuilder::new()
+            .map_request(Traced::from)
             .layer(NormaliseLayer::new(self.errors.clone()))
             .layer(GuardLayer::new(
                 self.admin_rules.clone(),
                 Arc::default(), // it serves to the end, to tell how that goes
                 Arc::clone(&self.metrics),
             ))
-            .service(service_fn(move |request| ready(control.answer(&request))));
+            .service(service_fn(move |traced: Traced| {
+                ready(control.answer(&traced.request))
+            }));
         open.fallback_service(guarded).layer(harmless)
     }
 }

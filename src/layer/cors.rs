@@ -6,7 +6,6 @@ use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use axum::extract::Request;
 use axum::response::Response;
 use http::header::{
     ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue, ORIGIN, VARY,
@@ -14,6 +13,7 @@ use http::header::{
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
+use crate::facts::Traced;
 use crate::live::Live;
 use crate::rules::Rules;
 
@@ -65,9 +65,9 @@ impl<S> Layer<S> for CorsLayer {
 
 // === impl Cors ===
 
-impl<S> Service<Request> for Cors<S>
+impl<S> Service<Traced> for Cors<S>
 where
-    S: Service<Request, Response = Response, Error = Infallible>,
+    S: Service<Traced, Response = Response, Error = Infallible>,
 {
     type Response = Response;
     type Error = Infallible;
@@ -77,14 +77,17 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request) -> Self::Future {
-        let origin = request.headers().get(ORIGIN);
+    fn call(&mut self, traced: Traced) -> Self::Future {
         let rules = self.rules.load();
         let allowed = &rules.allowed_origins;
+        let varies = !allowed.is_empty(); // mostly not, and then no origin is looked for
+        let origin = varies
+            .then(|| traced.request.headers().get(ORIGIN))
+            .flatten();
         CorsFuture {
             origin: origin.filter(|origin| allowed.contains(origin)).cloned(),
-            varies: !allowed.is_empty(),
-            inner: self.inner.call(request),
+            varies,
+            inner: self.inner.call(traced),
         }
     }
 }

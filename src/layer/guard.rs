@@ -21,7 +21,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Layer, Service};
 
 use crate::error::{BoxError, Error};
-use crate::facts::Facts;
+use crate::facts::Traced;
 use crate::layer::Refusable;
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
@@ -68,7 +68,8 @@ impl GuardLayer {
         }
     }
 
-    fn check(&self, rules: &Rules, request: &Request) -> Result<Verdict, Error> {
+    fn check(&self, rules: &Rules, traced: &Traced) -> Result<Verdict, Error> {
+        let Traced { request, facts } = traced;
         let headers = request.headers();
         rules.check_host(headers)?;
         rules.check_origin(headers)?;
@@ -82,7 +83,7 @@ impl GuardLayer {
         check_reserved(request.uri().path())?;
         if let Some(client) = rules.check_client(headers)? {
             self.metrics.admitted(client.as_str());
-            if let Some(facts) = Facts::of(request.extensions()) {
+            if let Some(facts) = facts {
                 facts.is_from(client);
             }
         }
@@ -116,9 +117,9 @@ impl<S> Layer<S> for GuardLayer {
 
 // === impl Guard ===
 
-impl<S> Service<Request> for Guard<S>
+impl<S> Service<Traced> for Guard<S>
 where
-    S: Service<Request, Response = Response, Error = Error>,
+    S: Service<Traced, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Error;
@@ -128,14 +129,14 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request) -> Self::Future {
+    fn call(&mut self, mut traced: Traced) -> Self::Future {
         let rules = self.layer.rules.load();
-        match self.layer.check(&rules, &request) {
-            Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(request.headers())))),
+        match self.layer.check(&rules, &traced) {
+            Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(traced.request.headers())))),
             Ok(Verdict::Pass) => {
                 let limit = rules.request_body;
-                limit_body(request.body_mut(), limit);
-                Either::Right(self.inner.call(request))
+                limit_body(traced.request.body_mut(), limit);
+                Either::Right(self.inner.call(traced))
             }
             Err(refusal) => {
                 self.layer.metrics.refused(refusal.kind());

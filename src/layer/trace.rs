@@ -17,8 +17,7 @@ use tower::{Layer, Service};
 use tracing::Span;
 
 use crate::effect::Effect;
-use crate::error::Failure;
-use crate::facts::Facts;
+use crate::facts::{Facts, Traced};
 use crate::metrics::{Metrics, method_label};
 use crate::request_id::RequestId;
 use crate::telemetry::{printable, unhurried};
@@ -44,13 +43,13 @@ pin_project! {
     pub struct TraceFuture<F> {
         #[pin]
         inner: F,
-        request: Traced,
+        request: Unanswered,
         metrics: Arc<Metrics>,
     }
 }
 
 /// What is kept of a request until it is answered.
-struct Traced {
+struct Unanswered {
     facts: Facts,
     span: Span,
     method: Method,
@@ -92,7 +91,7 @@ impl<S> Layer<S> for TraceLayer {
 
 impl<S> Service<Request> for Trace<S>
 where
-    S: Service<Request, Response = Response, Error = Infallible>,
+    S: Service<Traced, Response = Response, Error = Infallible>,
 {
     type Response = http::Response<Counted>;
     type Error = Infallible;
@@ -102,13 +101,13 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Request) -> Self::Future {
+    fn call(&mut self, request: Request) -> Self::Future {
         let facts = Facts::new(RequestId::of(request.headers()), self.metrics.enter());
         let effect = Effect::of(&request);
         // Formatting a span for each poll would cost more than the guard, so it is there for those
         // who look for details; the outcome names the request itself.
         let span = tracing::debug_span!("request", id = facts.id().as_str());
-        let traced = Traced {
+        let unanswered = Unanswered {
             facts: facts.clone(),
             span,
             method: request.method().clone(),
@@ -116,11 +115,12 @@ where
             effect,
             answered: false,
         };
-        request.extensions_mut().insert(facts);
-        let inner = traced.span.in_scope(|| self.inner.call(request));
+        let facts = Some(facts);
+        let traced = Traced { request, facts };
+        let inner = unanswered.span.in_scope(|| self.inner.call(traced));
         TraceFuture {
             inner,
-            request: traced,
+            request: unanswered,
             metrics: Arc::clone(&self.metrics),
         }
     }
@@ -154,9 +154,9 @@ where
     }
 }
 
-// === impl Traced ===
+// === impl Unanswered ===
 
-impl Traced {
+impl Unanswered {
     /// One event an outcome. Reads that went well are many and say little.
     fn log(&self, response: &Response) {
         /// The event is complete in itself: the span is there at `debug` only.
@@ -174,7 +174,7 @@ impl Traced {
                 )
             };
         }
-        match (response.extensions().get::<Failure>(), self.effect) {
+        match (self.facts.failure(), self.effect) {
             (Some(failure), effect) => {
                 let upstream_id = failure.upstream_request_id.as_deref().map(printable);
                 let log = || {
@@ -208,7 +208,7 @@ impl Traced {
     }
 }
 
-impl Drop for Traced {
+impl Drop for Unanswered {
     fn drop(&mut self) {
         if self.answered {
             return;

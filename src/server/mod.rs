@@ -31,7 +31,7 @@ pub use self::listener::{Listener, bind};
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::effect::Effect;
-use crate::error::{BoxError, Error, Failure};
+use crate::error::BoxError;
 
 /// How long to wait before accepting again when that failed, mostly for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -149,7 +149,7 @@ where
             Some(answered) => (*answered)?,
             None => answer.await?,
         };
-        if last || is_malformed(&answer) {
+        if last {
             let headers = answer.headers_mut();
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -176,12 +176,6 @@ fn boxed(body: Incoming) -> axum::body::Body {
 /// upgrade, and neither is granted.
 fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
     request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE)
-}
-
-/// Whether the guard found the request malformed, so that nobody can say where the next one begins.
-fn is_malformed<B>(answer: &http::Response<B>) -> bool {
-    let failure = answer.extensions().get::<Failure>();
-    failure.is_some_and(|failure| failure.code == Error::MALFORMED)
 }
 
 /// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits

@@ -9,10 +9,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::Request;
 use axum::response::Response;
 use http::header::{
-    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER,
+    CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue,
+    RETRY_AFTER,
 };
 use http::{StatusCode, response};
 use hyper::ext::ReasonPhrase;
@@ -21,12 +21,13 @@ use tower::{Layer, Service};
 
 use crate::effect::Effect;
 use crate::error::{Error, Failure};
-use crate::facts::Facts;
+use crate::facts::{Facts, Traced};
 use crate::live::Live;
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
 /// Which status an error has (`errors.status`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +104,11 @@ impl<S> Layer<S> for NormaliseLayer {
 
 impl Look {
     fn respond(self, error: Error, effect: Effect, facts: Option<&Facts>) -> Response {
-        let failure = Failure::from(&error);
+        if let Some(facts) = facts {
+            facts.failed(Failure::from(&error));
+        }
+        let kind = error.kind();
+        let malformed = error.code() == Error::MALFORMED;
         let retryable = error.retryable(effect);
         let wait = error.row().wait();
         let status = self.status(&error);
@@ -116,8 +121,11 @@ impl Look {
                 Body::from(json),
             ),
         };
-        advise(&mut head, failure.kind, retryable, wait);
-        head.extensions.insert(failure);
+        advise(&mut head, kind, retryable, wait);
+        if malformed {
+            // Nobody can say where the next request begins.
+            head.headers.insert(CONNECTION, CLOSE);
+        }
         Response::from_parts(head, body)
     }
 
@@ -132,9 +140,9 @@ impl Look {
 
 // === impl Normalise ===
 
-impl<S> Service<Request> for Normalise<S>
+impl<S> Service<Traced> for Normalise<S>
 where
-    S: Service<Request, Response = Response, Error = Error>,
+    S: Service<Traced, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Infallible;
@@ -145,12 +153,12 @@ where
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request) -> Self::Future {
+    fn call(&mut self, traced: Traced) -> Self::Future {
         NormaliseFuture {
             look: self.look.clone(),
-            effect: Effect::of(&request),
-            facts: Facts::of(request.extensions()).cloned(),
-            inner: self.inner.call(request),
+            effect: Effect::of(&traced.request),
+            facts: traced.facts.clone(),
+            inner: self.inner.call(traced),
         }
     }
 }
