@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
-use bytesize::ByteSize;
 use http::StatusCode;
 use http::response;
 use sync_wrapper::SyncWrapper;
@@ -40,10 +39,10 @@ pub enum Error {
     #[error("this method is not forwarded")]
     MethodNotAllowed,
     /// The request body exceeds `limits.request_body`.
-    #[error("the request body is over `limits.request_body`, {} bytes", limit.as_u64())]
+    #[error("the request body is over `limits.request_body`, {limit} bytes")]
     BodyTooLarge {
-        /// The bound.
-        limit: ByteSize,
+        /// The bound, in bytes.
+        limit: u64,
         /// Whether upstream was sent some of it: of a body that did not declare its size.
         begun: bool,
     },

@@ -8,7 +8,6 @@ use std::task::{Context, Poll};
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
-use bytesize::ByteSize;
 use futures_util::future::{Either, ready};
 use http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_MAX_AGE,
@@ -87,11 +86,10 @@ impl GuardLayer {
                 facts.is_from(client);
             }
         }
-        if request.body().size_hint().lower() > rules.request_body.as_u64() {
-            return Err(Error::BodyTooLarge {
-                limit: rules.request_body,
-                begun: false,
-            });
+        let limit = rules.request_body.as_u64();
+        if request.body().size_hint().lower() > limit {
+            let begun = false;
+            return Err(Error::BodyTooLarge { limit, begun });
         }
         if self.lifecycle.is_draining() {
             return Err(Error::Draining);
@@ -134,7 +132,7 @@ where
         match self.layer.check(&rules, &traced) {
             Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(traced.request.headers())))),
             Ok(Verdict::Pass) => {
-                let limit = rules.request_body;
+                let limit = rules.request_body.as_u64();
                 limit_body(traced.request.body_mut(), limit);
                 Either::Right(self.inner.call(traced))
             }
@@ -174,11 +172,11 @@ fn allow(asked: &HeaderMap) -> Response {
 }
 
 /// Bounds a body that did not declare its size.
-fn limit_body(body: &mut Body, limit: ByteSize) {
+fn limit_body(body: &mut Body, limit: u64) {
     if body.size_hint().upper().is_some() {
         return;
     }
-    let bound = usize::try_from(limit.as_u64()).unwrap_or(usize::MAX);
+    let bound = usize::try_from(limit).unwrap_or(usize::MAX);
     let limited = Limited::new(mem::take(body), bound);
     *body = Body::new(limited.map_err(move |error: BoxError| {
         if error.is::<LengthLimitError>() {
