@@ -1,52 +1,39 @@
 //! Which headers pass, in both directions.
 
-use http::header::{
-    CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
-};
+use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, TRANSFER_ENCODING};
 
 /// Where a client may show its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
 
-/// Those of a request that may reach upstream, with room for what is added.
-pub fn passing(headers: &HeaderMap) -> HeaderMap {
-    let mut passing = HeaderMap::with_capacity(headers.len() + 2);
-    let mut doomed = Vec::new();
-    for (name, value) in headers {
-        if is_hop_by_hop(name) {
-            doom_named(&mut doomed, name, value);
-        } else if !is_of_client(name) {
-            passing.append(name.clone(), value.clone());
-        }
-    }
-    for name in doomed {
-        passing.remove(name);
-    }
-    passing
+/// Removes what must not reach upstream.
+pub fn strip_request(headers: &mut HeaderMap) {
+    strip(headers, is_of_client);
 }
 
 /// Removes what must not reach the client.
 pub fn strip_response(headers: &mut HeaderMap) {
+    strip(headers, is_of_proxy);
+}
+
+/// Removes what is for one hop only, and what is forbidden.
+fn strip(headers: &mut HeaderMap, is_forbidden: impl Fn(&HeaderName) -> bool) {
     let mut doomed = Vec::new();
     for (name, value) in &*headers {
-        if is_hop_by_hop(name) || is_of_proxy(name) {
-            doomed.push(name.clone());
-            doom_named(&mut doomed, name, value);
-            if *name == TRANSFER_ENCODING {
-                // The chunks tell where the body ends, and the length may lie (RFC 9112, section 6.3).
-                doomed.push(CONTENT_LENGTH);
-            }
+        if !is_hop_by_hop(name) && !is_forbidden(name) {
+            continue;
         }
+        if *name == CONNECTION {
+            // It makes those hop-by-hop that it names (RFC 9110, section 7.6.1).
+            let names = value.as_bytes().split(|b| *b == b',');
+            doomed.extend(names.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()));
+        } else if *name == TRANSFER_ENCODING {
+            // The chunks tell where the body ends, and the length may lie (RFC 9112, section 6.3).
+            doomed.push(CONTENT_LENGTH);
+        }
+        doomed.push(name.clone());
     }
     for name in doomed {
         headers.remove(name);
-    }
-}
-
-/// Adds the headers that `Connection` makes hop-by-hop (RFC 9110, section 7.6.1).
-fn doom_named(doomed: &mut Vec<HeaderName>, name: &HeaderName, value: &HeaderValue) {
-    if *name == CONNECTION {
-        let names = value.as_bytes().split(|b| *b == b',');
-        doomed.extend(names.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()));
     }
 }
 
@@ -106,13 +93,14 @@ mod tests {
             let mut headers = headers(&[("x-a", "1"), ("x-b", "2")]);
             headers.append(CONNECTION, "".parse().unwrap());
             headers.append(CONNECTION, line.parse().unwrap());
-            assert_eq!(names(&passing(&headers)), ["x-b"], "{line:?}");
+            strip_request(&mut headers);
+            assert_eq!(names(&headers), ["x-b"], "{line:?}");
         }
     }
 
     #[test]
     fn a_request_keeps_its_ordinary_headers_only() {
-        let headers = headers(&[
+        let mut headers = headers(&[
             ("accept-encoding", "gzip"),
             ("authorization", "Bearer x"),
             ("cookie", "a=b"),
@@ -126,7 +114,8 @@ mod tests {
             ("x-real-ip", "1.2.3.4"),
             ("x_real_ip", "1.2.3.4"),
         ]);
-        assert_eq!(names(&passing(&headers)), ["accept-encoding"]);
+        strip_request(&mut headers);
+        assert_eq!(names(&headers), ["accept-encoding"]);
     }
 
     #[test]

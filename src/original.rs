@@ -3,32 +3,51 @@
 use std::sync::Arc;
 
 use axum::extract::Request;
-use http::{HeaderMap, Uri, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 
 use crate::effect::Effect;
 use crate::facts::{Facts, Traced};
+use crate::headers;
 use crate::replay::{Keeper, Replay};
 
 /// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
 /// requests are answered at the first attempt.
-#[derive(Clone)]
 pub struct Original {
-    head: Arc<request::Parts>,
+    head: Arc<Head>,
+    /// The headers as a map, for whoever sends it first: with room for more, since hyper passes its
+    /// maps from message to message.
+    headers: Option<HeaderMap>,
     effect: Effect,
     facts: Option<Facts>,
     body: Replay,
 }
 
+/// What every attempt has.
+struct Head {
+    method: Method,
+    uri: Uri,
+    headers: Vec<(HeaderName, HeaderValue)>,
+}
+
 // === impl Original ===
 
 impl Original {
-    /// Keeps what is read of the body for as long as `keeper` lets it.
+    /// Keeps of a request what may reach upstream; of its body what is read, for as long as `keeper`
+    /// lets it.
     pub fn new(traced: Traced, keeper: &Arc<Keeper>) -> Self {
         let Traced { request, facts } = traced;
         let effect = Effect::of(&request);
-        let (head, body) = request.into_parts();
+        let (mut head, body) = request.into_parts();
+        headers::strip_request(&mut head.headers);
+        let headers = head.headers.iter();
+        let kept = Head {
+            method: head.method,
+            uri: head.uri,
+            headers: headers.map(|(k, v)| (k.clone(), v.clone())).collect(),
+        };
         Self {
-            head: Arc::new(head),
+            head: Arc::new(kept),
+            headers: Some(head.headers),
             effect,
             facts,
             body: Replay::new(body, keeper),
@@ -45,11 +64,6 @@ impl Original {
         &self.head.uri
     }
 
-    /// Its headers, those included that must not pass.
-    pub fn headers(&self) -> &HeaderMap {
-        &self.head.headers
-    }
-
     /// What is known of it.
     pub fn facts(&self) -> Option<&Facts> {
         self.facts.as_ref()
@@ -60,12 +74,32 @@ impl Original {
         &self.body
     }
 
-    /// One attempt to send it, with these headers instead of its own.
-    pub fn attempt(self, headers: HeaderMap) -> Request {
+    /// One attempt to send it.
+    pub fn attempt(self) -> Request {
+        let Head {
+            method,
+            uri,
+            headers,
+        } = &*self.head;
+        let headers = self
+            .headers
+            .unwrap_or_else(|| headers.iter().cloned().collect());
         let mut request = Request::new(self.body.into_body());
-        request.method_mut().clone_from(&self.head.method);
-        request.uri_mut().clone_from(&self.head.uri);
+        request.method_mut().clone_from(method);
+        request.uri_mut().clone_from(uri);
         *request.headers_mut() = headers;
         request
+    }
+}
+
+impl Clone for Original {
+    fn clone(&self) -> Self {
+        Self {
+            head: Arc::clone(&self.head),
+            headers: None,
+            effect: self.effect,
+            facts: self.facts.clone(),
+            body: self.body.clone(),
+        }
     }
 }

@@ -12,7 +12,6 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use crate::error::Error;
-use crate::headers;
 use crate::layer::Refusable;
 use crate::original::Original;
 use crate::token::Tokens;
@@ -21,8 +20,7 @@ use crate::token::Tokens;
 #[derive(Clone)]
 pub struct AuthenticateLayer(Arc<Means>);
 
-/// Makes of a client's request what upstream sees: strips what may not pass, then sets
-/// `Authorization` and `Host`.
+/// Sets `Authorization` and `Host` of each attempt, in place of whatever the client said.
 #[derive(Clone)]
 pub struct Authenticate<S> {
     inner: S,
@@ -81,20 +79,21 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Original) -> Self::Future {
+    fn call(&mut self, original: Original) -> Self::Future {
         let bearer = match self.means.tokens.bearer() {
             Ok(bearer) => bearer,
             Err(error) => return Either::Left(future::ready(Err(Error::Credentials(error)))),
         };
-        // First strip, then add: `Connection: authorization` must not name what we add.
-        let mut headers = headers::passing(request.headers());
-        headers.insert(HOST, self.means.host.clone());
-        headers.insert(AUTHORIZATION, bearer);
-        if let Some(facts) = request.facts() {
+        if let Some(facts) = original.facts() {
             facts.attempted();
         }
+        // Stripped before they are set: `Connection: authorization` must not name ours.
+        let mut request = original.attempt();
+        let headers = request.headers_mut();
+        headers.insert(HOST, self.means.host.clone());
+        headers.insert(AUTHORIZATION, bearer);
         Either::Right(Authenticated {
-            inner: self.inner.call(request.attempt(headers)),
+            inner: self.inner.call(request),
             means: Arc::clone(&self.means),
         })
     }
