@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::client_token::ClientName;
 use crate::error::Failure;
-use crate::metrics::InFlight;
+use crate::metrics::{InFlight, Metrics};
 use crate::request_id::RequestId;
 use crate::task::Task;
 
@@ -22,7 +22,7 @@ pub struct Facts(Arc<Inner>);
 struct Inner {
     id: RequestId,
     begun: Instant,
-    _in_flight: InFlight,
+    in_flight: InFlight,
     client: OnceLock<ClientName>,
     attempts: AtomicU32,
     task: OnceLock<Task>,
@@ -46,7 +46,7 @@ impl Facts {
         Self(Arc::new(Inner {
             id,
             begun: Instant::now(),
-            _in_flight: in_flight,
+            in_flight,
             client: OnceLock::new(),
             attempts: AtomicU32::new(0),
             task: OnceLock::new(),
@@ -62,6 +62,11 @@ impl Facts {
     /// When its head was there.
     pub fn begun(&self) -> Instant {
         self.0.begun
+    }
+
+    /// Where it is counted.
+    pub fn metrics(&self) -> &Metrics {
+        self.0.in_flight.metrics()
     }
 
     /// The guard knows whose token was shown.

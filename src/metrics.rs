@@ -5,6 +5,7 @@
 //! Prometheus, one that comes to be with its first event has not increased.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
@@ -32,7 +33,9 @@ const METHODS: [Method; 6] = [
 const OTHER_METHOD: &str = "_OTHER";
 const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 
-/// The registry and a handle on each metric.
+/// The registry and a handle on each metric. Clones count in the same ones: a thread that has a clone
+/// shares with others what is counted, and not who holds it, which would change twice a request.
+#[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
     requests: Vec<[IntCounter; STATUS_CLASSES.len()]>,
@@ -170,9 +173,9 @@ impl Metrics {
     }
 
     /// Counts a request in; dropping the guard counts it out.
-    pub fn enter(&self) -> InFlight {
+    pub fn enter(self: &Arc<Self>) -> InFlight {
         self.in_flight.inc();
-        InFlight(self.in_flight.clone())
+        InFlight(Arc::clone(self))
     }
 
     /// How many requests are in flight.
@@ -253,12 +256,19 @@ pub fn method_label(method: &Method) -> &str {
 }
 
 /// Counts one request as in flight until it is dropped.
-pub struct InFlight(IntGauge);
+pub struct InFlight(Arc<Metrics>);
 
 // === impl InFlight ===
 
+impl InFlight {
+    /// Where it is counted.
+    pub fn metrics(&self) -> &Metrics {
+        &self.0
+    }
+}
+
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.dec();
+        self.0.in_flight.dec();
     }
 }

@@ -75,21 +75,24 @@ impl Shared {
     + Send
     + use<> {
         let keeper = Arc::clone(&self.keeper);
+        // What each request takes hold of is the thread's own: two cores that count up and down in
+        // one place wait for one another.
+        let metrics = Arc::new(Metrics::clone(&self.metrics));
         ServiceBuilder::new()
-            .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
+            .layer(TraceLayer::new(Arc::clone(&metrics))) // one id and one span, refusals too
             .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
             .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
             .layer(GuardLayer::new(
                 self.rules.clone(),
                 Arc::clone(&self.lifecycle),
-                Arc::clone(&self.metrics),
+                metrics,
             )) // refuses before anything is spent
             .map_request(move |traced| Original::new(traced, &keeper))
             .layer(CarryLayer::new(carried.clone())) // a paid task outlives its client
-            .layer(RetryLayer::new(self.resending.clone())) // never a create that may have worked
+            .layer(RetryLayer::new(self.resending.for_thread())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
-                self.origin.host(),
+                &self.origin.host(),
             ))
             .service(self.upstream.for_thread())
     }

@@ -49,7 +49,9 @@ const REFUSED: std::ops::RangeInclusive<i64> = 1000..=1002;
 
 impl AuthenticateLayer {
     /// Shows `tokens` to the upstream that is called `host`.
-    pub fn new(tokens: Arc<Tokens>, host: HeaderValue) -> Self {
+    pub fn new(tokens: Arc<Tokens>, host: &HeaderValue) -> Self {
+        // A copy of its own: clones of one value count together, those of all threads.
+        let host = HeaderValue::from_bytes(host.as_bytes()).unwrap_or_else(|_| host.clone());
         Self(Arc::new(Means { tokens, host }))
     }
 }
@@ -151,7 +153,7 @@ mod tests {
         let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
         let host = HeaderValue::from_static("kling.test");
         let stack = ServiceBuilder::new()
-            .layer(AuthenticateLayer::new(Arc::new(tokens), host))
+            .layer(AuthenticateLayer::new(Arc::new(tokens), &host))
             .service(service_fn(|request: Request| async move {
                 let mut answer = Response::new(Body::empty());
                 *answer.headers_mut() = request.into_parts().0.headers;

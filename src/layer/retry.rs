@@ -50,9 +50,10 @@ pub struct Resending {
     again: bool,
 }
 
+#[derive(Clone)]
 struct Shared {
     limits: Live<Limits>,
-    budget: TpsBudget,
+    budget: Arc<TpsBudget>,
     tokens: Arc<Tokens>,
     clock: Arc<dyn Clock>,
     metrics: Arc<Metrics>,
@@ -80,7 +81,7 @@ impl Resending {
         let (window, always, share) = BUDGET;
         let shared = Shared {
             limits: Live::new(limits),
-            budget: TpsBudget::new(window, always, share),
+            budget: Arc::new(TpsBudget::new(window, always, share)),
             tokens,
             clock,
             metrics,
@@ -92,6 +93,15 @@ impl Resending {
             attempts: 0,
             renewed: false,
             again: false,
+        }
+    }
+
+    /// One for another thread, within the same limits and budget.
+    #[must_use]
+    pub fn for_thread(&self) -> Self {
+        Self {
+            shared: Arc::new(Shared::clone(&self.shared)),
+            ..self.clone()
         }
     }
 

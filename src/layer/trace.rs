@@ -44,7 +44,6 @@ pin_project! {
         #[pin]
         inner: F,
         request: Unanswered,
-        metrics: Arc<Metrics>,
     }
 }
 
@@ -121,7 +120,6 @@ where
         TraceFuture {
             inner,
             request: unanswered,
-            metrics: Arc::clone(&self.metrics),
         }
     }
 }
@@ -143,8 +141,8 @@ where
 
         let request = this.request;
         let after = request.facts.begun().elapsed();
-        this.metrics
-            .answered(&request.method, response.status(), after);
+        let metrics = request.facts.metrics();
+        metrics.answered(&request.method, response.status(), after);
         response
             .headers_mut()
             .insert(REQUEST_ID, request.facts.id().clone().into_value());

@@ -292,10 +292,10 @@ impl Service<Request> for Upstream {
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let way = Arc::clone(&self.0);
-        let metrics = Arc::clone(&way.metrics);
+        let [way, counting] = [(); 2].map(|()| Arc::clone(&self.0));
         let count = move |outcome: &Result<_, Error>| {
-            metrics.attempted(outcome.as_ref().err().map(Error::kind));
+            let error = outcome.as_ref().err().map(Error::kind);
+            counting.metrics.attempted(error);
         };
         Box::pin(way.forward(request).inspect(count))
     }

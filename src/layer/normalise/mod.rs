@@ -74,7 +74,7 @@ pin_project! {
     pub struct NormaliseFuture<F> {
         #[pin]
         inner: F,
-        look: Live<Look>,
+        look: Look,
         effect: Effect,
         facts: Option<Facts>,
     }
@@ -155,7 +155,7 @@ where
 
     fn call(&mut self, traced: Traced) -> Self::Future {
         NormaliseFuture {
-            look: self.look.clone(),
+            look: **self.look.load(),
             effect: Effect::of(&traced.request),
             facts: traced.facts.clone(),
             inner: self.inner.call(traced),
@@ -175,10 +175,7 @@ where
         let this = self.project();
         Poll::Ready(Ok(match ready!(this.inner.poll(cx)) {
             Ok(response) => response,
-            Err(error) => {
-                let look = **this.look.load();
-                look.respond(error, *this.effect, this.facts.as_ref())
-            }
+            Err(error) => this.look.respond(error, *this.effect, this.facts.as_ref()),
         }))
     }
 }
