@@ -29,9 +29,9 @@ struct Inner {
     failure: OnceLock<Box<Failure>>,
 }
 
-/// A request between the layers. Its facts go beside it: among its extensions they would take a hash
-/// map for each request.
-pub struct Traced {
+/// A request on its way in, between the layers, and what is known of it. Among its extensions the facts
+/// would take a hash map for each request.
+pub struct Inbound {
     /// As it came.
     pub request: Request,
     /// `None` on the admin listener, where nothing is traced.
@@ -118,9 +118,9 @@ impl Facts {
     }
 }
 
-// === impl Traced ===
+// === impl Inbound ===
 
-impl From<Request> for Traced {
+impl From<Request> for Inbound {
     fn from(request: Request) -> Self {
         let facts = None;
         Self { request, facts }

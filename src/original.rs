@@ -6,7 +6,7 @@ use axum::extract::Request;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 
 use crate::effect::Effect;
-use crate::facts::{Facts, Traced};
+use crate::facts::{Facts, Inbound};
 use crate::headers;
 use crate::replay::{Keeper, Replay};
 
@@ -34,8 +34,8 @@ struct Head {
 impl Original {
     /// Keeps of a request what may reach upstream; of its body what is read, for as long as `keeper`
     /// lets it.
-    pub fn new(traced: Traced, keeper: &Arc<Keeper>) -> Self {
-        let Traced { request, facts } = traced;
+    pub fn new(inbound: Inbound, keeper: &Arc<Keeper>) -> Self {
+        let Inbound { request, facts } = inbound;
         let effect = Effect::of(&request);
         let (mut head, body) = request.into_parts();
         headers::strip_request(&mut head.headers);

@@ -13,7 +13,7 @@ use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::admin::{self, Control};
 use crate::clock::Clock;
-use crate::facts::Traced;
+use crate::facts::Inbound;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::carry::CarryLayer;
 use crate::layer::cors::CorsLayer;
@@ -87,7 +87,7 @@ impl Shared {
                 Arc::clone(&self.lifecycle),
                 metrics,
             )) // refuses before anything is spent
-            .map_request(move |traced| Original::new(traced, &keeper))
+            .map_request(move |inbound| Original::new(inbound, &keeper))
             .layer(CarryLayer::new(carried.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.for_thread())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
@@ -106,15 +106,15 @@ impl Shared {
             return open.layer(harmless);
         };
         let guarded = ServiceBuilder::new()
-            .map_request(Traced::from)
+            .map_request(Inbound::from)
             .layer(NormaliseLayer::new(self.errors.clone()))
             .layer(GuardLayer::new(
                 self.admin_rules.clone(),
                 Arc::default(), // it serves to the end, to tell how that goes
                 Arc::clone(&self.metrics),
             ))
-            .service(service_fn(move |traced: Traced| {
-                ready(control.answer(&traced.request))
+            .service(service_fn(move |inbound: Inbound| {
+                ready(control.answer(&inbound.request))
             }));
         open.fallback_service(guarded).layer(harmless)
     }

@@ -25,6 +25,7 @@ use hyper_util::rt::TokioIo;
 use kling_proxy::client_token::ClientTokens;
 use kling_proxy::clock::Clock;
 use kling_proxy::error::Error;
+use kling_proxy::facts::Inbound;
 use kling_proxy::layer::cors::CorsLayer;
 use kling_proxy::layer::guard::GuardLayer;
 use kling_proxy::layer::normalise::{Format, Look, NormaliseLayer, Statuses};
@@ -133,7 +134,7 @@ async fn answer(request: Request, rules: &'static Live<Rules>) -> Result<Respons
         .layer(CorsLayer::new(rules.clone()))
         .layer(NormaliseLayer::new(LOOK.clone()))
         .layer(guard)
-        .service_fn(move |request| upstream(request, rules));
+        .service_fn(move |inbound: Inbound| upstream(inbound.request, rules));
     let response = stack.oneshot(request).await?;
     let (head, body) = response.into_parts();
     let body = body.collect().await.expect("it is all there").to_bytes();

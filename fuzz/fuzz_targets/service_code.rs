@@ -10,6 +10,7 @@ use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use kling_proxy::envelope::{self, Envelope, Peek};
 use kling_proxy::error::{Answer, Error};
+use kling_proxy::facts::Inbound;
 use kling_proxy::layer::normalise::{Format, Look, NormaliseLayer, Statuses};
 use kling_proxy::live::Live;
 use libfuzzer_sys::fuzz_target;
@@ -17,7 +18,6 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
-use sync_wrapper::SyncWrapper;
 use tower::{Layer, ServiceExt, service_fn};
 
 /// A longer text is cut at this many places.
@@ -139,13 +139,8 @@ fn answer_is_well_formed(envelope: Envelope, size: usize) {
         envelope.request_id.clone(),
         envelope.data.as_ref().map(ToString::to_string),
     );
-    let (head, body) = Response::new(Body::empty()).into_parts();
-    let answer = Answer {
-        head,
-        body: SyncWrapper::new(body),
-    };
     let error = Error::Service {
-        answer: Box::new(answer),
+        answer: Answer::boxed(Response::new(Body::empty())),
         envelope,
     };
     let layer = NormaliseLayer::new(Live::new(Look {
@@ -153,11 +148,11 @@ fn answer_is_well_formed(envelope: Envelope, size: usize) {
         format: Format::Kling,
     }));
     let mut error = Some(error);
-    let failing = service_fn(move |_: Request| {
+    let failing = service_fn(move |_: Inbound| {
         let error = error.take().expect("one request");
         async { Err::<Response, _>(error) }
     });
-    let answer = layer.layer(failing).oneshot(Request::default());
+    let answer = layer.layer(failing).oneshot(Request::default().into());
     let Ok(response) = answer.now_or_never().expect("it waits for nothing");
     let (head, body) = response.into_parts();
     let body = body.collect().now_or_never().expect("it is all there");

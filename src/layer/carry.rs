@@ -88,12 +88,14 @@ where
         if request.effect() == Effect::Read {
             return Either::Left(self.inner.call(request));
         }
-        let order = request.clone();
+        // Before the call, which may send it at once: whatever becomes of the task, the parcel tells.
+        let mut parcel = Parcel {
+            outcome: Outcome::Coming,
+            order: request.clone(),
+        };
         let exchange = self.inner.call(request);
         let (sender, receiver) = oneshot::channel();
         let running = async move {
-            let outcome = Outcome::Coming;
-            let mut parcel = Parcel { outcome, order };
             parcel.arrive(exchange.await);
             // A parcel that is not taken speaks for itself.
             let _ = sender.send(parcel);

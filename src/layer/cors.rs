@@ -13,7 +13,7 @@ use http::header::{
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
-use crate::facts::Traced;
+use crate::facts::Inbound;
 use crate::live::Live;
 use crate::rules::Rules;
 
@@ -65,9 +65,9 @@ impl<S> Layer<S> for CorsLayer {
 
 // === impl Cors ===
 
-impl<S> Service<Traced> for Cors<S>
+impl<S> Service<Inbound> for Cors<S>
 where
-    S: Service<Traced, Response = Response, Error = Infallible>,
+    S: Service<Inbound, Response = Response, Error = Infallible>,
 {
     type Response = Response;
     type Error = Infallible;
@@ -77,17 +77,17 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, traced: Traced) -> Self::Future {
+    fn call(&mut self, inbound: Inbound) -> Self::Future {
         let rules = self.rules.load();
         let allowed = &rules.allowed_origins;
         let varies = !allowed.is_empty(); // mostly not, and then no origin is looked for
         let origin = varies
-            .then(|| traced.request.headers().get(ORIGIN))
+            .then(|| inbound.request.headers().get(ORIGIN))
             .flatten();
         CorsFuture {
             origin: origin.filter(|origin| allowed.contains(origin)).cloned(),
             varies,
-            inner: self.inner.call(traced),
+            inner: self.inner.call(inbound),
         }
     }
 }

@@ -20,7 +20,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Layer, Service};
 
 use crate::error::{BoxError, Error};
-use crate::facts::Traced;
+use crate::facts::Inbound;
 use crate::layer::Refusable;
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
@@ -67,8 +67,8 @@ impl GuardLayer {
         }
     }
 
-    fn check(&self, rules: &Rules, traced: &Traced) -> Result<Verdict, Error> {
-        let Traced { request, facts } = traced;
+    fn check(&self, rules: &Rules, inbound: &Inbound) -> Result<Verdict, Error> {
+        let Inbound { request, facts } = inbound;
         let headers = request.headers();
         rules.check_host(headers)?;
         rules.check_origin(headers)?;
@@ -115,9 +115,9 @@ impl<S> Layer<S> for GuardLayer {
 
 // === impl Guard ===
 
-impl<S> Service<Traced> for Guard<S>
+impl<S> Service<Inbound> for Guard<S>
 where
-    S: Service<Traced, Response = Response, Error = Error>,
+    S: Service<Inbound, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Error;
@@ -127,14 +127,14 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut traced: Traced) -> Self::Future {
+    fn call(&mut self, mut inbound: Inbound) -> Self::Future {
         let rules = self.layer.rules.load();
-        match self.layer.check(&rules, &traced) {
-            Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(traced.request.headers())))),
+        match self.layer.check(&rules, &inbound) {
+            Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(inbound.request.headers())))),
             Ok(Verdict::Pass) => {
                 let limit = rules.request_body.as_u64();
-                limit_body(traced.request.body_mut(), limit);
-                Either::Right(self.inner.call(traced))
+                limit_body(inbound.request.body_mut(), limit);
+                Either::Right(self.inner.call(inbound))
             }
             Err(refusal) => {
                 self.layer.metrics.refused(refusal.kind());

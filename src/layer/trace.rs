@@ -17,7 +17,7 @@ use tower::{Layer, Service};
 use tracing::Span;
 
 use crate::effect::Effect;
-use crate::facts::{Facts, Traced};
+use crate::facts::{Facts, Inbound};
 use crate::metrics::{Metrics, method_label};
 use crate::request_id::RequestId;
 use crate::telemetry::{printable, unhurried};
@@ -90,7 +90,7 @@ impl<S> Layer<S> for TraceLayer {
 
 impl<S> Service<Request> for Trace<S>
 where
-    S: Service<Traced, Response = Response, Error = Infallible>,
+    S: Service<Inbound, Response = Response, Error = Infallible>,
 {
     type Response = http::Response<Counted>;
     type Error = Infallible;
@@ -115,8 +115,8 @@ where
             answered: false,
         };
         let facts = Some(facts);
-        let traced = Traced { request, facts };
-        let inner = unanswered.span.in_scope(|| self.inner.call(traced));
+        let inbound = Inbound { request, facts };
+        let inner = unanswered.span.in_scope(|| self.inner.call(inbound));
         TraceFuture {
             inner,
             request: unanswered,

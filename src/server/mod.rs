@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use axum::extract::Request;
 use bytes::Bytes;
-use futures_util::FutureExt;
 use http::Method;
 use http::header::{CONNECTION, HeaderValue, UPGRADE};
 use hyper::body::{Body, Incoming};
@@ -30,7 +29,6 @@ use self::listener::{Acceptor, Socket, Stream};
 pub use self::listener::{Listener, bind};
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
-use crate::effect::Effect;
 use crate::error::BoxError;
 
 /// How long to wait before accepting again when that failed, mostly for lack of descriptors.
@@ -138,17 +136,11 @@ where
     S: Service<Request, Response = http::Response<B>>,
 {
     let last = ends_connection(&request);
-    let paid = Effect::of(&request) == Effect::Create;
-    let mut answer = Box::pin(call(service, request.map(boxed)));
-    // hyper drops it unpolled if the client has sent all of its request and gone; what outlives its
-    // client has to be begun by then.
-    let answered = paid.then(|| (&mut answer).now_or_never()).flatten();
-    let answered = answered.map(Box::new); // rare: not each connection has room for it
+    // hyper drops the future unpolled if the client has sent all of its request and gone; what outlives
+    // its client is begun by this call. Boxed, since not each connection has room for it.
+    let answer = Box::pin(call(service, request.map(boxed)));
     async move {
-        let mut answer = match answered {
-            Some(answered) => (*answered)?,
-            None => answer.await?,
-        };
+        let mut answer = answer.await?;
         if last {
             let headers = answer.headers_mut();
             headers.insert(CONNECTION, HeaderValue::from_static("close"));

@@ -98,7 +98,7 @@ impl Download {
         })
     }
 
-    /// Whether all of it was read, be it ahead.
+    /// Whether all of it is known to be read, be it ahead: of one in chunks only its end says so.
     pub(super) fn is_read(&self) -> bool {
         self.body.is_end_stream()
     }

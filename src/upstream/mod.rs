@@ -80,8 +80,9 @@ struct Way {
     metrics: Arc<Metrics>,
 }
 
-/// What came of a request on one connection: an answer, or itself again, if nothing of it was sent.
-type Exchange = Result<http::Response<Download>, Box<Request>>;
+/// What came of a request on one connection: an answer; or, if nothing of it was sent, the request
+/// again and why.
+type Exchange = Result<http::Response<Download>, (Box<Request>, hyper::Error)>;
 
 // === impl Upstream ===
 
@@ -149,7 +150,8 @@ impl Way {
     /// Sends a request and judges its answer.
     ///
     /// Mostly there is a connection, and the request leaves on it at once: what waits for the answer
-    /// has no room for a request. All that waits is memory that a core goes through for each answer.
+    /// has no room for a request. Of 32 at a time each byte counts, for a core's first cache to hold
+    /// them.
     fn forward(
         self: Arc<Self>,
         request: Request,
@@ -159,7 +161,7 @@ impl Way {
         self.spare.note(now);
         let (load, busy) = self.pool.begin(request.body());
         let (request, progress) = Upload::record(request, now, busy);
-        let begun = match self.pool.checkout(load) {
+        let first = match self.pool.checkout(load) {
             Some(mut connection) => {
                 let sent = connection.send(request);
                 Ok((connection, sent))
@@ -167,7 +169,7 @@ impl Way {
             None => Err(Box::new(request)),
         };
         async move {
-            let mut answer = match self.answer(begun, load, &progress).await {
+            let mut answer = match self.answer(first, load, &progress).await {
                 Ok(answer) => answer,
                 // The client's fault is the cause; what upstream made of it only follows from that.
                 Err(error) => return Err(progress.take_fault().unwrap_or(error)),
@@ -179,19 +181,19 @@ impl Way {
         }
     }
 
-    /// The answer to what was begun, or sent now.
+    /// The answer on the first connection, if there was one, or on the next.
     async fn answer(
         &self,
-        begun: Result<(Connection, Sent), Box<Request>>,
+        first: Result<(Connection, Sent), Box<Request>>,
         load: Load,
         progress: &Arc<Progress>,
     ) -> Result<http::Response<Download>, Error> {
-        let request = match begun {
+        let request = match first {
             Ok((connection, sent)) => {
-                let way = (connection, &self.pool);
-                match self.exchange(sent, way, progress).await? {
+                let lent = (connection, &self.pool);
+                match self.exchange(sent, lent, progress).await? {
                     Ok(answer) => return Ok(answer),
-                    Err(unsent) => unsent,
+                    Err((unsent, _)) => unsent,
                 }
             }
             Err(request) => request,
@@ -238,14 +240,11 @@ impl Way {
             request.headers_mut().insert(HOST, self.pool.host());
             progress.restart();
             let sent = connection.send(*request);
-            let way = (connection, home);
-            match self.exchange(sent, way, progress).await? {
+            let lent = (connection, home);
+            match self.exchange(sent, lent, progress).await? {
                 Ok(answer) => return Ok(answer),
-                Err(unsent) if kept => request = unsent,
-                Err(_) => {
-                    let cause = "the new connection was closed at once";
-                    return Err(Error::Unreachable(cause.into()));
-                }
+                Err((unsent, _)) if kept => request = unsent,
+                Err((_, error)) => return Err(Error::Unreachable(error.into())),
             }
         }
     }
@@ -265,7 +264,7 @@ impl Way {
                 Ok(Ok(answer))
             }
             Err(mut refused) => match refused.take_message() {
-                Some(unsent) => Ok(Err(Box::new(unsent))),
+                Some(unsent) => Ok(Err((Box::new(unsent), refused.into_error()))),
                 None => Err(classify(refused.into_error())),
             },
         }

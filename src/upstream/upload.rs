@@ -54,7 +54,8 @@ enum Turn {
 // === impl Upload ===
 
 impl Upload {
-    /// Makes the body of a request, if it has one, record its progress from `now` on.
+    /// Makes the body of a request, if it has one, record its progress from `now` on. The request is
+    /// `busy` until it is over.
     pub(super) fn record(request: Request, now: Instant, busy: Busy) -> (Request, Arc<Progress>) {
         let empty = request.body().is_end_stream();
         let turn = if empty { Turn::Done } else { Turn::Upstream };

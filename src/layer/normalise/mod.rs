@@ -21,7 +21,7 @@ use tower::{Layer, Service};
 
 use crate::effect::Effect;
 use crate::error::{Error, Failure};
-use crate::facts::{Facts, Traced};
+use crate::facts::{Facts, Inbound};
 use crate::live::Live;
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
@@ -140,9 +140,9 @@ impl Look {
 
 // === impl Normalise ===
 
-impl<S> Service<Traced> for Normalise<S>
+impl<S> Service<Inbound> for Normalise<S>
 where
-    S: Service<Traced, Response = Response, Error = Error>,
+    S: Service<Inbound, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Infallible;
@@ -153,12 +153,12 @@ where
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, traced: Traced) -> Self::Future {
+    fn call(&mut self, inbound: Inbound) -> Self::Future {
         NormaliseFuture {
             look: **self.look.load(),
-            effect: Effect::of(&traced.request),
-            facts: traced.facts.clone(),
-            inner: self.inner.call(traced),
+            effect: Effect::of(&inbound.request),
+            facts: inbound.facts.clone(),
+            inner: self.inner.call(inbound),
         }
     }
 }
