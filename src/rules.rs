@@ -153,10 +153,7 @@ impl Rules {
 fn without_port(authority: &str) -> Option<&str> {
     let end = match authority.strip_prefix('[') {
         Some(rest) => rest.find(']')? + 2,
-        None => authority
-            .bytes()
-            .position(|b| b == b':')
-            .unwrap_or(authority.len()),
+        None => authority.find(':').unwrap_or(authority.len()),
     };
     let (name, port) = authority.split_at(end);
     let is_port = |port: &str| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
