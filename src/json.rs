@@ -1,11 +1,16 @@
 //! Writes JSON objects member by member. Mostly a text has nothing to escape and goes in one piece;
 //! `serde_json` looks at each byte on its own, which made a refused request a fifth dearer.
 
-use std::fmt::{Display, Write};
+use std::io::{self, Write};
+
+use serde::Serialize;
 
 /// An object that is being written. The names of its members stand in the source, and none has
 /// anything to escape.
 pub struct Object(String);
+
+/// Takes what `serde_json` writes, which is text in whole characters.
+struct Sink<'a>(&'a mut String);
 
 // === impl Object ===
 
@@ -25,28 +30,21 @@ impl Object {
 
     /// A string.
     pub fn text(&mut self, name: &'static str, text: &str) {
-        self.name(name);
         if is_special(text) {
-            // A string is always JSON.
-            let escaped = serde_json::to_string(text).unwrap_or_default();
-            self.0.push_str(&escaped);
-        } else {
-            self.0.push('"');
-            self.0.push_str(text);
-            self.0.push('"');
+            self.value(name, text);
+            return;
         }
-    }
-
-    /// A number as JSON has them.
-    pub fn number(&mut self, name: &'static str, number: impl Display) {
         self.name(name);
-        // To write to a string cannot fail.
-        let _ = write!(self.0, "{number}");
+        self.0.push('"');
+        self.0.push_str(text);
+        self.0.push('"');
     }
 
-    /// `true` or `false`.
-    pub fn bool(&mut self, name: &'static str, value: bool) {
-        self.raw(name, if value { "true" } else { "false" });
+    /// A string, a number, `true`, `false`, or `null` for nothing and for a float that is no number.
+    pub fn value(&mut self, name: &'static str, value: impl Serialize) {
+        self.name(name);
+        // All of these have their JSON, and to write to a string cannot fail.
+        let _ = serde_json::to_writer(Sink(&mut self.0), &value);
     }
 
     /// The whole object.
@@ -60,6 +58,20 @@ impl Object {
         self.0.push_str(if self.0.len() > 1 { ",\"" } else { "\"" });
         self.0.push_str(name);
         self.0.push_str("\":");
+    }
+}
+
+// === impl Sink ===
+
+impl Write for Sink<'_> {
+    fn write(&mut self, json: &[u8]) -> io::Result<usize> {
+        self.0
+            .push_str(str::from_utf8(json).map_err(io::Error::other)?);
+        Ok(json.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -83,13 +95,14 @@ mod tests {
         let mut object = Object::with_capacity(0);
         assert_eq!(Object::with_capacity(0).end(), "{}");
         object.text("a", "b");
-        object.number("c", -1);
-        object.number("d", 0.5);
-        object.bool("e", true);
-        object.raw("f", "null");
+        object.value("c", -1);
+        object.value("d", 2.0);
+        object.value("e", f64::NAN);
+        object.value("f", true);
+        object.raw("g", "{}");
         assert_eq!(
             object.end(),
-            r#"{"a":"b","c":-1,"d":0.5,"e":true,"f":null}"#
+            r#"{"a":"b","c":-1,"d":2.0,"e":null,"f":true,"g":{}}"#
         );
     }
 

@@ -11,7 +11,7 @@ const USUAL: usize = 1536;
 /// Renders an error of a request with this effect and these facts.
 pub(super) fn render(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
     let mut body = Object::with_capacity(USUAL);
-    body.number("code", error.code());
+    body.value("code", error.code());
     let own_id = facts.map_or("", |facts| facts.id().as_str());
     if let Error::Service { envelope, .. } = error {
         let message = envelope.message.as_deref();
@@ -35,15 +35,13 @@ fn detail(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
     let mut detail = Object::with_capacity(USUAL);
     detail.text("type", error.kind());
     detail.text("source", row.source());
-    match error.answer() {
-        Some(answer) => detail.number("upstream_status", answer.head.status.as_u16()),
-        None => detail.raw("upstream_status", "null"),
-    }
+    let status = error.answer().map(|answer| answer.head.status.as_u16());
+    detail.value("upstream_status", status);
     detail.text("definition", row.definition);
     detail.text("explanation", row.explanation);
     detail.text("solution", row.solution);
-    detail.bool("retryable", error.retryable(effect));
-    detail.number("attempts", facts.map_or(0, Facts::attempts));
+    detail.value("retryable", error.retryable(effect));
+    detail.value("attempts", facts.map_or(0, Facts::attempts));
     if let Some(hint) = hint(error, effect) {
         detail.text("hint", hint);
     }
