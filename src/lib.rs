@@ -38,6 +38,7 @@ pub mod lifecycle;
 pub mod live;
 pub mod metrics;
 pub mod original;
+pub mod quiet;
 pub mod replay;
 pub mod request_id;
 pub mod rules;

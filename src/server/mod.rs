@@ -30,6 +30,7 @@ pub use self::listener::{Listener, bind};
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::error::BoxError;
+use crate::quiet::{Awaited, Pieces, Quiet};
 
 /// How long to wait before accepting again when that failed, mostly for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -101,8 +102,8 @@ where
             let Some(stream) = open(socket, header_timeout, idle, told).await else {
                 return;
             };
-            let connection = http.serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = watcher.watch(connection).await {
+            let connection = http.serve_connection(Awaited::new(TokioIo::new(stream)), service);
+            if let Err(error) = Quiet::new(watcher.watch(connection)).await {
                 tracing::debug!(%error, "connection ended early");
             }
         }
@@ -160,7 +161,7 @@ fn boxed(body: Incoming) -> axum::body::Body {
     if body.is_end_stream() {
         axum::body::Body::empty()
     } else {
-        axum::body::Body::new(body)
+        axum::body::Body::new(Pieces::from(body))
     }
 }
 

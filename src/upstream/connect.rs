@@ -23,6 +23,7 @@ use tower::{Service, ServiceExt};
 
 use super::egress::{EgressProxy, Tcp};
 use crate::error::BoxError;
+use crate::quiet::{Awaited, Quiet};
 
 /// How often TCP, or HTTP/2, asks a silent peer whether it is still there.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
@@ -255,8 +256,8 @@ impl Connector {
 }
 
 async fn http1_on(stream: Stream) -> Result<http1::SendRequest<Body>, BoxError> {
-    let (sender, connection) = http1::handshake(stream).await?;
-    tokio::spawn(connection);
+    let (sender, connection) = http1::handshake(Awaited::new(stream)).await?;
+    tokio::spawn(Quiet::new(connection));
     Ok(sender)
 }
 

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::connect::Connection;
 use super::pool::Pool;
 use super::upload::Progress;
 use crate::error::BoxError;
+use crate::quiet::Pieces;
 
 /// What one poll of a body gives.
 pub(super) type Step = Result<Frame<Bytes>, BoxError>;
@@ -23,7 +23,7 @@ pub(super) type Step = Result<Frame<Bytes>, BoxError>;
 pub(super) struct Download {
     /// What was read ahead, to be passed first.
     ahead: VecDeque<Step>,
-    body: Incoming,
+    body: Pieces,
     lease: Option<Lease>,
     idle: Duration,
     silence: Option<Pin<Box<Sleep>>>,
@@ -72,7 +72,7 @@ impl Drop for Lease {
 // === impl Download ===
 
 impl Download {
-    pub(super) fn new(body: Incoming, lease: Lease, idle: Duration) -> Self {
+    pub(super) fn new(body: Pieces, lease: Lease, idle: Duration) -> Self {
         let lease = Some(lease);
         let mut this = Self {
             ahead: VecDeque::new(),

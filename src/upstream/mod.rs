@@ -260,7 +260,7 @@ impl Way {
             Ok(answer) => {
                 let lease = Lease::new(Arc::clone(home), connection, Arc::clone(progress));
                 let idle = self.timeouts.idle;
-                let answer = answer.map(|body| Download::new(body, lease, idle));
+                let answer = answer.map(|body| Download::new(body.into(), lease, idle));
                 Ok(Ok(answer))
             }
             Err(mut refused) => match refused.take_message() {
