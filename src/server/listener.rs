@@ -80,19 +80,6 @@ impl Listener {
         }
     }
 
-    /// The same socket for another thread.
-    ///
-    /// # Errors
-    ///
-    /// There are too many open files.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
-            Self::Tls(socket, config) => Self::Tls(socket.try_clone()?, Arc::clone(config)),
-            Self::Unix(socket) => Self::Unix(socket.try_clone()?),
-        })
-    }
-
     /// Where it listens, if that is an address.
     pub fn address(&self) -> Option<SocketAddr> {
         match self {

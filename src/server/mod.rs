@@ -24,7 +24,7 @@ use tokio::time::{sleep, timeout};
 use tower::Service;
 
 pub use self::balance::Worker;
-use self::balance::{Arrival, Balancer};
+use self::balance::{Arrival, Crew};
 use self::listener::{Acceptor, Socket, Stream};
 pub use self::listener::{Listener, bind};
 pub use self::socket_file::{SocketFile, SocketFileError};
@@ -69,14 +69,11 @@ where
     S::Future: Send,
     B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
-    let Worker {
-        balancer,
-        mut arrivals,
-    } = worker;
+    let Worker { crew, mut arrivals } = worker;
     let mut accepting = JoinSet::new();
     for listener in listeners {
         let permits = Arc::clone(&limits.connections);
-        accepting.spawn(accept(listener.register()?, permits, balancer.clone()));
+        accepting.spawn(accept(listener.register()?, permits, Arc::clone(&crew)));
     }
 
     let mut http = http1::Builder::new();
@@ -88,8 +85,11 @@ where
     let mut connections = JoinSet::new();
     let told = stop.clone();
     let serve = |arrival: Arrival| {
-        let service = Arc::clone(&service);
-        let service = service_fn(move |request| answer(&service, request));
+        let (service, crew) = (Arc::clone(&service), Arc::clone(&crew));
+        let service = service_fn(move |request| {
+            crew.note(request.body());
+            answer(&service, request)
+        });
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
         async move {
@@ -173,12 +173,12 @@ fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
 
 /// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits
 /// here, and the others in the kernel's queue.
-async fn accept(listener: Acceptor, permits: Arc<Semaphore>, balancer: Balancer) -> Option<()> {
+async fn accept(listener: Acceptor, permits: Arc<Semaphore>, crew: Arc<Crew>) -> Option<()> {
     loop {
         match listener.accept().await {
             Ok(socket) => {
                 let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
-                balancer.assign(socket, permit).await?;
+                crew.assign(socket, permit).await?;
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");

@@ -90,8 +90,7 @@ impl Proxy {
 
         let quit = Arc::new(Notify::new());
         let (stop, stopped) = latch::channel(false);
-        let threads = start_threads(&data, &shared, &limits, &stopped).map_err(failed)?;
-        drop(data);
+        let threads = start_threads(data, &shared, &limits, &stopped).map_err(failed)?;
         let (serving, never) = latch::channel(false);
         let mut others = JoinSet::new();
         let own = |connections| Limits {
@@ -215,7 +214,7 @@ fn keep_warm(shared: &Shared, Warmth { probe, keep }: Warmth) {
 
 /// Starts the threads that serve requests. The channel closes when all have ended.
 fn start_threads(
-    listeners: &[Listener],
+    mut listeners: Vec<Listener>,
     shared: &Shared,
     limits: &Limits,
     stopped: &latch::Receiver<bool>,
@@ -224,10 +223,8 @@ fn start_threads(
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let crew = Worker::crew(cores.min(MOST_THREADS));
     for (index, worker) in crew.into_iter().enumerate() {
-        let listeners = listeners
-            .iter()
-            .map(Listener::try_clone)
-            .collect::<io::Result<Vec<_>>>()?;
+        // The first one gets all.
+        let listeners = std::mem::take(&mut listeners);
         let (shared, limits, stopped) = (shared.clone(), limits.clone(), stopped.clone());
         let sender = sender.clone();
         let runtime = runtime()?;
