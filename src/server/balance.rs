@@ -3,9 +3,11 @@
 //!
 //! A few connections stay together: one worker that is busy does more in each turn and is woken less
 //! than two that are half busy, which also wait for one another's cores. On two cores 32 connections
-//! took 7 % less CPU so, and the slowest of their requests two thirds of the time. More than that are
-//! spread evenly, and so are all while bodies are large: to encrypt those takes as much of a core as
-//! there is.
+//! took 7 % less CPU so, and the slowest of their requests two thirds of the time. So one worker after
+//! the other gets as many as [`TOGETHER`], and what comes then is spread evenly.
+//!
+//! So is all that comes while bodies are large: to encrypt those takes as much of a core as there is.
+//! A connection stays where it is: the first ones that send large bodies may be on one worker.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -26,7 +28,7 @@ pub struct Worker {
 
 /// All workers.
 pub(super) struct Crew {
-    /// What leads to them, the one that accepts first.
+    /// What leads to each; the first is the one that accepts.
     queues: Vec<Queue>,
     start: Instant,
     /// The second after `start` in which a large body came last; 0 for never.
@@ -56,7 +58,7 @@ const TOGETHER: usize = 64;
 const WAITING: usize = 256;
 /// From this size on a body is large, in bytes: it takes as long as dozens of requests without one.
 const LARGE: u64 = 1 << 20;
-/// Where a large body came, more are to be expected for so long.
+/// Where a large body came, or one of unknown size, more are to be expected for so long.
 const EXPECTED: Duration = Duration::from_secs(10);
 
 // === impl Worker ===
@@ -177,10 +179,13 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use bytes::Bytes;
-    use http_body_util::Full;
+    use futures_util::stream;
+    use http_body::Frame;
+    use http_body_util::{Full, StreamBody};
     use tokio::sync::Semaphore;
 
     use super::*;
+    use crate::error::BoxError;
 
     impl Queue {
         fn with(connections: usize) -> Self {
@@ -214,6 +219,7 @@ mod tests {
             ([1, 1, 0], 0, 2),
             ([TOGETHER - 1, 0, 0], 0, 1),
             ([TOGETHER, 0, 0], 1, 1),
+            ([TOGETHER, 1, 0], 1, 2),
             ([TOGETHER, TOGETHER, 0], 2, 2),
             ([TOGETHER, TOGETHER, TOGETHER], 0, 0),
             ([TOGETHER + 1, TOGETHER, TOGETHER], 1, 1),
@@ -228,6 +234,16 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_body_of_unknown_size_counts_as_large() {
+        let crew = Crew::of(Vec::new());
+        crew.note(&Full::<Bytes>::from(vec![0; (1 << 20) - 1]));
+        assert!(!crew.expects_large());
+        let unknown = stream::empty::<Result<Frame<Bytes>, BoxError>>();
+        crew.note(&StreamBody::new(unknown));
+        assert!(crew.expects_large());
     }
 
     #[test]
@@ -258,7 +274,7 @@ mod tests {
         // The other one takes none.
         while served.len() < 2 * WAITING - 1 {
             given(1, &crew).await;
-            served.extend(crew[0].arrivals.try_recv());
+            served.extend(crew[0].arrivals.try_recv().map(|arrival| arrival.place));
         }
         assert_eq!(given(1, &crew).await, [1, WAITING]);
         drop(crew.pop());

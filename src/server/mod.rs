@@ -118,10 +118,10 @@ where
         }
     }
     accepting.shutdown().await;
-    while let Ok(arrival) = arrivals.try_recv() {
+    arrivals.close();
+    while let Some(arrival) = arrivals.recv().await {
         connections.spawn(serve(arrival));
     }
-    drop(arrivals);
     // Whether in time or not: what is left then is what is cut.
     let _ = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
     while connections.try_join_next().is_some() {}
@@ -180,6 +180,8 @@ async fn accept(listener: Acceptor, permits: Arc<Semaphore>, crew: Arc<Crew>) ->
                 let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
                 crew.assign(socket, permit).await?;
             }
+            // It has ended while it waited.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;
