@@ -33,6 +33,7 @@ pub mod error;
 pub mod facts;
 pub mod headers;
 pub mod json;
+pub mod last;
 pub mod layer;
 pub mod lifecycle;
 pub mod live;

@@ -10,7 +10,7 @@
 //! A connection stays where it is: the first ones that send large bodies may be on one worker.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use hyper::body::Body;
@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 
 use super::listener::Socket;
+use crate::last::Last;
 
 /// One of those that serve connections, each on a thread of its own.
 pub struct Worker {
@@ -30,9 +31,8 @@ pub struct Worker {
 pub(super) struct Crew {
     /// What leads to each; the first is the one that accepts.
     queues: Vec<Queue>,
-    start: Instant,
-    /// The second after `start` in which a large body came last; 0 for never.
-    large: AtomicU64,
+    /// A large body came.
+    large: Last,
 }
 
 /// What leads to a worker.
@@ -89,8 +89,7 @@ impl Crew {
     fn of(queues: Vec<Queue>) -> Self {
         Self {
             queues,
-            start: Instant::now(),
-            large: AtomicU64::new(0),
+            large: Last::never(),
         }
     }
 
@@ -118,30 +117,24 @@ impl Crew {
     pub(super) fn note(&self, body: &impl Body) {
         let may_have = body.size_hint().upper();
         if may_have.is_none_or(|size| size >= LARGE) {
-            self.large.store(self.second(), Relaxed);
+            self.large.note(Instant::now());
         }
     }
 
     /// Who is to have the next connection.
     fn next(&self) -> Option<&Queue> {
         let mut queues = self.queues.iter();
+        let fewest = queues.clone().min_by_key(|queue| queue.connections());
         if self.expects_large() {
-            return queues.min_by_key(|queue| queue.connections());
+            return fewest;
         }
         queues
             .find(|queue| queue.connections() < TOGETHER)
-            .or_else(|| self.queues.iter().min_by_key(|queue| queue.connections()))
+            .or(fewest)
     }
 
     fn expects_large(&self) -> bool {
-        match self.large.load(Relaxed) {
-            0 => false,
-            came => self.second().saturating_sub(came) <= EXPECTED.as_secs(),
-        }
-    }
-
-    fn second(&self) -> u64 {
-        1 + self.start.elapsed().as_secs()
+        self.large.ago().is_some_and(|ago| ago <= EXPECTED)
     }
 }
 
@@ -251,9 +244,9 @@ mod tests {
         let mut crew = Crew::of(Vec::new());
         crew.note(&large());
         assert!(crew.expects_large());
-        crew.start -= EXPECTED;
+        crew.large.age(EXPECTED);
         assert!(crew.expects_large());
-        crew.start -= Duration::from_secs(1);
+        crew.large.age(Duration::from_secs(1));
         assert!(!crew.expects_large());
     }
 

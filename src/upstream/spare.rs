@@ -5,13 +5,13 @@
 //! it is not cut when one of them ends.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::pool::Pool;
+use crate::last::Last;
 
 /// How often to look whether it is still ready. With [`MOMENT`] and the age at which a pool renews
 /// a connection it stays below the age at which one is not used any more.
@@ -22,10 +22,9 @@ const MOMENT: Duration = Duration::from_secs(1);
 /// Knows when a connection is worth keeping.
 pub(super) struct Spare {
     pool: Arc<Pool>,
-    start: Instant,
-    /// The second after `start` in which upstream was asked last; 0 for never.
-    asked: AtomicU64,
-    /// Told once in such a second.
+    /// Upstream was asked.
+    asked: Last,
+    /// Told once in a second in which it was.
     news: Notify,
 }
 
@@ -35,8 +34,7 @@ impl Spare {
     pub(super) fn new(pool: Pool) -> Self {
         Self {
             pool: Arc::new(pool),
-            start: Instant::now(),
-            asked: AtomicU64::new(0),
+            asked: Last::never(),
             news: Notify::new(),
         }
     }
@@ -48,10 +46,7 @@ impl Spare {
 
     /// Upstream is being asked.
     pub(super) fn note(&self, now: Instant) {
-        let now = self.second(now);
-        // Read by all threads, written by one of them in each second.
-        if self.asked.load(Relaxed) != now {
-            self.asked.store(now, Relaxed);
+        if self.asked.note(now) {
             self.news.notify_one();
         }
     }
@@ -78,15 +73,7 @@ impl Spare {
 
     /// How much longer a connection is worth keeping.
     fn left(&self, warm: Duration) -> Duration {
-        match self.asked.load(Relaxed) {
-            0 => Duration::ZERO,
-            asked => warm.saturating_sub(Duration::from_secs(
-                self.second(Instant::now()).saturating_sub(asked),
-            )),
-        }
-    }
-
-    fn second(&self, now: Instant) -> u64 {
-        1 + (now - self.start).as_secs()
+        let ago = self.asked.ago();
+        ago.map_or(Duration::ZERO, |ago| warm.saturating_sub(ago))
     }
 }
