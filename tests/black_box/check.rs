@@ -3,7 +3,7 @@
 use std::{
     fs::{self, Permissions},
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{TcpListener, TcpStream, UdpSocket},
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
     thread,
@@ -11,11 +11,11 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use socket2::{Domain, Socket, Type};
+use socket2::Socket;
 
 use crate::support::{
     ACCESS_KEY, Command, Credential, Finished, Issued, Proxy, Root, SECRET_KEY, SUCCESS, Step,
-    TOKEN, Upstream, assert_has, claims, kling, mint, now, reply, send,
+    TOKEN, Upstream, assert_has, claims, closed, kling, mint, now, reply, send,
 };
 
 const API_KEY: &str = "api-KeyOfTheBlackBoxTests00000001";
@@ -128,11 +128,8 @@ fn peer(answer: Option<&'static str>) -> (TcpListener, u16) {
 
 /// A port whose queue of connections is full, so that the kernel does not answer further ones.
 fn full() -> (Socket, TcpStream, u16) {
-    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    let address = SocketAddr::from(([127, 0, 0, 1], 0));
-    listener.bind(&address.into()).unwrap();
+    let (listener, address) = closed();
     listener.listen(0).unwrap();
-    let address = listener.local_addr().unwrap().as_socket().unwrap();
     let first = TcpStream::connect(address).unwrap();
     (listener, first, address.port())
 }
@@ -331,8 +328,7 @@ fn offline_asks_nobody() {
 
 #[test]
 fn what_is_broken_on_the_way_is_told_apart() {
-    let (closed, refused) = peer(None);
-    drop(closed);
+    let (_closed, refused) = closed();
     let (_plain, plain) = peer(Some("HTTP/1.1 400 Bad Request\r\n\r\n"));
     let (_cut, cut) = peer(Some(""));
     let (_silent, silent) = peer(None);
@@ -353,7 +349,7 @@ fn what_is_broken_on_the_way_is_told_apart() {
         // A group of machines, to which TCP knows no way.
         ("https://224.0.0.1".to_owned(), "connection", route),
         (
-            format!("https://127.0.0.1:{refused}"),
+            format!("https://{refused}"),
             "connection",
             "connection_refused",
         ),

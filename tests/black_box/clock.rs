@@ -117,7 +117,7 @@ fn time_that_is_out_of_reason_or_unauthenticated_is_not_learned() {
         proxy.get("/v1/learn");
         proxy.get("/v1/know");
         let token = token_ahead(&upstream);
-        assert!((-1..=1).contains(&token), "{case}: {token}");
+        assert!((-5..=1).contains(&token), "{case}: {token}");
         assert!(gauge(&proxy).abs() < 0.5, "{case}: {}", gauge(&proxy));
     }
 }
@@ -130,7 +130,7 @@ fn date_of_a_cached_answer_is_not_learned() {
     let proxy = Proxy::to(&upstream).start();
     proxy.get("/v1/learn");
     proxy.get("/v1/know");
-    assert!((-1..=1).contains(&token_ahead(&upstream)));
+    assert!((-5..=1).contains(&token_ahead(&upstream)));
 }
 
 #[test]

@@ -10,7 +10,8 @@ use std::{
 use serde_json::json;
 
 use crate::support::{
-    Command, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Upstream, assert_has, parse_headers, post,
+    Command, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Upstream, assert_has, closed,
+    parse_headers, post,
 };
 
 const PASSWORD: &str = "canaryOfTheEgressProxy";
@@ -178,9 +179,8 @@ fn password_of_the_egress_proxy_is_never_shown() {
 #[test]
 fn check_goes_the_same_way_and_says_where_it_ends() {
     let upstream = Upstream::tls("http/1.1");
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap();
-    let nobody = format!("http://{}", closed.local_addr().unwrap());
-    drop(closed);
+    let (_closed, nobody) = closed();
+    let nobody = format!("http://{nobody}");
     let unauthorized = Egress::answering(
         "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
     );

@@ -1,12 +1,10 @@
 //! Every error leaves in one shape, whoever made it; what is no error passes byte for byte.
 
-use std::net::TcpListener;
-
 use serde_json::{Value, json};
 
 use crate::support::{
-    Message, Proxy, SUCCESS, Step, Upstream, get, gzip, kling, post, reply, request, send, started,
-    started_with, started_without_retry,
+    Message, Proxy, SUCCESS, Step, Upstream, closed, get, gzip, kling, post, reply, request, send,
+    started, started_with, started_without_retry,
 };
 
 /// May a request with this answer be sent again?
@@ -432,13 +430,10 @@ fn told_by_us(answer: &Message, kind: &str) -> [Value; 4] {
 #[test]
 fn unreachable_upstream_is_told_and_may_be_asked_again() {
     let upstream = Upstream::tls("http/1.1");
-    let free = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let (_closed, nobody) = closed();
     let by_address = upstream.url.replace("localhost", "127.0.0.1");
     for (key, value) in [
-        ("upstream.url", format!("http://{free}")),
+        ("upstream.url", format!("http://{nobody}")),
         ("upstream.url", "https://does-not-exist.invalid".to_owned()),
         ("upstream.url", by_address),
         ("upstream.ca_file", String::new()),

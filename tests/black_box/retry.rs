@@ -1,6 +1,5 @@
 //! What is sent again, how often and when: never a create that may have worked, and never a crowd.
 
-use std::net::TcpListener;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 
@@ -8,8 +7,8 @@ use serde_json::json;
 use tokio::time::{Duration, Instant};
 
 use crate::support::{
-    Command, Connection, Credential, Proxy, SUCCESS, Step, Upstream, assert_has, get, kling, post,
-    reply, request, send, started, started_with,
+    Command, Connection, Credential, Proxy, SUCCESS, Step, Upstream, assert_has, closed, get,
+    kling, post, reply, request, send, started, started_with,
 };
 
 /// Answers the next request with these bytes and closes, and those after it well.
@@ -113,12 +112,9 @@ fn number_of_resends_stands_in_the_log() {
 
 #[test]
 fn unreachable_upstream_is_asked_again_also_for_a_create() {
-    let free = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let (_closed, nobody) = closed();
     let upstream = Upstream::ok();
-    let url = format!("http://{free}");
+    let url = format!("http://{nobody}");
     let proxy = Proxy::to(&upstream).setting("upstream.url", url).start();
     let answer = proxy.post("/v1/x", "{}");
     assert_eq!(answer.refusal(), (502, 9101));

@@ -107,7 +107,7 @@ fn tasks_are_listed_by_family_and_page() {
 
 #[test]
 fn prompt_triggers_what_a_client_must_cope_with() {
-    let command = sandboxed().setting("upstream.response_timeout", "500ms");
+    let command = sandboxed().setting("upstream.response_timeout", "2s");
     let proxy = command.start();
     for (prompt, refusals) in [
         ("a cat sandbox:1303", &[(429, 1303)][..]),

@@ -109,7 +109,7 @@ fn drain_cuts_what_outlives_its_limit_and_says_so() {
     let (code, log) = proxy.end();
     let took = begun.elapsed();
     assert_eq!(code, Some(0));
-    assert!((500..2000).contains(&took.as_millis()), "{took:?}");
+    assert!((500..5000).contains(&took.as_millis()), "{took:?}");
     let line = log
         .lines()
         .find(|line| line.contains("shutdown.drain is over"));
@@ -173,7 +173,7 @@ fn drain_finishes_slow_requests_uploads_and_downloads() {
 
 #[test]
 fn stopping_proxy_serves_on_for_its_delay_but_is_not_ready() {
-    let (upstream, proxy) = started_with(&[("shutdown.delay", "1s")]);
+    let (upstream, proxy) = started_with(&[("shutdown.delay", "3s")]);
     let begun = Instant::now();
     proxy.signal(Signal::TERM);
     eventually("not ready", || proxy.admin("/health/ready").status() == 503);
@@ -181,7 +181,7 @@ fn stopping_proxy_serves_on_for_its_delay_but_is_not_ready() {
     let gate = upstream.hold();
     let mut slow = in_flight(&upstream, &proxy);
     drain_began(&proxy);
-    assert!(begun.elapsed() >= Duration::from_secs(1));
+    assert!(begun.elapsed() >= Duration::from_secs(3));
     gate.open();
     assert_eq!(slow.answer().status(), 200);
     assert_eq!(proxy.end().0, Some(0));

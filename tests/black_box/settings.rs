@@ -1,8 +1,6 @@
 //! Settings: which source wins, which key is wrong, and that no secret is printed.
 
-use std::net::TcpListener;
-
-use crate::support::{Command, Proxy, Signal, Upstream, assert_has};
+use crate::support::{Command, Proxy, Signal, Upstream, assert_has, closed};
 
 /// `kling-proxy settings` with these flags.
 fn settings(flags: &[&str]) -> Command {
@@ -36,9 +34,8 @@ fn problems(command: Command) -> String {
 /// R6.
 #[test]
 fn proxy_that_would_call_itself_does_not_start() {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = free.local_addr().unwrap().to_string();
-    drop(free);
+    let (_closed, address) = closed();
+    let address = address.to_string();
     for key in ["listen.address", "admin.address"] {
         let url = format!("http://{address}");
         let command = Command::new([]).keys().setting(key, &address);

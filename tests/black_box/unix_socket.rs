@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     os::unix::{
         fs::{FileTypeExt as _, MetadataExt as _, chown},
         net::{UnixListener, UnixStream},
@@ -16,7 +15,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use crate::support::{
-    Command, Connection, Proxy, SUCCESS, Signal, Upstream, assert_has, eventually, get, post,
+    Command, Connection, Proxy, SUCCESS, Signal, Upstream, assert_has, closed, eventually, get,
+    post,
 };
 
 /// A path for a Unix socket in a folder of its own.
@@ -208,9 +208,8 @@ fn what_has_taken_the_place_of_the_socket_is_kept() {
 #[test]
 fn socket_is_removed_by_a_start_that_fails_after_it() {
     let (upstream, place) = (Upstream::ok(), Place::new());
-    let free = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = free.local_addr().unwrap().to_string();
-    drop(free);
+    let (_closed, address) = closed();
+    let address = address.to_string();
     let calls_itself = place
         .proxy(&upstream)
         .setting("listen.address", &address)

@@ -2,23 +2,14 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener},
+    net::TcpListener,
     os::fd::OwnedFd,
     thread,
 };
 
-use socket2::{Domain, Socket, Type};
-
-use crate::support::{Command, Proxy, Signal, Upstream, assert_has, eventually, started_with};
-
-/// A socket that nobody can connect to yet.
-fn closed() -> (Socket, String) {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    socket.bind(&any.into()).unwrap();
-    let address = socket.local_addr().unwrap().as_socket().unwrap();
-    (socket, address.to_string())
-}
+use crate::support::{
+    Command, Proxy, Signal, Upstream, assert_has, closed, eventually, started_with,
+};
 
 #[test]
 fn proxy_that_is_ready_is_waited_for_no_longer() {
@@ -38,6 +29,7 @@ fn proxy_that_is_ready_is_waited_for_no_longer() {
 #[test]
 fn proxy_that_starts_later_is_waited_for() {
     let (socket, address) = closed();
+    let address = address.to_string();
     let wait = Command::new(["wait"]).setting("admin.address", &address);
     let waiting = thread::spawn(|| wait.run());
     socket.listen(16).unwrap();
@@ -53,6 +45,7 @@ fn proxy_that_starts_later_is_waited_for() {
 #[test]
 fn failed_wait_tells_what_was_wrong_last() {
     let (_socket, address) = closed();
+    let address = address.to_string();
     let (_upstream, proxy) = started_with(&[("shutdown.delay", "1h")]);
     proxy.signal(Signal::TERM);
     eventually("it stops", || proxy.admin("/health/ready").status() == 503);
@@ -62,9 +55,9 @@ fn failed_wait_tells_what_was_wrong_last() {
         (&stopping, "the proxy is shutting down"),
     ] {
         let asked = |command: Command| command.setting("admin.address", admin).run();
-        let wait = asked(Command::new(["wait", "--timeout", "300ms"]));
+        let wait = asked(Command::new(["wait", "--timeout", "1s"]));
         assert_eq!((wait.code, &*wait.stdout), (Some(1), ""), "{wait:?}");
-        assert_has(&wait.stderr, &["not within 300ms", reason]);
+        assert_has(&wait.stderr, &["not within 1s", reason]);
         let health = asked(Command::new(["health"]));
         assert_eq!((health.code, &*health.stdout), (Some(1), ""), "{health:?}");
         assert_has(&health.stderr, &[reason]);
@@ -84,7 +77,7 @@ fn what_is_no_proxy_is_given_up() {
         while client.write_all(&[b'a'; 4096]).is_ok() {}
     });
     for (admin, reason) in [
-        (address, "not within 3s"),
+        (address.to_string(), "not within 3s"),
         (endless_address, "length limit"),
     ] {
         let health = Command::new(["health"]).setting("admin.address", admin);

@@ -2,62 +2,34 @@
 
 use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Empty};
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, pem::PemObject as _},
-};
 use tokio::time::Instant;
 
 use crate::support::{Command, Proxy, Signal, Upstream, eventually, get, post};
 
 const PROTOCOLS: [&str; 2] = ["http/1.1", "h2"];
 
-/// How long a client takes that connects by itself.
-#[tokio::main(flavor = "current_thread")]
-async fn directly(upstream: &Upstream) -> Duration {
-    let mut roots = RootCertStore::empty();
-    let ca_file = upstream.ca_file.as_ref().unwrap();
-    roots
-        .add(CertificateDer::from_pem_file(ca_file).unwrap())
-        .unwrap();
-    let provider = rustls::crypto::ring::default_provider().into();
-    let tls = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let connector = hyper_rustls::HttpsConnectorBuilder::new()
-        .with_tls_config(tls)
-        .https_only()
-        .enable_all_versions()
-        .build();
-    let client = Client::builder(TokioExecutor::new()).build::<_, Empty<&[u8]>>(connector);
-    let start = Instant::now();
-    let url = format!("{}/v1/x", upstream.url).parse().unwrap();
-    let answer = client.get(url).await.unwrap();
-    answer.into_body().collect().await.unwrap();
-    start.elapsed()
-}
+/// From here to upstream.
+const WAY: Duration = Duration::from_millis(100);
 
 #[test]
 fn one_shot_client_pays_one_round_trip() {
     for protocol in PROTOCOLS {
-        let upstream = Upstream::far_away(protocol, Duration::from_millis(100));
-        let direct = directly(&upstream);
-        let proxy = Proxy::to(&upstream)
-            .setting("upstream.keep_warm", "1m")
-            .start_warm();
-        for shot in 1..=3 {
-            let start = Instant::now();
-            assert_eq!(proxy.get("/v1/x").status(), 200);
-            let elapsed = start.elapsed();
-            assert!(
-                elapsed.as_secs_f64() < 0.4 * direct.as_secs_f64(),
-                "{protocol}, shot {shot}: {elapsed:?} where a direct one takes {direct:?}"
-            );
-        }
+        let upstream = Upstream::far_away(protocol, WAY);
+        let slowest_shot = |()| {
+            let proxy = Proxy::to(&upstream)
+                .setting("upstream.keep_warm", "1m")
+                .start_warm();
+            let shot = |_| {
+                let start = Instant::now();
+                assert_eq!(proxy.get("/v1/x").status(), 200);
+                start.elapsed()
+            };
+            (1..=3).map(shot).max().unwrap()
+        };
+        // A busy machine may hold up a shot, but not one of each proxy.
+        let slowest = [(); 3].map(slowest_shot);
+        let one_round_trip = slowest.iter().any(|shot| *shot < 4 * WAY);
+        assert!(one_round_trip, "{protocol}: {slowest:?}");
     }
 }
 
@@ -99,7 +71,7 @@ fn upstream_that_is_not_there_stops_no_start() {
 fn connection_is_given_up_when_nobody_has_asked_for_long() {
     let upstream = Upstream::lenient("http/1.1");
     let proxy = Proxy::to(&upstream)
-        .setting("upstream.keep_warm", "2s")
+        .setting("upstream.keep_warm", "4s")
         .start_warm();
     upstream.wait(|seen| seen.closed == 1);
     // Somebody does again.

@@ -12,8 +12,9 @@ mod tls;
 mod token;
 mod upstream;
 
-use std::{env, time::Duration};
+use std::{env, net::SocketAddr, time::Duration};
 
+use socket2::{Domain, Socket, Type};
 use tokio::time::Instant;
 
 pub use client::{Connection, raw};
@@ -46,6 +47,17 @@ pub fn started_with(settings: &[(&str, &str)]) -> (Upstream, Proxy) {
 /// The same, sending nothing twice: for what a single attempt comes to.
 pub fn started_without_retry() -> (Upstream, Proxy) {
     started_with(&[("retry.attempts", "1")])
+}
+
+/// A socket that nobody can connect to before it listens, and its address. A proxy may be told to
+/// listen there; nobody else gets the port.
+pub fn closed() -> (Socket, SocketAddr) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    socket.bind(&any.into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    (socket, address)
 }
 
 /// A number from the environment, for longer or repeated runs.
