@@ -41,7 +41,8 @@ fn only_what_cannot_have_worked_is_sent_again() {
     ];
     for (statuses, attempts) in [(&[502, 503, 504][..], [2, 1]), (&[404, 429, 500], [1, 1])] {
         for status in statuses {
-            let html = reply(*status, "content-type: text/html", "<h1>");
+            let headers = "content-type: text/html\nconnection: close";
+            let html = reply(*status, headers, "<h1>");
             rows.push((format!("bare {status}"), html, attempts));
         }
     }
