@@ -127,11 +127,11 @@ fn peer(answer: Option<&'static str>) -> (TcpListener, u16) {
 }
 
 /// A port whose queue of connections is full, so that the kernel does not answer further ones.
-fn full() -> (Socket, TcpStream, u16) {
+fn full() -> (Socket, TcpStream, String) {
     let (listener, address) = closed();
     listener.listen(0).unwrap();
-    let first = TcpStream::connect(address).unwrap();
-    (listener, first, address.port())
+    let first = TcpStream::connect(&address).unwrap();
+    (listener, first, address)
 }
 
 #[test]
@@ -354,7 +354,7 @@ fn what_is_broken_on_the_way_is_told_apart() {
             "connection_refused",
         ),
         (
-            format!("https://127.0.0.1:{full}"),
+            format!("https://{full}"),
             "connection",
             "connection_timed_out",
         ),

@@ -4,11 +4,12 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     thread,
 };
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tokio::time::Instant;
 
 use crate::support::{
     Command, Connection, Credential, Message, Proxy, Signal, Upstream, claims, eventually, get,
@@ -104,13 +105,15 @@ impl Files {
 fn rotate(way: Way) {
     let upstream = Upstream::expecting(pair(0));
     let (files, proxy) = Files::start(way, &upstream);
-    let (done, address) = (AtomicBool::new(false), proxy.address);
+    let (done, answers) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (address, begun) = (proxy.address, Instant::now());
     thread::scope(|scope| {
         let ask = || {
             let mut connection = Connection::to(address);
             while !done.load(Relaxed) {
                 let answer = connection.send(get("/v1/x")).answer();
                 assert_eq!(answer.status(), 200, "{way:?}: {}", answer.text());
+                answers.fetch_add(1, Relaxed);
             }
         };
         let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(ask)).collect();
@@ -129,6 +132,8 @@ fn rotate(way: Way) {
             client.join().unwrap();
         }
     });
+    let (answers, took) = (answers.into_inner(), begun.elapsed());
+    assert!(answers >= 200 * took.as_secs(), "{answers} in {took:?}");
 }
 
 #[test]

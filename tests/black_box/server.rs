@@ -109,7 +109,7 @@ fn drain_cuts_what_outlives_its_limit_and_says_so() {
     let (code, log) = proxy.end();
     let took = begun.elapsed();
     assert_eq!(code, Some(0));
-    assert!((500..5000).contains(&took.as_millis()), "{took:?}");
+    assert!((500..2000).contains(&took.as_millis()), "{took:?}");
     let line = log
         .lines()
         .find(|line| line.contains("shutdown.drain is over"));

@@ -35,7 +35,6 @@ fn problems(command: Command) -> String {
 #[test]
 fn proxy_that_would_call_itself_does_not_start() {
     let (_closed, address) = closed();
-    let address = address.to_string();
     for key in ["listen.address", "admin.address"] {
         let url = format!("http://{address}");
         let command = Command::new([]).keys().setting(key, &address);

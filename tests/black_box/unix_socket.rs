@@ -209,7 +209,6 @@ fn what_has_taken_the_place_of_the_socket_is_kept() {
 fn socket_is_removed_by_a_start_that_fails_after_it() {
     let (upstream, place) = (Upstream::ok(), Place::new());
     let (_closed, address) = closed();
-    let address = address.to_string();
     let calls_itself = place
         .proxy(&upstream)
         .setting("listen.address", &address)

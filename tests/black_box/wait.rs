@@ -29,7 +29,6 @@ fn proxy_that_is_ready_is_waited_for_no_longer() {
 #[test]
 fn proxy_that_starts_later_is_waited_for() {
     let (socket, address) = closed();
-    let address = address.to_string();
     let wait = Command::new(["wait"]).setting("admin.address", &address);
     let waiting = thread::spawn(|| wait.run());
     socket.listen(16).unwrap();
@@ -45,7 +44,6 @@ fn proxy_that_starts_later_is_waited_for() {
 #[test]
 fn failed_wait_tells_what_was_wrong_last() {
     let (_socket, address) = closed();
-    let address = address.to_string();
     let (_upstream, proxy) = started_with(&[("shutdown.delay", "1h")]);
     proxy.signal(Signal::TERM);
     eventually("it stops", || proxy.admin("/health/ready").status() == 503);
@@ -77,7 +75,7 @@ fn what_is_no_proxy_is_given_up() {
         while client.write_all(&[b'a'; 4096]).is_ok() {}
     });
     for (admin, reason) in [
-        (address.to_string(), "not within 3s"),
+        (address, "not within 3s"),
         (endless_address, "length limit"),
     ] {
         let health = Command::new(["health"]).setting("admin.address", admin);

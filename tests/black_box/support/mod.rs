@@ -51,13 +51,13 @@ pub fn started_without_retry() -> (Upstream, Proxy) {
 
 /// A socket that nobody can connect to before it listens, and its address. A proxy may be told to
 /// listen there; nobody else gets the port.
-pub fn closed() -> (Socket, SocketAddr) {
+pub fn closed() -> (Socket, String) {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
     let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
     socket.bind(&any.into()).unwrap();
     let address = socket.local_addr().unwrap().as_socket().unwrap();
-    (socket, address)
+    (socket, address.to_string())
 }
 
 /// A number from the environment, for longer or repeated runs.
