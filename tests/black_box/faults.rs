@@ -3,14 +3,14 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     hash::{DefaultHasher, Hash, Hasher},
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    thread,
+    thread::{self, ThreadId},
     time::SystemTime,
 };
 
@@ -82,6 +82,9 @@ struct Books {
     connections: usize,
     requests: BTreeMap<String, Entry>,
     faults: BTreeSet<Fault>,
+    /// Connections, each a thread of upstream's, that were to end after an answer. What still comes
+    /// over one is read, and cannot be answered.
+    ended: HashSet<ThreadId>,
 }
 
 /// What was seen of a request, by its name.
@@ -144,8 +147,11 @@ impl Kling {
 
     fn answer(&self, request: &Message) -> Vec<Step> {
         let mut books = self.books();
+        let Books {
+            requests, ended, ..
+        } = &mut *books;
         let name = name(request.first_line());
-        let entry = books.requests.get_mut(&name).expect("a beginning");
+        let entry = requests.get_mut(&name).expect("a beginning");
         let fault = self.fault(&name, entry.begun);
         if let Fault::Refused(code) = fault {
             entry.refused += 1;
@@ -153,7 +159,11 @@ impl Kling {
             return vec![send(kling(status, format!(r#"{{"code":{code}}}"#)))];
         }
         entry.done += 1;
-        entry.answered |= fault == Fault::Nothing;
+        let connection = thread::current().id();
+        entry.answered |= fault == Fault::Nothing && !ended.contains(&connection);
+        if let Fault::Then(_) = fault {
+            ended.insert(connection);
+        }
         if is_create(&name) {
             assert_eq!(request.json()["external_task_id"], *name, "another's body");
         }
