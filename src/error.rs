@@ -1,6 +1,7 @@
 //! Every way a request can fail.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::pin::Pin;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -59,8 +60,13 @@ pub enum Error {
     #[error("cannot connect to upstream")]
     Unreachable(#[source] BoxError),
     /// Upstream did not answer in time, or stopped reading the request.
-    #[error("no answer from upstream within {0:?}")]
-    UpstreamTimeout(Duration),
+    #[error("no answer from upstream within {limit:?}")]
+    UpstreamTimeout {
+        /// How long upstream had.
+        limit: Duration,
+        /// The answer to a create that was sent: it may still come.
+        late: Option<LateAnswer>,
+    },
     /// Upstream answered with an error that is no envelope.
     #[error("upstream answered {} without a service code", .answer.head.status)]
     BadResponse {
@@ -103,6 +109,12 @@ pub struct Answer {
     pub body: SyncWrapper<Body>,
 }
 
+/// An answer that may come although its client was told that none did.
+pub struct LateAnswer(SyncWrapper<Exchange>);
+
+/// Waits for an answer.
+type Exchange = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
+
 /// What the log tells of an error.
 #[derive(Debug)]
 pub struct Failure {
@@ -137,6 +149,28 @@ impl Error {
     /// The code of a request that is not well formed.
     pub const MALFORMED: i64 = 9000;
 
+    /// No answer within this time.
+    pub fn upstream_timeout(limit: Duration) -> Self {
+        let late = None;
+        Self::UpstreamTimeout { limit, late }
+    }
+
+    /// What is wrong with a request whose body fails like this.
+    pub fn of_body(failure: BoxError) -> Self {
+        match failure.downcast::<Self>() {
+            Ok(error) => *error,
+            Err(_) => Self::BodyCutOff,
+        }
+    }
+
+    /// Takes the answer that may still come.
+    pub fn take_late(&mut self) -> Option<LateAnswer> {
+        match self {
+            Self::UpstreamTimeout { late, .. } => late.take(),
+            _ => None,
+        }
+    }
+
     /// The number in the body's `code`.
     pub fn code(&self) -> i64 {
         match self {
@@ -150,7 +184,7 @@ impl Error {
             Self::NotFound => 9007,
             Self::ClientTooSlow(_) => 9008,
             Self::Unreachable(_) => 9101,
-            Self::UpstreamTimeout(_) => 9102,
+            Self::UpstreamTimeout { .. } => 9102,
             Self::BadResponse { .. } | Self::NotHttp(_) => 9103,
             Self::Disconnected(_) => 9104,
             Self::Credentials(_) => 9201,
@@ -219,13 +253,21 @@ impl Error {
         }
     }
 
+    /// Returns true if no task can have come of a create that failed so, and it may be sent again.
+    pub fn proves_no_task(&self) -> bool {
+        match self.resend() {
+            Resend::Unsent | Resend::Refused | Resend::NewToken => true,
+            Resend::Never | Resend::Reads => false,
+        }
+    }
+
     /// Whether the proxy itself may send the same request again.
     ///
     /// Narrower than [`retryable`](Self::retryable), which advises clients.
     pub fn resend(&self) -> Resend {
         match self {
             Self::Unreachable(_) => Resend::Unsent,
-            Self::UpstreamTimeout(_) | Self::Disconnected(_) => Resend::Reads,
+            Self::UpstreamTimeout { .. } | Self::Disconnected(_) => Resend::Reads,
             Self::BadResponse { answer, .. } => match answer.head.status {
                 StatusCode::BAD_GATEWAY
                 | StatusCode::SERVICE_UNAVAILABLE
@@ -253,6 +295,30 @@ impl Error {
             | Self::Overloaded(_)
             | Self::Draining => Resend::Never,
         }
+    }
+}
+
+// === impl LateAnswer ===
+
+impl LateAnswer {
+    /// An answer that `exchange` will have.
+    pub fn new(exchange: impl Future<Output = Result<Response, Error>> + Send + 'static) -> Self {
+        Self(SyncWrapper::new(Box::pin(exchange)))
+    }
+
+    /// Waits for the answer.
+    ///
+    /// # Errors
+    ///
+    /// That upstream answered with, or that of a connection that was lost after all.
+    pub async fn wait(self) -> Result<Response, Error> {
+        self.0.into_inner().await
+    }
+}
+
+impl fmt::Debug for LateAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LateAnswer").finish_non_exhaustive()
     }
 }
 

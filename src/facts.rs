@@ -25,6 +25,7 @@ struct Inner {
     in_flight: InFlight,
     client: OnceLock<ClientName>,
     attempts: AtomicU32,
+    external_id: OnceLock<String>,
     task: OnceLock<Task>,
     failure: OnceLock<Box<Failure>>,
 }
@@ -49,6 +50,7 @@ impl Facts {
             in_flight,
             client: OnceLock::new(),
             attempts: AtomicU32::new(0),
+            external_id: OnceLock::new(),
             task: OnceLock::new(),
             failure: OnceLock::new(),
         }))
@@ -78,6 +80,18 @@ impl Facts {
     /// The client's name, where clients have to show a token.
     pub fn client(&self) -> Option<&str> {
         self.0.client.get().map(ClientName::as_str)
+    }
+
+    /// The client gives its task this external id.
+    pub fn is_named(&self, external_id: String) {
+        // Of several the first counts.
+        let _ = self.0.external_id.set(external_id);
+    }
+
+    /// The external id of the task: the one that upstream echoes, else the client's own.
+    pub fn external_id(&self) -> Option<&str> {
+        let echoed = self.task().and_then(|task| task.external_id.as_deref());
+        echoed.or_else(|| self.0.external_id.get().map(String::as_str))
     }
 
     /// Upstream answered that there is a task now.

@@ -9,7 +9,7 @@
 //!            cors           lets pages of listed origins read the answers
 //!            normalise      errors become one body; outside of here nothing fails
 //!            guard          refuses before anything is spent
-//!            carry          sees creates through whose clients have gone
+//!            detach         finishes a create that is being sent even if its client leaves
 //!            retry          sends again what cannot have worked
 //!            authenticate   drops the client's credentials, adds token and host
 //!            upstream       sends; reads service codes; streams both ways
@@ -39,6 +39,7 @@ pub mod lifecycle;
 pub mod live;
 pub mod metrics;
 pub mod original;
+pub mod pending_create;
 pub mod quiet;
 pub mod replay;
 pub mod request_id;

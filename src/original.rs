@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use crate::effect::Effect;
 use crate::facts::{Facts, Inbound};
 use crate::headers;
+use crate::pending_create::PendingCreate;
 use crate::replay::{Keeper, Replay};
 
 /// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
@@ -19,7 +20,17 @@ pub struct Original {
     headers: Option<HeaderMap>,
     effect: Effect,
     facts: Option<Facts>,
+    /// For a create that runs on its own.
+    create: Option<Arc<PendingCreate>>,
     body: Replay,
+}
+
+/// One attempt to send a request.
+pub struct Attempt {
+    /// What is sent.
+    pub request: Request,
+    /// For a create: asked before its first byte is sent.
+    pub create: Option<Arc<PendingCreate>>,
 }
 
 /// What every attempt has.
@@ -45,12 +56,15 @@ impl Original {
             uri: head.uri,
             headers: headers.map(|(k, v)| (k.clone(), v.clone())).collect(),
         };
+        let create = facts.as_ref().filter(|_| effect == Effect::Create);
+        let body = Replay::new(body, keeper, create);
         Self {
             head: Arc::new(kept),
             headers: Some(head.headers),
             effect,
             facts,
-            body: Replay::new(body, keeper),
+            create: None,
+            body,
         }
     }
 
@@ -74,8 +88,13 @@ impl Original {
         &self.body
     }
 
+    /// Has each attempt ask whether it may be sent.
+    pub fn set_pending(&mut self, create: Arc<PendingCreate>) {
+        self.create = Some(create);
+    }
+
     /// One attempt to send it.
-    pub fn attempt(self) -> Request {
+    pub fn attempt(self) -> Attempt {
         let Head {
             method,
             uri,
@@ -88,7 +107,10 @@ impl Original {
         request.method_mut().clone_from(method);
         request.uri_mut().clone_from(uri);
         *request.headers_mut() = headers;
-        request
+        Attempt {
+            request,
+            create: self.create,
+        }
     }
 }
 
@@ -99,6 +121,7 @@ impl Clone for Original {
             headers: None,
             effect: self.effect,
             facts: self.facts.clone(),
+            create: self.create.clone(),
             body: self.body.clone(),
         }
     }

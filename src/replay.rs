@@ -1,19 +1,25 @@
 //! A request body that can be sent again: what was read of it is kept, within bounds, while the
 //! first attempt streams on.
 
+use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
 use bytesize::ByteSize;
 use http_body::{Body as _, Frame, SizeHint};
+use tokio::time::timeout;
 
-use crate::error::BoxError;
+use crate::error::{BoxError, Error};
+use crate::facts::Facts;
 use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::task::TaskReader;
 
 /// A request body. A clone of one that nobody has read yet begins at the first byte.
 ///
@@ -49,6 +55,12 @@ pub struct Bounds {
 /// The one body behind all clones.
 struct Source {
     body: Body,
+    /// What was read before somebody sends it.
+    ahead: VecDeque<Frame<Bytes>>,
+    /// Whether the body has nothing behind that.
+    body_ended: bool,
+    /// Looks for the external id of a create while its body passes, however little of it is kept.
+    names: Option<(Facts, TaskReader)>,
     /// Copied, since a slice of a read buffer would keep all of that, and the bounds would lie.
     kept: Vec<u8>,
     /// How much was read, kept or not.
@@ -61,18 +73,26 @@ struct Source {
     keeper: Arc<Keeper>,
 }
 
+/// As much of a body as is read before it is sent, in bytes, but for the last piece.
+const AHEAD: usize = 64 << 10;
+/// How long a slow client may hold up its own create so. Mostly all is there at once.
+const PATIENCE: Duration = Duration::from_millis(200);
 /// As much of what was kept as is sent in one piece.
 const PIECE: usize = 64 << 10;
 
 // === impl Replay ===
 
 impl Replay {
-    /// Keeps what is read of a body for as long as `keeper` lets it.
-    pub fn new(body: Body, keeper: &Arc<Keeper>) -> Self {
+    /// Keeps what is read of a body for as long as `keeper` lets it. The body of a `create` tells its
+    /// facts the external id that is in there.
+    pub fn new(body: Body, keeper: &Arc<Keeper>, create: Option<&Facts>) -> Self {
         let length = body.size_hint().exact();
         let source = (!body.is_end_stream()).then(|| {
             Arc::new(Mutex::new(Source {
                 body,
+                ahead: VecDeque::new(),
+                body_ended: false,
+                names: create.map(|facts| (facts.clone(), TaskReader::of_request())),
                 kept: Vec::new(),
                 read: 0,
                 turn: 0,
@@ -96,20 +116,28 @@ impl Replay {
             .is_none_or(|source| self.at == 0 && !lock(source).lost)
     }
 
-    /// For those who send it.
-    pub fn into_body(self) -> Body {
-        match self.source {
-            None => Body::empty(),
-            Some(_) => Body::new(self),
+    /// For one attempt to send it. Earlier attempts read nothing more from now on: one on another
+    /// thread may not have begun yet.
+    pub fn into_body(mut self) -> Body {
+        match &self.source {
+            None => return Body::empty(),
+            Some(source) => self.turn = Some(lock(source).next_turn()),
         }
+        Body::new(self)
     }
 
-    /// Looks at what is kept of the body so far.
-    pub fn with_kept<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
-        match &self.source {
-            Some(source) => look(&lock(source).kept),
-            None => look(&[]),
-        }
+    /// Reads the beginning before anybody sends it: until the external id is known, or the body ends,
+    /// or [`AHEAD`] is read, or [`PATIENCE`] is over.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the body.
+    pub async fn read_ahead(&self) -> Result<(), Error> {
+        let Some(source) = &self.source else {
+            return Ok(());
+        };
+        let reading = poll_fn(|cx| lock(source).poll_ahead(cx));
+        timeout(PATIENCE, reading).await.unwrap_or(Ok(()))
     }
 }
 
@@ -126,10 +154,7 @@ impl http_body::Body for Replay {
             return Poll::Ready(None);
         };
         let mut source = lock(source);
-        let turn = *this.turn.get_or_insert_with(|| {
-            source.turn += 1;
-            source.turn
-        });
+        let turn = *this.turn.get_or_insert_with(|| source.next_turn());
         if turn != source.turn {
             // Nor may it be woken in place of the latest.
             return Poll::Ready(Some(Err("the body is being sent again".into())));
@@ -144,7 +169,7 @@ impl http_body::Body for Replay {
         if source.ended {
             return Poll::Ready(None);
         }
-        let step = ready!(Pin::new(&mut source.body).poll_frame(cx));
+        let step = ready!(source.poll_step(cx));
         Poll::Ready(match step {
             Some(Ok(frame)) => {
                 match frame.data_ref() {
@@ -159,7 +184,7 @@ impl http_body::Body for Replay {
             }
             Some(Err(error)) => {
                 source.lose();
-                Some(Err(error.into_inner()))
+                Some(Err(error))
             }
             None if this.length.is_some_and(|length| this.at < length) => {
                 source.lose();
@@ -175,7 +200,7 @@ impl http_body::Body for Replay {
     fn is_end_stream(&self) -> bool {
         self.source.as_ref().is_none_or(|source| {
             let source = lock(source);
-            self.at == source.read && (source.ended || source.body.is_end_stream())
+            self.at == source.read && (source.ended || source.is_end_stream())
         })
     }
 
@@ -194,6 +219,59 @@ fn lock(source: &Mutex<Source>) -> MutexGuard<'_, Source> {
 // === impl Source ===
 
 impl Source {
+    fn next_turn(&mut self) -> u64 {
+        self.turn += 1;
+        self.turn
+    }
+
+    /// The next frame, be it one that was read ahead.
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.ahead.pop_front() {
+            Some(frame) => Poll::Ready(Some(Ok(frame))),
+            None => self.poll_body(cx),
+        }
+    }
+
+    fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.body_ended {
+            return Poll::Ready(None);
+        }
+        let step = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        match &step {
+            Some(Ok(frame)) => {
+                if let (Some((facts, reader)), Some(data)) = (&mut self.names, frame.data_ref()) {
+                    reader.push(data);
+                    if let Some(external_id) = reader.task().external_id {
+                        facts.is_named(external_id);
+                        self.names = None;
+                    }
+                }
+            }
+            Some(Err(_)) => {}
+            None => self.body_ended = true,
+        }
+        Poll::Ready(step.map(|step| step.map_err(axum::Error::into_inner)))
+    }
+
+    fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let mut size = 0;
+        while self.names.is_some() && size < AHEAD && !self.body.is_end_stream() {
+            match ready!(self.poll_body(cx)) {
+                Some(Ok(frame)) => {
+                    size += frame.data_ref().map_or(0, Bytes::len);
+                    self.ahead.push_back(frame);
+                }
+                Some(Err(error)) => return Poll::Ready(Err(Error::of_body(error))),
+                None => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ahead.is_empty() && (self.body_ended || self.body.is_end_stream())
+    }
+
     fn keep(&mut self, data: &[u8], length: Option<u64>) {
         self.read += data.len() as u64;
         if self.lost {
@@ -292,14 +370,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_clone_delivers_what_was_read_and_then_what_was_not() {
-        let mut first = Replay::new(chunks(&["ab", "cd", "ef"]), &keeper(10, 10));
+        let mut first = Replay::new(chunks(&["ab", "cd", "ef"]), &keeper(10, 10), None);
         let (second, third) = (first.clone(), first.clone());
         assert_eq!(
             *first.frame().await.unwrap().unwrap().data_ref().unwrap(),
             "ab"
         );
         assert!(second.is_whole() && !second.is_end_stream());
-        second.with_kept(|kept| assert_eq!(kept, b"ab"));
         assert_eq!(rest(second).await, Ok("abcdef".to_owned()));
         assert!(third.is_whole());
         assert_eq!(rest(third).await, Ok("abcdef".to_owned()));
@@ -309,7 +386,7 @@ mod tests {
     async fn over_a_bound_the_body_streams_on_but_only_once() {
         for (body, memory) in [(5, 10), (10, 5)] {
             let keeper = keeper(body, memory);
-            let first = Replay::new(chunks(&["abc", "def"]), &keeper);
+            let first = Replay::new(chunks(&["abc", "def"]), &keeper, None);
             let second = first.clone();
             assert_eq!(rest(first).await, Ok("abcdef".to_owned()));
             assert!(!second.is_whole());
@@ -321,7 +398,7 @@ mod tests {
     #[tokio::test]
     async fn memory_is_given_back_with_the_last_clone() {
         let keeper = keeper(10, 10);
-        let first = Replay::new(chunks(&["abc"]), &keeper);
+        let first = Replay::new(chunks(&["abc"]), &keeper, None);
         let second = first.clone();
         rest(first).await.unwrap();
         assert_eq!(keeper.used.load(Relaxed), 3);
@@ -331,7 +408,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_length_that_is_left_is_told_where_it_is_known() {
-        let mut body = Replay::new(Body::from("abcd"), &keeper(10, 10));
+        let mut body = Replay::new(Body::from("abcd"), &keeper(10, 10), None);
         let again = body.clone();
         assert_eq!(body.size_hint().exact(), Some(4));
         body.frame().await.unwrap().unwrap();
@@ -343,8 +420,8 @@ mod tests {
             (again.size_hint().exact(), again.is_end_stream()),
             (Some(4), false)
         );
-        let unknown = Replay::new(chunks(&["a"]), &keeper(10, 10));
+        let unknown = Replay::new(chunks(&["a"]), &keeper(10, 10), None);
         assert_eq!(unknown.size_hint().exact(), None);
-        assert!(Replay::new(Body::empty(), &keeper(0, 0)).is_end_stream());
+        assert!(Replay::new(Body::empty(), &keeper(0, 0), None).is_end_stream());
     }
 }

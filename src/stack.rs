@@ -15,8 +15,8 @@ use crate::admin::{self, Control};
 use crate::clock::Clock;
 use crate::facts::Inbound;
 use crate::layer::authenticate::AuthenticateLayer;
-use crate::layer::carry::CarryLayer;
 use crate::layer::cors::CorsLayer;
+use crate::layer::detach::DetachLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::normalise::{Look, NormaliseLayer};
 use crate::layer::retry::Resending;
@@ -61,16 +61,16 @@ pub struct Shared {
 
 impl Shared {
     /// The whole path of a request, for one thread: its connections to upstream are its own.
-    /// `carried` tracks what goes on after its client has gone.
+    /// `detached` tracks what goes on after its client has gone.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> guard -> carry -> retry -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> guard -> detach -> retry -> authenticate -> upstream
     /// ```
     ///
     /// There is no router: that cost a poll more than all the checks of the guard, for one prefix.
     pub fn stack(
         &self,
-        carried: &TaskTracker,
+        detached: &TaskTracker,
     ) -> impl Service<Request, Response = http::Response<Counted>, Error = Infallible, Future: Send>
     + Send
     + use<> {
@@ -88,7 +88,7 @@ impl Shared {
                 metrics,
             )) // refuses before anything is spent
             .map_request(move |inbound| Original::new(inbound, &keeper))
-            .layer(CarryLayer::new(carried.clone())) // a paid task outlives its client
+            .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.for_thread())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),

@@ -1,7 +1,9 @@
 //! The names of a task, which is what is paid for: by them it is found again.
 
-use serde::Deserialize;
-use serde_json::Value;
+use std::io;
+
+use memchr::memchr2;
+use serde_json::Number;
 
 /// What a request or an answer calls a task.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,70 +14,268 @@ pub struct Task {
     pub external_id: Option<String>,
 }
 
-/// Where the names may be, in whichever generation of the API. A member of another type than
-/// expected hides no other.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Members {
-    task_id: Value,
-    id: Value,
-    external_task_id: Value,
-    external_id: Value,
-    task_info: Value,
-    options: Value,
+/// Reads the names of a task from JSON that comes in pieces of any size, while it passes.
+///
+/// It keeps nothing of the text but the names, and is lenient: what stands before a cut or an error
+/// counts. A name of another type than expected hides no other, and of two the first counts.
+#[derive(Default)]
+pub struct TaskReader {
+    root: Root,
+    state: State,
+    /// How many objects and arrays are open.
+    depth: usize,
+    /// The members around the current value, outermost first, as deep as names can be.
+    path: [Member; DEEPEST],
+    /// The current string or number, as it stands in the text.
+    token: Vec<u8>,
+    token_is_string: bool,
+    /// Where the names were found, in the order of preference.
+    ids: [Option<String>; 2],
+    external_ids: [Option<String>; 3],
+    is_complete: bool,
 }
 
-/// An answer's envelope.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Answer {
-    data: Value,
+/// Which text it is: that tells where the names are.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Root {
+    /// The body of a create: at the top.
+    #[default]
+    Request,
+    /// The answer to one: in `data`.
+    Answer,
 }
 
-// === impl Task ===
+/// Where in the text the next byte is.
+#[derive(Clone, Copy, Default)]
+enum State {
+    #[default]
+    OutsideStrings,
+    InString,
+    /// Behind a backslash.
+    Escaped,
+}
 
-impl Task {
-    /// The names in the JSON of a create; none if it is something else.
-    pub fn ordered(request: &[u8]) -> Self {
-        serde_json::from_slice::<Members>(request)
-            .unwrap_or_default()
-            .into()
+/// A member of an object, as far as it matters here.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Member {
+    Data,
+    TaskId,
+    Id,
+    ExternalTaskId,
+    ExternalId,
+    TaskInfo,
+    Options,
+    #[default]
+    Other,
+}
+
+/// The deepest name: `data.task_info.external_task_id`.
+const DEEPEST: usize = 3;
+/// The longest name that is read, in bytes of JSON; longer ones are ignored.
+const LONGEST: usize = 1024;
+
+// === impl TaskReader ===
+
+impl TaskReader {
+    /// Reads the body of a create, in either generation of the API.
+    pub fn of_request() -> Self {
+        Self::default()
     }
 
-    /// The names in the JSON of an answer to a create; none if it is something else.
-    pub fn answered(answer: &[u8]) -> Self {
-        let Answer { data } = serde_json::from_slice(answer).unwrap_or_default();
-        serde_json::from_value::<Members>(data)
-            .unwrap_or_default()
-            .into()
-    }
-}
-
-impl From<Members> for Task {
-    fn from(members: Members) -> Self {
-        let nested = [&members.task_info, &members.options];
-        let nested = nested.map(|object| &object["external_task_id"]);
+    /// Reads the answer to a create, in either generation of the API.
+    pub fn of_answer() -> Self {
         Self {
-            id: text(&members.task_id).or_else(|| text(&members.id)),
-            external_id: text(&members.external_task_id)
-                .or_else(|| text(&members.external_id))
-                .or_else(|| nested.into_iter().find_map(text)),
+            root: Root::Answer,
+            ..Self::default()
+        }
+    }
+
+    /// Reads the next bytes.
+    pub fn push(&mut self, mut bytes: &[u8]) {
+        while let (Some((&first, rest)), false) = (bytes.split_first(), self.is_complete) {
+            bytes = match self.state {
+                State::OutsideStrings => {
+                    self.read(first);
+                    rest
+                }
+                State::InString => self.read_string(bytes),
+                State::Escaped => {
+                    self.keep(&[first]);
+                    self.state = State::InString;
+                    rest
+                }
+            };
+        }
+    }
+
+    /// The names that were read so far.
+    pub fn task(&self) -> Task {
+        Task {
+            id: self.ids.iter().flatten().next().cloned(),
+            external_id: self.external_ids.iter().flatten().next().cloned(),
+        }
+    }
+
+    /// Returns true if what follows holds no further name.
+    pub fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    /// Reads up to the end of a string, or of what is there. Returns the rest.
+    fn read_string<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        let end = memchr2(b'"', b'\\', bytes).unwrap_or(bytes.len());
+        let (text, rest) = bytes.split_at(end);
+        self.keep(text);
+        match rest.split_first() {
+            Some((b'\\', rest)) => {
+                self.keep(b"\\");
+                self.state = State::Escaped;
+                rest
+            }
+            Some((_, rest)) => {
+                self.state = State::OutsideStrings;
+                rest
+            }
+            None => rest,
+        }
+    }
+
+    fn read(&mut self, byte: u8) {
+        match byte {
+            b'"' => {
+                self.token.clear();
+                self.token_is_string = true;
+                self.state = State::InString;
+            }
+            b'{' | b'[' => {
+                self.depth += 1;
+                self.enter(Member::Other);
+            }
+            b':' => self.enter(Member::named(&self.token)),
+            b',' => {
+                self.end_value();
+                self.enter(Member::Other);
+            }
+            b'}' | b']' => {
+                self.end_value();
+                self.enter(Member::Other);
+                self.depth = self.depth.saturating_sub(1);
+                let data_ended = self.depth == 1 && self.path[0] == Member::Data;
+                self.is_complete = self.root == Root::Answer && data_ended;
+            }
+            b' ' | b'\t' | b'\n' | b'\r' => {}
+            _ => self.keep(&[byte]),
+        }
+    }
+
+    /// Goes on to a member of the innermost object, or to the next value of the innermost array.
+    fn enter(&mut self, member: Member) {
+        self.token.clear();
+        self.token_is_string = false;
+        let innermost = self.depth.checked_sub(1);
+        if let Some(place) = innermost.and_then(|index| self.path.get_mut(index)) {
+            *place = member;
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        let room = (LONGEST + 1).saturating_sub(self.token.len());
+        self.token
+            .extend_from_slice(&bytes[..bytes.len().min(room)]);
+    }
+
+    /// A string or a number is over: notes it if it is a name.
+    fn end_value(&mut self) {
+        use Member::{Data, ExternalId, ExternalTaskId, Id, Options, TaskId, TaskInfo};
+        let Some(path) = self.path.get(..self.depth) else {
+            return;
+        };
+        let path = match (self.root, path) {
+            (Root::Request, path) | (Root::Answer, [Data, path @ ..]) => path,
+            (Root::Answer, _) => return,
+        };
+        let place = match path {
+            [TaskId] => &mut self.ids[0],
+            [Id] => &mut self.ids[1],
+            [ExternalTaskId] => &mut self.external_ids[0],
+            [ExternalId] => &mut self.external_ids[1],
+            [TaskInfo | Options, ExternalTaskId] => &mut self.external_ids[2],
+            _ => return,
+        };
+        if place.is_none() && self.token.len() <= LONGEST {
+            *place = if self.token_is_string {
+                unescape(&self.token)
+            } else {
+                // A number stands for a text.
+                let number = serde_json::from_slice::<Number>(&self.token).ok();
+                number.map(|number| number.to_string())
+            };
         }
     }
 }
 
-/// A name is a text, or a number that stands for one.
-fn text(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Number(number) => Some(number.to_string()),
-        _ => None,
+/// Takes the text of a decoder.
+impl io::Write for TaskReader {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.push(bytes);
+        // Nothing taken is how a writer says that it has enough.
+        Ok(if self.is_complete { 0 } else { bytes.len() })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+// === impl Member ===
+
+impl Member {
+    fn named(token: &[u8]) -> Self {
+        let unescaped;
+        let name = if token.contains(&b'\\') {
+            unescaped = unescape(token).unwrap_or_default();
+            unescaped.as_bytes()
+        } else {
+            token
+        };
+        match name {
+            b"data" => Self::Data,
+            b"task_id" => Self::TaskId,
+            b"id" => Self::Id,
+            b"external_task_id" => Self::ExternalTaskId,
+            b"external_id" => Self::ExternalId,
+            b"task_info" => Self::TaskInfo,
+            b"options" => Self::Options,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// The text of a JSON string, given without its quotes.
+fn unescape(token: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(token);
+    if text.contains('\\') {
+        serde_json::from_str(&format!("\"{text}\"")).ok()
+    } else {
+        Some(text.into_owned())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
     use super::*;
+
+    /// What is read from a text that comes in pieces of this size.
+    fn read(mut reader: TaskReader, text: &[u8], size: usize) -> [String; 2] {
+        for piece in text.chunks(size) {
+            reader.push(piece);
+        }
+        let Task { id, external_id } = reader.task();
+        [id, external_id].map(Option::unwrap_or_default)
+    }
 
     #[test]
     fn names_are_found_where_each_generation_of_the_api_puts_them() {
@@ -90,26 +290,126 @@ mod tests {
             ),
             (r#"{"data":{"id":"8","external_id":"mine"}}"#, ["8", "mine"]),
             (
-                r#"{"data":{"task_id":"8","id":7,"task_info":null}}"#,
+                r#"{"data":{"id":7,"task_id":"8","task_info":null}}"#,
                 ["8", ""],
             ),
             (r#"{"data":{"id":7,"external_id":{}}}"#, ["7", ""]),
+            (r#"{"data":{"id":null,"x":[{"id":1}]}}"#, ["", ""]),
             (r#"{"data":[{"task_id":"8"}]}"#, ["", ""]),
+            (r#"{"task_id":"8"}"#, ["", ""]),
             (r#"{"data":null}"#, ["", ""]),
+            (r#"{"message":"\"data\":{","data":{"id":"8"}}"#, ["8", ""]),
+            (
+                r#"{"d\u0061ta" : { "task_id" : "\u0038\"" } }"#,
+                ["8\"", ""],
+            ),
+            ("{\"message\":\"\u{fffd}\",\"data\":{\"id\":\"8\"", ["", ""]),
+            ("{\"data\":{\"id\":\"8\",\"x", ["8", ""]),
             ("<html>", ["", ""]),
+            ("\u{feff}{\"data\":{\"id\":\"8\"}}", ["8", ""]),
         ] {
-            let Task {
-                id, external_id, ..
-            } = Task::answered(answer.as_bytes());
-            let found = [id, external_id].map(Option::unwrap_or_default);
-            assert_eq!(found, names, "{answer}");
+            for size in [1, 2, 3, 7, answer.len()] {
+                let found = read(TaskReader::of_answer(), answer.as_bytes(), size);
+                assert_eq!(found, names, "{answer} by {size}");
+            }
         }
         for request in [
             r#"{"prompt":"a cat","external_task_id":"mine"}"#,
             r#"{"prompt":"a cat","options":{"external_task_id":"mine"}}"#,
         ] {
-            let ordered = Task::ordered(request.as_bytes());
-            assert_eq!(ordered.external_id.as_deref(), Some("mine"), "{request}");
+            let [_, external_id] = read(TaskReader::of_request(), request.as_bytes(), 5);
+            assert_eq!(external_id, "mine", "{request}");
+        }
+    }
+
+    #[test]
+    fn message_that_is_not_utf_8_hides_no_name() {
+        let answer = b"{\"message\":\"\xff\xfe\",\"data\":{\"task_id\":\"8\"}}";
+        assert_eq!(read(TaskReader::of_answer(), answer, 4), ["8", ""]);
+    }
+
+    #[test]
+    fn nothing_is_read_behind_the_data() {
+        let mut reader = TaskReader::of_answer();
+        reader.push(br#"{"data":{"id":"8"}"#);
+        assert!(reader.is_complete());
+        assert!(!TaskReader::of_answer().is_complete());
+    }
+
+    #[test]
+    fn overlong_name_is_ignored() {
+        let answer = json!({ "data": { "task_id": "8".repeat(LONGEST + 1), "id": "7" } });
+        let found = read(TaskReader::of_answer(), answer.to_string().as_bytes(), 100);
+        assert_eq!(found, ["7", ""]);
+    }
+
+    /// Any JSON, with the members that matter among others.
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        let names = prop_oneof![
+            Just("data"),
+            Just("task_id"),
+            Just("id"),
+            Just("external_task_id"),
+            Just("external_id"),
+            Just("task_info"),
+            Just("options"),
+            Just("x"),
+        ];
+        leaf.prop_recursive(5, 64, 6, move |inner| {
+            let names = names.clone().prop_map(str::to_owned);
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::hash_map(names, inner, 0..6).prop_map(Value::from_iter),
+            ]
+        })
+    }
+
+    /// The same, by way of the whole text.
+    fn expected(data: &Value) -> [String; 2] {
+        let text = |value: &Value| match value {
+            Value::String(text) if serde_json::to_string(text).unwrap().len() <= LONGEST => {
+                Some(text.clone())
+            }
+            Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        };
+        let id = ["task_id", "id"].iter().find_map(|name| text(&data[name]));
+        let external = ["external_task_id", "external_id"];
+        let nested = ["task_info", "options"].map(|name| &data[name]["external_task_id"]);
+        let external_id = external
+            .iter()
+            .find_map(|name| text(&data[name]))
+            .or_else(|| nested.into_iter().find_map(text));
+        [id, external_id].map(Option::unwrap_or_default)
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_read_like_the_whole(data in value(), pretty: bool, size in 1_usize..50) {
+            let answer = json!({ "code": 0, "data": data });
+            let text = if pretty {
+                serde_json::to_string_pretty(&answer).unwrap()
+            } else {
+                answer.to_string()
+            };
+            // Two nested places have one preference here, and an order of their own in the text.
+            let both = !answer["data"]["task_info"]["external_task_id"].is_null()
+                && !answer["data"]["options"]["external_task_id"].is_null();
+            prop_assume!(!both);
+            let found = read(TaskReader::of_answer(), text.as_bytes(), size);
+            prop_assert_eq!(found, expected(&answer["data"]));
+        }
+
+        #[test]
+        fn no_bytes_make_the_reader_panic(bytes: Vec<u8>, size in 1_usize..9) {
+            read(TaskReader::of_answer(), &bytes, size);
+            read(TaskReader::of_request(), &bytes, size);
         }
     }
 }

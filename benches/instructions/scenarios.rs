@@ -21,7 +21,7 @@ use kling_proxy::settings::{Flags, Settings};
 use kling_proxy::stack::Shared;
 use kling_proxy::telemetry::{self, Format};
 use kling_proxy::token::{Credential, Tokens};
-use kling_proxy::upstream::{Upstream, UpstreamClock, client_config};
+use kling_proxy::upstream::{Network, Upstream, UpstreamClock, client_config};
 use tokio::runtime;
 use tokio_util::task::TaskTracker;
 use tower::Service;
@@ -162,10 +162,12 @@ fn shared(settings: &Settings) -> Shared {
     let metrics = Arc::new(Metrics::new().unwrap());
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let (tokens, upstream_clock) = tokens(settings, &metrics);
+    let tls = client_config(settings.upstream.ca_file.as_deref()).unwrap();
+    let idle = settings.upstream.timeouts.idle;
+    let network = Network::new(&settings.upstream.origin, None, &tls, idle);
     let upstream = Upstream::new(
         &settings.upstream.origin,
-        settings.upstream.proxy.clone(),
-        &client_config(settings.upstream.ca_file.as_deref()).unwrap(),
+        Arc::new(network),
         settings.upstream.timeouts,
         Arc::clone(&clock),
         Arc::clone(&upstream_clock),

@@ -20,7 +20,7 @@ use kling_proxy::error::Error;
 use kling_proxy::headers::{strip_request, strip_response};
 use kling_proxy::layer::authenticate::AuthenticateLayer;
 use kling_proxy::metrics::Metrics;
-use kling_proxy::original::Original;
+use kling_proxy::original::{Attempt, Original};
 use kling_proxy::replay::{Bounds, Keeper};
 use kling_proxy::secret::Secret;
 use kling_proxy::token::{Credential, Tokens, Validity};
@@ -154,7 +154,7 @@ fn lines(headers: &HeaderMap) -> BTreeMap<&str, Vec<&[u8]>> {
 fn authenticated(headers: HeaderMap) -> HeaderMap {
     let mut request = Request::default();
     *request.headers_mut() = headers;
-    let inner = service_fn(|request: Request| async {
+    let inner = service_fn(|Attempt { request, .. }| async {
         let mut answer = Response::new(Body::empty());
         *answer.headers_mut() = request.into_parts().0.headers;
         Ok::<_, Error>(answer)

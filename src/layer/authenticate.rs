@@ -4,7 +4,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use axum::extract::Request;
 use axum::response::Response;
 use futures_util::future::{self, Either};
 use http::header::{AUTHORIZATION, HOST, HeaderValue};
@@ -13,7 +12,7 @@ use tower::{Layer, Service};
 
 use crate::error::Error;
 use crate::layer::Refusable;
-use crate::original::Original;
+use crate::original::{Attempt, Original};
 use crate::token::Tokens;
 
 /// Adds [`Authenticate`] to a service.
@@ -71,7 +70,7 @@ impl<S> Layer<S> for AuthenticateLayer {
 
 impl<S> Service<Original> for Authenticate<S>
 where
-    S: Service<Request, Response = Response, Error = Error>,
+    S: Service<Attempt, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Error;
@@ -90,12 +89,12 @@ where
             facts.attempted();
         }
         // Stripped before they are set: `Connection: authorization` must not name ours.
-        let mut request = original.attempt();
-        let headers = request.headers_mut();
+        let mut attempt = original.attempt();
+        let headers = attempt.request.headers_mut();
         headers.insert(HOST, self.means.host.clone());
         headers.insert(AUTHORIZATION, bearer);
         Either::Right(Authenticated {
-            inner: self.inner.call(request),
+            inner: self.inner.call(attempt),
             means: Arc::clone(&self.means),
         })
     }
@@ -126,6 +125,7 @@ mod tests {
     use std::time::Duration;
 
     use axum::body::Body;
+    use axum::extract::Request;
     use bytesize::ByteSize;
     use tower::{ServiceBuilder, ServiceExt, service_fn};
 
@@ -154,7 +154,7 @@ mod tests {
         let host = HeaderValue::from_static("kling.test");
         let stack = ServiceBuilder::new()
             .layer(AuthenticateLayer::new(Arc::new(tokens), &host))
-            .service(service_fn(|request: Request| async move {
+            .service(service_fn(|Attempt { request, .. }| async move {
                 let mut answer = Response::new(Body::empty());
                 *answer.headers_mut() = request.into_parts().0.headers;
                 Ok::<_, Error>(answer)

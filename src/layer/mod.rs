@@ -1,8 +1,8 @@
 //! The layers, one a file; `stack.rs` puts them in their order.
 
 pub mod authenticate;
-pub mod carry;
 pub mod cors;
+pub mod detach;
 pub mod guard;
 pub mod normalise;
 pub mod retry;

@@ -1,6 +1,7 @@
 //! One id, one span, one outcome and one count for each request, refused ones included. It adds the
 //! id to the answer and changes nothing else.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -10,17 +11,18 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
 use bytes::Bytes;
-use http::{HeaderName, Method, Uri};
-use http_body::{Frame, SizeHint};
+use http::{HeaderName, Method, StatusCode, Uri};
+use http_body::{Body as _, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 use tracing::Span;
 
 use crate::effect::Effect;
+use crate::error::Failure;
 use crate::facts::{Facts, Inbound};
 use crate::metrics::{Metrics, method_label};
 use crate::request_id::RequestId;
-use crate::telemetry::{printable, unhurried};
+use crate::telemetry::{CREATES, printable};
 
 /// Names the request in its answer.
 const REQUEST_ID: HeaderName = HeaderName::from_static("kling-proxy-request-id");
@@ -49,12 +51,18 @@ pin_project! {
 
 /// What is kept of a request until it is answered.
 struct Unanswered {
-    facts: Facts,
+    subject: Subject,
     span: Span,
-    method: Method,
-    uri: Uri,
     effect: Effect,
     answered: bool,
+}
+
+/// What a log line says of a request.
+#[derive(Clone)]
+struct Subject {
+    facts: Facts,
+    method: Method,
+    uri: Uri,
 }
 
 pin_project! {
@@ -63,6 +71,8 @@ pin_project! {
         #[pin]
         body: Body,
         facts: Facts,
+        // A create whose task is not known yet.
+        unlogged: Option<Box<(Subject, StatusCode)>>,
     }
 }
 
@@ -107,10 +117,12 @@ where
         // who look for details; the outcome names the request itself.
         let span = tracing::debug_span!("request", id = facts.id().as_str());
         let unanswered = Unanswered {
-            facts: facts.clone(),
+            subject: Subject {
+                facts: facts.clone(),
+                method: request.method().clone(),
+                uri: request.uri().clone(),
+            },
             span,
-            method: request.method().clone(),
-            uri: request.uri().clone(),
             effect,
             answered: false,
         };
@@ -134,75 +146,107 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let entered = this.request.span.enter();
+        let request = this.request;
+        let entered = request.span.enter();
         let Ok(mut response) = ready!(this.inner.poll(cx));
-        this.request.log(&response);
+        let unlogged = request.log(&response);
         drop(entered);
 
-        let request = this.request;
-        let after = request.facts.begun().elapsed();
-        let metrics = request.facts.metrics();
-        metrics.answered(&request.method, response.status(), after);
+        let Subject { facts, method, .. } = &request.subject;
+        let after = facts.begun().elapsed();
+        facts.metrics().answered(method, response.status(), after);
         response
             .headers_mut()
-            .insert(REQUEST_ID, request.facts.id().clone().into_value());
+            .insert(REQUEST_ID, facts.id().clone().into_value());
         request.answered = true;
-        let facts = request.facts.clone();
-        Poll::Ready(Ok(response.map(|body| Counted { body, facts })))
+        let facts = facts.clone();
+        Poll::Ready(Ok(response.map(|body| Counted {
+            body,
+            facts,
+            unlogged,
+        })))
     }
 }
 
 // === impl Unanswered ===
 
 impl Unanswered {
-    /// One event an outcome. Reads that went well are many and say little.
-    fn log(&self, response: &Response) {
-        /// The event is complete in itself: the span is there at `debug` only.
-        macro_rules! event {
-            ($level:ident, $($more:tt)*) => {
-                tracing::$level!(
-                    request_id = self.facts.id().as_str(),
-                    client = self.facts.client(),
-                    http.request.method = method_label(&self.method),
-                    url.path = &*printable(self.uri.path()),
-                    http.request.resend_count = self.facts.resend_count(),
-                    http.response.status_code = response.status().as_u16(),
-                    duration_seconds = self.facts.begun().elapsed().as_secs_f64(),
-                    $($more)*
+    /// Logs the outcome, but for that of a create that went well: its task may stand in a part of the
+    /// answer that has not come yet. Returns what is to be logged then.
+    fn log(&self, response: &Response) -> Option<Box<(Subject, StatusCode)>> {
+        let Self {
+            subject, effect, ..
+        } = self;
+        let status = response.status();
+        match (subject.facts.failure(), effect) {
+            (Some(failure), _) => subject.log_failure(failure, *effect, status),
+            (None, Effect::Read) => subject.log_read(status),
+            (None, Effect::Create) if response.body().is_end_stream() => {
+                subject.log_create(status);
+            }
+            (None, Effect::Create) => return Some(Box::new((subject.clone(), status))),
+        }
+        None
+    }
+}
+
+// === impl Subject ===
+
+/// Logs an event that is complete in itself: the span is there at `debug` only.
+macro_rules! event {
+    ($subject:ident, $status:ident, $level:ident, target: $target:expr, $($more:tt)*) => {
+        tracing::$level!(
+            target: $target,
+            request_id = $subject.facts.id().as_str(),
+            client = $subject.facts.client(),
+            http.request.method = method_label(&$subject.method),
+            url.path = &*printable($subject.uri.path()),
+            http.request.resend_count = $subject.facts.resend_count(),
+            http.response.status_code = $status.as_u16(),
+            duration_seconds = $subject.facts.begun().elapsed().as_secs_f64(),
+            $($more)*
+        )
+    };
+}
+
+impl Subject {
+    fn log_failure(&self, failure: &Failure, effect: Effect, status: StatusCode) {
+        macro_rules! failed {
+            ($target:expr) => {
+                event!(
+                    self, status, warn, target: $target,
+                    task.external_id = self.external_id().as_deref(),
+                    error.type = failure.kind,
+                    error.code = failure.code,
+                    error.cause = &*printable(&failure.cause),
+                    upstream.request_id = failure.upstream_request_id.as_deref().map(printable).as_deref(),
+                    "failed"
                 )
             };
         }
-        match (self.facts.failure(), self.effect) {
-            (Some(failure), effect) => {
-                let upstream_id = failure.upstream_request_id.as_deref().map(printable);
-                let log = || {
-                    event!(
-                        warn,
-                        error.type = failure.kind,
-                        error.code = failure.code,
-                        error.cause = &*printable(&failure.cause),
-                        upstream.request_id = upstream_id.as_deref(),
-                        "failed"
-                    );
-                };
-                match effect {
-                    Effect::Read => unhurried(log),
-                    Effect::Create => log(),
-                }
-            }
-            (None, Effect::Create) => {
-                let task = self.facts.task();
-                event!(
-                    info,
-                    task.id = task
-                        .and_then(|task| task.id.as_deref())
-                        .map(printable)
-                        .as_deref(),
-                    "answered"
-                );
-            }
-            (None, Effect::Read) => event!(debug, "answered"),
+        match effect {
+            Effect::Create => failed!(CREATES),
+            Effect::Read => failed!(module_path!()),
         }
+    }
+
+    /// Reads that went well are many and say little.
+    fn log_read(&self, status: StatusCode) {
+        event!(self, status, debug, target: module_path!(), "answered");
+    }
+
+    fn log_create(&self, status: StatusCode) {
+        let task = self.facts.task();
+        event!(
+            self, status, info, target: CREATES,
+            task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
+            task.external_id = self.external_id().as_deref(),
+            "answered"
+        );
+    }
+
+    fn external_id(&self) -> Option<Cow<'_, str>> {
+        self.facts.external_id().map(printable)
     }
 }
 
@@ -211,11 +255,12 @@ impl Drop for Unanswered {
         if self.answered {
             return;
         }
-        // `carry` tells what comes of a create.
+        // `detach` tells what comes of a create.
+        let Subject { facts, uri, .. } = &self.subject;
         tracing::debug!(
-            request_id = self.facts.id().as_str(),
-            client = self.facts.client(),
-            url.path = &*printable(self.uri.path()),
+            request_id = facts.id().as_str(),
+            client = facts.client(),
+            url.path = &*printable(uri.path()),
             "the client has gone before its answer"
         );
     }
@@ -231,7 +276,20 @@ impl http_body::Body for Counted {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        self.project().body.poll_frame(cx)
+        let mut this = self.project();
+        let step = ready!(this.body.as_mut().poll_frame(cx));
+        if let Some(unlogged) = &this.unlogged {
+            let is_over = step.is_none() || this.body.is_end_stream();
+            if is_over || this.facts.task().is_some() {
+                let (subject, status) = &**unlogged;
+                subject.log_create(*status);
+                *this.unlogged = None;
+            } else if let Some(Err(_)) = step {
+                // `detach` tells that the answer is not whole.
+                *this.unlogged = None;
+            }
+        }
+        Poll::Ready(step)
     }
 
     fn is_end_stream(&self) -> bool {

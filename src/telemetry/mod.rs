@@ -90,3 +90,6 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     }
     escaped.into()
 }
+
+/// The target of the log lines of creates.
+pub const CREATES: &str = "kling_proxy::creates";

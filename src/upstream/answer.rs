@@ -15,9 +15,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::download::Download;
 use super::text::Text;
-use crate::effect::Effect;
 use crate::envelope::{self, Envelope, Peek};
-use crate::task::Task;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
 const BOUND: usize = 64 << 10;
@@ -39,9 +37,7 @@ pub(super) enum Verdict {
 }
 
 /// Judges an answer by its status and by what is read ahead of its body.
-///
-/// That to a create has the [`Task`] it made among its extensions then: the log names it.
-pub(super) async fn judge(answer: &mut http::Response<Download>, effect: Effect) -> Verdict {
+pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     let status = answer.status();
     if status.is_client_error() || status.is_server_error() {
         return Box::pin(judge_error(answer)).await;
@@ -51,14 +47,9 @@ pub(super) async fn judge(answer: &mut http::Response<Download>, effect: Effect)
     }
     let mut reader = Reader::of(answer);
     let mut patience = Patience::of(HOLD);
-    match (reader.peek(&mut patience).await, effect) {
-        (Peek::Code(0), Effect::Create) => {
-            Box::pin(reader.read_within(&mut patience)).await;
-            let task = Task::answered(reader.text.seen());
-            answer.extensions_mut().insert(task);
-        }
-        (Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided, _) => {}
-        (Peek::Code(_), _) => {
+    match reader.peek(&mut patience).await {
+        Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided => {}
+        Peek::Code(_) => {
             Box::pin(reader.read_error()).await;
             if let Some(envelope) = reader.envelope() {
                 return Verdict::Service(envelope);

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
+use hyper::body;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::connect::Connection;
+use super::http2;
 use super::pool::Pool;
 use super::upload::Progress;
 use crate::error::BoxError;
@@ -23,12 +25,18 @@ pub(super) type Step = Result<Frame<Bytes>, BoxError>;
 pub(super) struct Download {
     /// What was read ahead, to be passed first.
     ahead: VecDeque<Step>,
-    body: Pieces,
+    body: Incoming,
     lease: Option<Lease>,
     idle: Duration,
     silence: Option<Pin<Box<Sleep>>>,
     moved: bool,
     flushed: bool,
+}
+
+/// A body as a connection brings it.
+pub(super) enum Incoming {
+    Http1(Pieces),
+    Http2(http2::Body),
 }
 
 /// The connection that a body comes over. It goes back to its pool when the exchange is over, and is
@@ -37,6 +45,46 @@ pub(super) struct Lease {
     pool: Arc<Pool>,
     connection: Option<Connection>,
     upload: Arc<Progress>,
+}
+
+// === impl Incoming ===
+
+impl From<body::Incoming> for Incoming {
+    fn from(body: body::Incoming) -> Self {
+        Self::Http1(body.into())
+    }
+}
+
+impl From<http2::Body> for Incoming {
+    fn from(body: http2::Body) -> Self {
+        Self::Http2(body)
+    }
+}
+
+impl Body for Incoming {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Step>> {
+        match self.get_mut() {
+            Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(BoxError::from),
+            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(BoxError::from),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Http1(body) => body.is_end_stream(),
+            Self::Http2(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Http1(body) => body.size_hint(),
+            Self::Http2(body) => body.size_hint(),
+        }
+    }
 }
 
 // === impl Lease ===
@@ -72,7 +120,7 @@ impl Drop for Lease {
 // === impl Download ===
 
 impl Download {
-    pub(super) fn new(body: Pieces, lease: Lease, idle: Duration) -> Self {
+    pub(super) fn new(body: Incoming, lease: Lease, idle: Duration) -> Self {
         let lease = Some(lease);
         let mut this = Self {
             ahead: VecDeque::new(),
@@ -117,7 +165,7 @@ impl Download {
             Poll::Ready(step) => {
                 self.moved = true;
                 self.end_lease(step.is_none());
-                Poll::Ready(step.map(|step| step.map_err(BoxError::from)))
+                Poll::Ready(step)
             }
             Poll::Pending => self.poll_silence(cx).map(|()| {
                 let silence = format!("upstream was silent for {:?} inside a body", self.idle);

@@ -1,9 +1,7 @@
 //! The way out through a proxy of the network (`upstream.proxy`).
 
 use std::fmt;
-use std::pin::Pin;
 use std::str::FromStr;
-use std::task::{Context, Poll};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -13,13 +11,11 @@ use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Method, Request, StatusCode, Uri};
 use http_body_util::Empty;
 use hyper::client::conn::http1;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
 use percent_encoding::percent_decode_str;
 use tokio::net::TcpStream;
-use tower::Service;
 
-use super::connect::{Origin, without_brackets};
+use super::origin::{Origin, without_brackets};
 use crate::error::BoxError;
 
 /// An HTTP proxy that opens tunnels (`CONNECT`: RFC 9110, section 9.3.6).
@@ -50,13 +46,6 @@ pub enum TunnelError {
     /// What listens there is no HTTP proxy, or the connection broke.
     #[error("the egress proxy did not open a tunnel")]
     Failed(#[source] BoxError),
-}
-
-/// Connects by TCP: straight to where a URI says, or by a tunnel.
-#[derive(Clone)]
-pub(super) struct Tcp {
-    connector: HttpConnector,
-    tunnel: Option<(EgressProxy, Origin)>,
 }
 
 // === impl EgressProxy ===
@@ -117,14 +106,6 @@ impl EgressProxy {
         }
         Ok(request)
     }
-
-    fn uri(&self) -> Result<Uri, http::Error> {
-        Uri::builder()
-            .scheme(Scheme::HTTP)
-            .authority(self.authority.clone())
-            .path_and_query("/")
-            .build()
-    }
 }
 
 impl FromStr for EgressProxy {
@@ -171,41 +152,6 @@ fn basic(user: &str) -> Result<HeaderValue, NoEgressProxy> {
     let mut value = HeaderValue::try_from(value).map_err(|_| NoEgressProxy)?;
     value.set_sensitive(true);
     Ok(value)
-}
-
-// === impl Tcp ===
-
-impl Tcp {
-    pub(super) fn new(connector: HttpConnector, proxy: Option<EgressProxy>, to: &Origin) -> Self {
-        Self {
-            connector,
-            tunnel: proxy.map(|proxy| (proxy, to.clone())),
-        }
-    }
-}
-
-impl Service<Uri> for Tcp {
-    type Response = TokioIo<TcpStream>;
-    type Error = BoxError;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.connector.poll_ready(cx).map_err(Into::into)
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let mut connector = self.connector.clone();
-        let tunnel = self.tunnel.clone();
-        Box::pin(async move {
-            let Some((proxy, origin)) = tunnel else {
-                return Ok(connector.call(uri).await?);
-            };
-            let stream = connector.call(proxy.uri()?).await;
-            let stream = stream.map_err(|error| TunnelError::Unreachable(error.into()))?;
-            let tunnel = proxy.open_tunnel(stream.into_inner(), &origin).await?;
-            Ok(TokioIo::new(tunnel))
-        })
-    }
 }
 
 #[cfg(test)]

@@ -9,10 +9,15 @@
 mod answer;
 mod clock;
 mod connect;
+mod dial;
 mod download;
 mod egress;
+mod flush;
+mod http2;
+mod origin;
 mod pool;
 mod spare;
+mod tcp;
 mod text;
 mod trust;
 mod upload;
@@ -28,25 +33,29 @@ use axum::response::Response;
 use futures_util::FutureExt;
 use http::header::{HOST, USER_AGENT};
 use http::{HeaderValue, Method, Version};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 use tower::Service;
 
 pub use self::clock::UpstreamClock;
-pub use self::connect::{Origin, OriginError};
+pub use self::dial::{Dial, Dialing, Network, NoHttp1, Stream, Transport, Versions};
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
+pub use self::origin::{Origin, OriginError};
+pub use self::text::Decoder;
 pub use self::trust::{TlsError, client_config, trust_roots};
 
 use self::answer::Verdict;
-use self::connect::{Connection, Connector, Sent};
+use self::connect::{Connection, Connector, SendError, Sent};
 use self::download::{Download, Lease};
 use self::pool::{Load, Pool};
 use self::spare::Spare;
 use self::upload::{Progress, Upload};
 use crate::clock::Clock;
-use crate::effect::Effect;
-use crate::error::{Answer, Error, Resend, chain};
+use crate::error::{Answer, BoxError, Error, LateAnswer, Resend, chain};
 use crate::headers;
 use crate::metrics::Metrics;
+use crate::original::Attempt;
+use crate::pending_create::PendingCreate;
 
 /// What we call ourselves where no client does.
 pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
@@ -80,24 +89,32 @@ struct Way {
     metrics: Arc<Metrics>,
 }
 
+/// One attempt to send a request, while it runs.
+struct Exchange {
+    way: Arc<Way>,
+    load: Load,
+    progress: Arc<Progress>,
+    /// For a create.
+    create: Option<Arc<PendingCreate>>,
+}
+
 /// What came of a request on one connection: an answer; or, if nothing of it was sent, the request
 /// again and why.
-type Exchange = Result<http::Response<Download>, (Box<Request>, hyper::Error)>;
+type Outcome = Result<http::Response<Download>, (Box<Request>, BoxError)>;
 
 // === impl Upstream ===
 
 impl Upstream {
-    /// The one that keeps the connection for all. It starts without one.
+    /// The one that keeps the connection for all. It starts without one. `dial` leads to `origin`.
     pub fn new(
         origin: &Origin,
-        proxy: Option<EgressProxy>,
-        tls: &rustls::ClientConfig,
+        dial: Arc<dyn Dial>,
         timeouts: Timeouts,
         clock: Arc<dyn Clock>,
         upstream_clock: Arc<UpstreamClock>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let connector = Connector::new(origin, proxy, tls, timeouts.idle);
+        let connector = Connector::new(dial, origin);
         let spare = Spare::new(Pool::new(connector, timeouts.connect, clock).spare());
         Self(Arc::new(Way {
             pool: Arc::clone(spare.pool()),
@@ -129,7 +146,11 @@ impl Upstream {
         let headers = request.headers_mut();
         headers.insert(HOST, self.0.pool.host());
         headers.insert(USER_AGENT, HeaderValue::from_static(NAME));
-        match Arc::clone(&self.0).forward(request).await {
+        let attempt = Attempt {
+            request,
+            create: None,
+        };
+        match Arc::clone(&self.0).forward(attempt).await {
             Err(error) if error.answer().is_none() => {
                 tracing::info!(error = chain(&error), "upstream does not answer yet");
             }
@@ -149,56 +170,44 @@ impl Upstream {
 impl Way {
     /// Sends a request and judges its answer.
     ///
-    /// Mostly there is a connection, and the request leaves on it at once: what waits for the answer
-    /// has no room for a request. Of 32 at a time each byte counts, for a core's first cache to hold
-    /// them.
+    /// Mostly there is a connection, and a read leaves on it at once: what waits for the answer has no
+    /// room for a request. Of 32 at a time each byte counts, for a core's first cache to hold them.
     fn forward(
         self: Arc<Self>,
-        request: Request,
+        attempt: Attempt,
     ) -> impl Future<Output = Result<Response, Error>> + use<> {
-        let effect = Effect::of(&request);
+        let Attempt { request, create } = attempt;
         let now = Instant::now();
         self.spare.note(now);
         let (load, busy) = self.pool.begin(request.body());
         let (request, progress) = Upload::record(request, now, busy);
-        let first = match self.pool.checkout(load) {
+        let kept = match create {
+            None => self.pool.checkout(load),
+            Some(_) => None,
+        };
+        let first = match kept {
             Some(mut connection) => {
-                let sent = connection.send(request);
+                let sent = connection.send(request, &progress);
                 Ok((connection, sent))
             }
             None => Err(Box::new(request)),
         };
+        let exchange = Exchange {
+            way: self,
+            load,
+            progress,
+            create,
+        };
         async move {
-            let mut answer = match self.answer(first, load, &progress).await {
+            let answer = match exchange.answer(first).await {
                 Ok(answer) => answer,
                 // The client's fault is the cause; what upstream made of it only follows from that.
-                Err(error) => return Err(progress.take_fault().unwrap_or(error)),
+                Err(error) => return Err(exchange.progress.take_fault().unwrap_or(error)),
             };
-            let verdict = answer::judge(&mut answer, effect).await;
-            let outcome = pass(answer, verdict);
-            self.learn(&outcome, progress.since());
+            let outcome = judge(answer).await;
+            exchange.way.learn(&outcome, exchange.progress.since());
             outcome
         }
-    }
-
-    /// The answer on the first connection, if there was one, or on the next.
-    async fn answer(
-        &self,
-        first: Result<(Connection, Sent), Box<Request>>,
-        load: Load,
-        progress: &Arc<Progress>,
-    ) -> Result<http::Response<Download>, Error> {
-        let request = match first {
-            Ok((connection, sent)) => {
-                let lent = (connection, &self.pool);
-                match self.exchange(sent, lent, progress).await? {
-                    Ok(answer) => return Ok(answer),
-                    Err((unsent, _)) => unsent,
-                }
-            }
-            Err(request) => request,
-        };
-        Box::pin(self.send(request, load, progress)).await
     }
 
     /// Has the clock learn from what upstream answered, which had the request since `asked`.
@@ -219,57 +228,6 @@ impl Way {
         }
     }
 
-    /// Sends on kept connections for as long as they hand the request back unsent, then on a new
-    /// one.
-    async fn send(
-        &self,
-        mut request: Box<Request>,
-        load: Load,
-        progress: &Arc<Progress>,
-    ) -> Result<http::Response<Download>, Error> {
-        loop {
-            let checkout = self.checkout(load).await;
-            let kept = checkout.is_some();
-            let (mut connection, home) = if let Some(checkout) = checkout {
-                checkout
-            } else {
-                let connected = self.pool.connect(load).await;
-                (connected.map_err(Error::Unreachable)?, &self.pool)
-            };
-            // HTTP/2 takes it away, and the next connection may speak HTTP/1.1.
-            request.headers_mut().insert(HOST, self.pool.host());
-            progress.restart();
-            let sent = connection.send(*request);
-            let lent = (connection, home);
-            match self.exchange(sent, lent, progress).await? {
-                Ok(answer) => return Ok(answer),
-                Err((unsent, _)) if kept => request = unsent,
-                Err((_, error)) => return Err(Error::Unreachable(error.into())),
-            }
-        }
-    }
-
-    /// Waits for the answer to what was sent on a connection, which goes back to where it comes from.
-    async fn exchange(
-        &self,
-        sent: Sent,
-        (connection, home): (Connection, &Arc<Pool>),
-        progress: &Arc<Progress>,
-    ) -> Result<Exchange, Error> {
-        match progress.supervise(sent, self.timeouts).await? {
-            Ok(answer) => {
-                let lease = Lease::new(Arc::clone(home), connection, Arc::clone(progress));
-                let idle = self.timeouts.idle;
-                let answer = answer.map(|body| Download::new(body.into(), lease, idle));
-                Ok(Ok(answer))
-            }
-            Err(mut refused) => match refused.take_message() {
-                Some(unsent) => Ok(Err((Box::new(unsent), refused.into_error()))),
-                None => Err(classify(refused.into_error())),
-            },
-        }
-    }
-
     /// A kept connection, and where it goes back to: our own, or else the spare one.
     async fn checkout(&self, load: Load) -> Option<(Connection, &Arc<Pool>)> {
         if let Some(connection) = self.pool.checkout(load) {
@@ -281,7 +239,121 @@ impl Way {
     }
 }
 
-impl Service<Request> for Upstream {
+// === impl Exchange ===
+
+impl Exchange {
+    /// The answer on the first connection, if there was one, or on the next.
+    async fn answer(
+        &self,
+        first: Result<(Connection, Sent), Box<Request>>,
+    ) -> Result<http::Response<Download>, Error> {
+        let request = match first {
+            Ok((connection, sent)) => match self.wait(sent, (connection, &self.way.pool)).await? {
+                Ok(answer) => return Ok(answer),
+                Err((unsent, _)) => unsent,
+            },
+            Err(request) => request,
+        };
+        Box::pin(self.send(request)).await
+    }
+
+    /// Sends on kept connections for as long as they hand the request back unsent, then on a new
+    /// one.
+    async fn send(&self, mut request: Box<Request>) -> Result<http::Response<Download>, Error> {
+        loop {
+            let checkout = self.way.checkout(self.load).await;
+            let kept = checkout.is_some();
+            let (mut connection, home) = if let Some(checkout) = checkout {
+                checkout
+            } else {
+                let connected = self.way.pool.connect(self.load).await;
+                (connected.map_err(Error::Unreachable)?, &self.way.pool)
+            };
+            // HTTP/2 takes it away, and the next connection may speak HTTP/1.1.
+            request.headers_mut().insert(HOST, self.way.pool.host());
+            self.begin_sending().await?;
+            self.progress.restart();
+            let sent = connection.send(*request, &self.progress);
+            match self.wait(sent, (connection, home)).await? {
+                Ok(answer) => return Ok(answer),
+                Err((unsent, _)) if kept => request = unsent,
+                Err((_, error)) => return Err(Error::Unreachable(error)),
+            }
+        }
+    }
+
+    /// Asks, right before the first byte of a create, whether its client still waits for it.
+    async fn begin_sending(&self) -> Result<(), Error> {
+        let Some(create) = &self.create else {
+            return Ok(());
+        };
+        // One turn of the event loop, in which what has arrived is seen: that the client has left, or
+        // that upstream has closed this connection.
+        yield_now().await;
+        let begun = create.begin_sending();
+        begun.map_err(|left| Error::Unreachable(left.into()))
+    }
+
+    /// Waits for the answer to what was sent on a connection, which goes back to where it comes from.
+    async fn wait(
+        &self,
+        mut sent: Sent,
+        (connection, home): (Connection, &Arc<Pool>),
+    ) -> Result<Outcome, Error> {
+        let answered = match self.progress.supervise(&mut sent, self.way.timeouts).await {
+            Ok(answered) => answered,
+            Err(error) => return Err(self.give_up(error, sent, connection, home)),
+        };
+        match answered {
+            Ok(answer) => Ok(Ok(self.lease(answer, connection, home))),
+            Err(SendError::Unsent(unsent, error)) => {
+                if let Some(create) = &self.create {
+                    create.not_created();
+                }
+                Ok(Err((unsent, error)))
+            }
+            Err(error) => Err(error.into_error()),
+        }
+    }
+
+    /// Ends an exchange that took too long. Nothing more of the request is sent. If all of a create was
+    /// sent, its answer may still come.
+    fn give_up(&self, error: Error, sent: Sent, connection: Connection, home: &Arc<Pool>) -> Error {
+        let Error::UpstreamTimeout { limit, .. } = error else {
+            self.progress.abandon();
+            return error;
+        };
+        connection.retire();
+        let was_sent = self.progress.is_done() && connection.is_flushed();
+        if self.create.is_none() || !was_sent {
+            self.progress.abandon();
+            return error;
+        }
+        let lease = Lease::new(Arc::clone(home), connection, Arc::clone(&self.progress));
+        let idle = self.way.timeouts.idle;
+        let late = LateAnswer::new(async move {
+            let answer = sent.await.map_err(SendError::into_error)?;
+            judge(answer.map(|body| Download::new(body, lease, idle))).await
+        });
+        Error::UpstreamTimeout {
+            limit,
+            late: Some(late),
+        }
+    }
+
+    fn lease(
+        &self,
+        answer: http::Response<download::Incoming>,
+        connection: Connection,
+        home: &Arc<Pool>,
+    ) -> http::Response<Download> {
+        let lease = Lease::new(Arc::clone(home), connection, Arc::clone(&self.progress));
+        let idle = self.way.timeouts.idle;
+        answer.map(|body| Download::new(body, lease, idle))
+    }
+}
+
+impl Service<Attempt> for Upstream {
     type Response = Response;
     type Error = Error;
     type Future = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
@@ -290,18 +362,25 @@ impl Service<Request> for Upstream {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request) -> Self::Future {
+    fn call(&mut self, attempt: Attempt) -> Self::Future {
         let [way, counting] = [(); 2].map(|()| Arc::clone(&self.0));
-        let count = move |outcome: &Result<_, Error>| {
-            let error = outcome.as_ref().err().map(Error::kind);
-            counting.metrics.attempted(error);
+        let create = attempt.create.clone();
+        let note = move |outcome: &Result<_, Error>| {
+            let error = outcome.as_ref().err();
+            counting.metrics.attempted(error.map(Error::kind));
+            if let (Some(create), Some(error)) = (&create, error)
+                && error.proves_no_task()
+            {
+                create.not_created();
+            }
         };
-        Box::pin(way.forward(request).inspect(count))
+        Box::pin(way.forward(attempt).inspect(note))
     }
 }
 
-/// What is made of an answer.
-fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Response, Error> {
+/// Tells an answer from an error.
+async fn judge(mut answer: http::Response<Download>) -> Result<Response, Error> {
+    let verdict = answer::judge(&mut answer).await;
     if answer.status().is_informational() {
         return Err(Error::NotHttp("upstream switched protocols unasked".into()));
     }
@@ -319,14 +398,5 @@ fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Respon
             answer: Answer::boxed(answer),
             excerpt,
         }),
-    }
-}
-
-/// What a failure means after something may have been sent.
-fn classify(error: hyper::Error) -> Error {
-    if error.is_parse() {
-        Error::NotHttp(error.into())
-    } else {
-        Error::Disconnected(error.into())
     }
 }

@@ -9,10 +9,11 @@ use std::time::{Duration, SystemTime};
 use axum::body::Body;
 use http::HeaderValue;
 use http_body::Body as _;
-use hyper::client::conn::{http1, http2};
 use tokio::time::timeout;
 
-use super::connect::{Connection, Connector, Origin};
+use super::connect::{Connected, Connection, Connector, Http1};
+use super::http2;
+use super::origin::Origin;
 use crate::clock::Clock;
 use crate::error::BoxError;
 
@@ -69,10 +70,12 @@ struct Kept {
     /// lie in the future.
     clock: Arc<dyn Clock>,
     /// The one used last is used next, so that a burst's connections age. Sorted by time of use.
-    idle: Vec<(http1::SendRequest<Body>, SystemTime)>,
-    /// One HTTP/2 connection serves all.
-    shared: Option<(http2::SendRequest<Body>, Arc<Origin>, SystemTime)>,
-    /// Whether upstream chose HTTP/1.1 last.
+    idle: Vec<(Http1, SystemTime)>,
+    /// Connections of HTTP/2, which several requests share, with the time of their last use.
+    shared: Vec<(http2::Sender, SystemTime)>,
+    /// Each request on a connection of HTTP/2 needs it.
+    origin: Arc<Origin>,
+    /// Whether the last connection took too few requests for others to wait for it.
     one_at_a_time: bool,
     /// Whether it refuses that.
     http2_only: bool,
@@ -87,10 +90,10 @@ struct Kept {
 impl Pool {
     pub(super) fn new(connector: Connector, timeout: Duration, clock: Arc<dyn Clock>) -> Self {
         Self {
-            connector,
             timeout,
             most_idle: MOST_IDLE,
-            kept: Mutex::new(Kept::new(clock)),
+            kept: Mutex::new(Kept::new(clock, connector.origin())),
+            connector,
             busy: Busy::default(),
             turn: tokio::sync::Mutex::default(),
         }
@@ -149,14 +152,14 @@ impl Pool {
             return Some(shared);
         }
         loop {
-            let mut sender = self.lock().youngest()?;
-            if matches!(timeout(TURN, sender.ready()).await, Ok(Ok(()))) {
-                return Some(Connection::Http1(sender));
+            let mut connection = self.lock().youngest()?;
+            if matches!(timeout(TURN, connection.sender.ready()).await, Ok(Ok(()))) {
+                return Some(Connection::Http1(connection));
             }
         }
     }
 
-    /// A new connection.
+    /// A new connection, or a stream of one that came to be meanwhile.
     ///
     /// # Errors
     ///
@@ -175,10 +178,7 @@ impl Pool {
     }
 
     /// One of HTTP/1.1, where that is better, and possible.
-    async fn connect_http1(
-        &self,
-        load: Load,
-    ) -> Result<Option<http1::SendRequest<Body>>, BoxError> {
+    async fn connect_http1(&self, load: Load) -> Result<Option<Http1>, BoxError> {
         if load == Load::Many || self.lock().http2_only {
             return Ok(None);
         }
@@ -199,22 +199,28 @@ impl Pool {
         if let Some(shared) = self.lock().shared(Load::Many) {
             return Ok(shared);
         }
-        let connection = self.connector.connect().await?;
+        let connected = self.connector.connect().await?;
         let mut kept = self.lock();
-        match &connection {
-            Connection::Http1(_) => kept.one_at_a_time = true,
-            Connection::Http2(sender, origin) => {
-                kept.one_at_a_time = false;
-                kept.shared = Some((sender.clone(), Arc::clone(origin), kept.clock.now()));
+        let connection = match connected {
+            Connected::Http1(connection) => {
+                kept.one_at_a_time = true;
+                Connection::Http1(connection)
             }
-        }
+            Connected::Http2(connection) => {
+                kept.one_at_a_time = connection.limit() <= FEW;
+                let now = kept.clock.now();
+                kept.shared.push((connection, now));
+                let shared = kept.shared(Load::Many);
+                shared.ok_or("upstream allows no request on a new connection")?
+            }
+        };
         drop((kept, turn));
         Ok(connection)
     }
 
     /// Takes a connection back whose exchange is over.
     pub(super) fn checkin(&self, connection: Connection) {
-        let Connection::Http1(sender) = connection else {
+        let Connection::Http1(connection) = connection else {
             return;
         };
         let mut kept = self.lock();
@@ -226,7 +232,7 @@ impl Pool {
         if kept.idle.len() == self.most_idle {
             kept.idle.remove(0);
         }
-        kept.idle.push((sender, now));
+        kept.idle.push((connection, now));
     }
 
     /// Sees to it that a connection is ready, and will be for some time.
@@ -248,7 +254,7 @@ impl Pool {
     pub(super) fn clear(&self) {
         let mut kept = self.lock();
         kept.idle.clear();
-        kept.shared = None;
+        kept.shared.clear();
     }
 
     /// Had to borrow a connection. Who does so again before one of its own would have aged gets
@@ -281,11 +287,12 @@ impl Pool {
 // === impl Kept ===
 
 impl Kept {
-    fn new(clock: Arc<dyn Clock>) -> Self {
+    fn new(clock: Arc<dyn Clock>, origin: Arc<Origin>) -> Self {
         Self {
             clock,
             idle: Vec::new(),
-            shared: None,
+            shared: Vec::new(),
+            origin,
             one_at_a_time: false,
             http2_only: false,
             missed: None,
@@ -293,33 +300,38 @@ impl Kept {
         }
     }
 
+    /// A free stream of a connection of HTTP/2.
     fn shared(&mut self, load: Load) -> Option<Connection> {
         if load == Load::Large && !self.http2_only {
             return None;
         }
         let now = self.clock.now();
-        let (sender, origin, since) = self.shared.as_mut()?;
-        if sender.is_closed() || !is_young(*since, now) {
-            self.shared = None;
-            return None;
-        }
-        *since = now;
-        Some(Connection::Http2(sender.clone(), Arc::clone(origin)))
+        self.shared
+            .retain(|(connection, since)| connection.is_usable() && is_young(*since, now));
+        self.shared.iter_mut().find_map(|(connection, since)| {
+            let slot = connection.reserve()?;
+            *since = now;
+            Some(Connection::Http2 {
+                connection: connection.clone(),
+                slot: Some(slot),
+                origin: Arc::clone(&self.origin),
+            })
+        })
     }
 
     fn idle(&mut self) -> Option<Connection> {
         // One that is not ready is closed, or has not written all of its last request.
         let mut youngest = std::iter::from_fn(|| self.youngest());
-        let ready = youngest.find(http1::SendRequest::is_ready)?;
+        let ready = youngest.find(|connection| connection.sender.is_ready())?;
         Some(Connection::Http1(ready))
     }
 
     /// The one used last, unless that was too long ago.
-    fn youngest(&mut self) -> Option<http1::SendRequest<Body>> {
+    fn youngest(&mut self) -> Option<Http1> {
         let now = self.clock.now();
         std::iter::from_fn(|| self.idle.pop())
             .find(|(_, since)| is_young(*since, now))
-            .map(|(sender, _)| sender)
+            .map(|(connection, _)| connection)
     }
 
     /// Whether there is a connection that stays good until the next look.
@@ -328,9 +340,9 @@ impl Kept {
         // Asking for the shared one makes it young again, and rightly: upstream has answered a ping,
         // or the connection would be closed.
         self.shared(Load::Many).is_some()
-            || self.idle.iter().any(|(sender, since)| {
+            || self.idle.iter().any(|(connection, since)| {
                 let age = now.duration_since(*since);
-                sender.is_ready() && age.is_ok_and(|age| age < RENEWAL)
+                connection.sender.is_ready() && age.is_ok_and(|age| age < RENEWAL)
             })
     }
 }
@@ -350,7 +362,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::upstream::client_config;
+    use crate::upstream::{Network, client_config};
 
     /// A clock that shows so many seconds.
     #[derive(Default)]
@@ -374,7 +386,8 @@ mod tests {
         });
         let patience = Duration::from_secs(20);
         let origin = origin.parse().unwrap();
-        let connector = Connector::new(&origin, None, &client_config(None).unwrap(), patience);
+        let network = Network::new(&origin, None, &client_config(None).unwrap(), patience);
+        let connector = Connector::new(Arc::new(network), &origin);
         let clock: Arc<dyn Clock> = Arc::<Hand>::clone(clock);
         (Pool::new(connector, patience, clock).spare(), accepted)
     }
@@ -406,6 +419,8 @@ mod tests {
         }
         pool.renew().await;
         assert!(accepted.recv().await.is_some());
-        assert!(pool.checkout(Load::Few).is_some());
+        while pool.checkout(Load::Few).is_none() {
+            tokio::task::yield_now().await;
+        }
     }
 }

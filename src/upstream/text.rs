@@ -1,4 +1,4 @@
-//! A bounded look at the text inside an encoded body. What passes is never decoded.
+//! Reads the text inside an encoded body. What passes is never decoded.
 
 use std::io::{self, Write};
 
@@ -6,15 +6,21 @@ use flate2::write::{GzDecoder, ZlibDecoder};
 use http::HeaderMap;
 use http::header::CONTENT_ENCODING;
 
-/// The beginning of a body's text, at most `bound` bytes of it. Most of it comes plain, so that only
-/// that is small.
-pub(super) enum Text {
-    Plain(Bounded),
-    Gzip(Box<GzDecoder<Bounded>>),
-    Deflate(Box<ZlibDecoder<Bounded>>),
-    /// In an encoding that is not read here.
+/// Decodes a body as it comes, and writes its text to `W`. Decoders are boxed: most bodies are not
+/// compressed.
+pub enum Decoder<W: Write> {
+    /// It is not compressed.
+    Plain(W),
+    /// `gzip`.
+    Gzip(Box<GzDecoder<W>>),
+    /// `deflate`.
+    Deflate(Box<ZlibDecoder<W>>),
+    /// It is in an encoding that is not read here.
     Opaque,
 }
+
+/// The beginning of a body's text, within a bound.
+pub(super) type Text = Decoder<Bounded>;
 
 /// Takes bytes up to a bound and refuses those beyond, which stops a decoder at a bomb.
 pub(super) struct Bounded {
@@ -22,14 +28,11 @@ pub(super) struct Bounded {
     bound: usize,
 }
 
-// === impl Text ===
+// === impl Decoder ===
 
-impl Text {
-    pub(super) fn new(headers: &HeaderMap, bound: usize) -> Self {
-        let bounded = Bounded {
-            bytes: Vec::new(),
-            bound,
-        };
+impl<W: Write> Decoder<W> {
+    /// Writes the text of a body with these headers to `text`.
+    pub fn to(text: W, headers: &HeaderMap) -> Self {
         let mut encodings = headers.get_all(CONTENT_ENCODING).into_iter();
         match (
             encodings
@@ -37,20 +40,20 @@ impl Text {
                 .map(|value| value.as_bytes().to_ascii_lowercase()),
             encodings.next(),
         ) {
-            (None, _) => Self::Plain(bounded),
+            (None, _) => Self::Plain(text),
             (Some(one), None) => match &*one {
-                b"identity" | b"" => Self::Plain(bounded),
-                b"gzip" | b"x-gzip" => Self::Gzip(GzDecoder::new(bounded).into()),
-                b"deflate" => Self::Deflate(ZlibDecoder::new(bounded).into()),
+                b"identity" | b"" => Self::Plain(text),
+                b"gzip" | b"x-gzip" => Self::Gzip(GzDecoder::new(text).into()),
+                b"deflate" => Self::Deflate(ZlibDecoder::new(text).into()),
                 _ => Self::Opaque,
             },
             (Some(_), Some(_)) => Self::Opaque,
         }
     }
 
-    /// Takes the next bytes of the body. Those that are over the bound or not in the encoding that
-    /// the headers name leave the text as it is.
-    pub(super) fn push(&mut self, encoded: &[u8]) {
+    /// Takes the next bytes of the body. What is not in the encoding that the headers name, or what
+    /// `W` refuses, is left out.
+    pub fn push(&mut self, encoded: &[u8]) {
         let _ = match self {
             Self::Plain(text) => text.write_all(encoded),
             Self::Gzip(decoder) => decoder.write_all(encoded).and_then(|()| decoder.flush()),
@@ -59,24 +62,31 @@ impl Text {
         };
     }
 
-    /// The text so far.
-    pub(super) fn seen(&self) -> &[u8] {
+    /// What the text is written to; `None` if it cannot be read.
+    pub fn get_ref(&self) -> Option<&W> {
         match self {
-            Self::Plain(text) => &text.bytes,
-            Self::Gzip(decoder) => &decoder.get_ref().bytes,
-            Self::Deflate(decoder) => &decoder.get_ref().bytes,
-            Self::Opaque => &[],
+            Self::Plain(text) => Some(text),
+            Self::Gzip(decoder) => Some(decoder.get_ref()),
+            Self::Deflate(decoder) => Some(decoder.get_ref()),
+            Self::Opaque => None,
         }
     }
+}
 
-    /// Whether no more of it will be kept.
+impl Text {
+    pub(super) fn new(headers: &HeaderMap, bound: usize) -> Self {
+        let bytes = Vec::new();
+        Self::to(Bounded { bytes, bound }, headers)
+    }
+
+    /// The text so far.
+    pub(super) fn seen(&self) -> &[u8] {
+        self.get_ref().map_or(&[], |text| &text.bytes)
+    }
+
+    /// Returns true if no more of it will be kept.
     pub(super) fn is_full(&self) -> bool {
-        match self {
-            Self::Plain(text) => text.is_full(),
-            Self::Gzip(decoder) => decoder.get_ref().is_full(),
-            Self::Deflate(decoder) => decoder.get_ref().is_full(),
-            Self::Opaque => true,
-        }
+        self.get_ref().is_none_or(Bounded::is_full)
     }
 }
 

@@ -36,6 +36,8 @@ struct State {
     fault: Option<Error>,
     /// Nobody waits for the rest any more.
     abandoned: bool,
+    /// Whether the connection hands over less than it takes from the body: HTTP/2 has windows.
+    windowed: bool,
     /// Who waits for the client to send.
     waiting: Option<Waker>,
 }
@@ -64,6 +66,7 @@ impl Upload {
             since: now,
             fault: None,
             abandoned: false,
+            windowed: false,
             waiting: None,
         };
         let progress = Arc::new(Progress {
@@ -97,17 +100,15 @@ impl http_body::Body for Upload {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
         if this.progress.wait(cx) {
-            let error = axum::Error::new("the answer came before the end of the request");
+            let error = axum::Error::new("the rest of the request is not wanted any more");
             return Poll::Ready(Some(Err(error)));
         }
         let polled = Pin::new(&mut this.body).poll_frame(cx);
         match &polled {
             Poll::Pending => this.progress.enter(Turn::Client),
-            Poll::Ready(None) => this.progress.enter(Turn::Done),
-            Poll::Ready(Some(Ok(_))) if this.body.is_end_stream() => {
-                this.progress.enter(Turn::Done);
-            }
-            Poll::Ready(Some(Ok(_))) => this.progress.enter(Turn::Upstream),
+            Poll::Ready(None) => this.progress.body_ended(),
+            Poll::Ready(Some(Ok(_))) if this.body.is_end_stream() => this.progress.body_ended(),
+            Poll::Ready(Some(Ok(_))) => this.progress.moved(),
             Poll::Ready(Some(Err(_))) => {}
         }
         polled.map_err(|error| {
@@ -158,9 +159,31 @@ impl Progress {
         }
     }
 
+    /// The connection tells with [`finish`](Self::finish) that all was handed over.
+    pub(super) fn follows_windows(&self) {
+        self.lock().windowed = true;
+    }
+
+    /// Some was handed over, or taken to be.
+    pub(super) fn moved(&self) {
+        self.enter(Turn::Upstream);
+    }
+
+    /// All was handed over.
+    pub(super) fn finish(&self) {
+        self.enter(Turn::Done);
+    }
+
+    fn body_ended(&self) {
+        let windowed = self.lock().windowed;
+        self.enter(if windowed { Turn::Upstream } else { Turn::Done });
+    }
+
     /// Counts anew: so far nothing was sent.
     pub(super) fn restart(&self) {
-        self.lock().since = Instant::now();
+        let mut state = self.lock();
+        state.since = Instant::now();
+        state.windowed = false;
     }
 
     /// What the client did wrong, if it did.
@@ -168,8 +191,8 @@ impl Progress {
         self.lock().fault.take()
     }
 
-    /// Ends the body: upstream has answered, or the client has gone. Otherwise a client that stalls
-    /// would keep both connections.
+    /// Ends the body: upstream has answered, or nobody waits for that. Otherwise a client that stalls
+    /// would keep both connections, and a connection could go on sending.
     pub(super) fn abandon(&self) {
         let mut state = self.lock();
         state.abandoned = true;
@@ -199,8 +222,11 @@ impl Progress {
         let State { turn, since, .. } = *self.lock();
         let (limit, overdue) = match turn {
             Turn::Client => (timeouts.idle, Error::ClientTooSlow(timeouts.idle)),
-            Turn::Upstream => (timeouts.idle, Error::UpstreamTimeout(timeouts.idle)),
-            Turn::Done => (timeouts.response, Error::UpstreamTimeout(timeouts.response)),
+            Turn::Upstream => (timeouts.idle, Error::upstream_timeout(timeouts.idle)),
+            Turn::Done => (
+                timeouts.response,
+                Error::upstream_timeout(timeouts.response),
+            ),
         };
         (since + limit, overdue)
     }
@@ -217,11 +243,7 @@ impl Progress {
     }
 
     fn fail(&self, error: axum::Error) {
-        let fault = match error.into_inner().downcast::<Error>() {
-            Ok(error) => *error,
-            Err(_) => Error::BodyCutOff,
-        };
-        self.lock().fault = Some(fault);
+        self.lock().fault = Some(Error::of_body(error.into_inner()));
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

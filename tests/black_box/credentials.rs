@@ -168,7 +168,7 @@ fn nothing_that_is_put_out_holds_a_key_or_a_token() {
         proxy.signal(Signal::TERM);
         output += &proxy.stdout.to_end();
         output += &proxy.end().1;
-        assert_has(&output, &["TRACE"]);
+        assert_has(&output, &["DEBUG"]);
         let last = upstream.last();
         let token = last
             .header("authorization")

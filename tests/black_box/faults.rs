@@ -26,6 +26,8 @@ use crate::support::{
 const COUNT: u64 = 1_500;
 /// Clients that send at once.
 const CLIENTS: usize = 40;
+/// What the log says of a create that was never sent, or was refused.
+const CANCELLED: &str = "no task was made";
 /// Requests of a hundred that nothing goes wrong with.
 const WELL: u8 = 60;
 
@@ -289,13 +291,19 @@ fn rng(seed: u64, what: impl Hash) -> Rng {
     Rng::with_seed(hasher.finish())
 }
 
-/// Which create a line of the log tells the outcome of: its task, or else the error.
+/// Which create a line of the log tells the outcome of: its task, or else the error, or else that
+/// nothing came of it.
 fn told_by(line: &str) -> Option<(String, Value)> {
-    let mut line: Value = serde_json::from_str(line).ok()?;
-    let outcomes = ["task.id", "error.type"].map(|key| line[key].take());
-    let outcome = outcomes.into_iter().find(|outcome| !outcome.is_null())?;
-    let name = line["request_id"].as_str()?;
-    (line["message"] != "sending again" && is_create(name)).then(|| (name.to_owned(), outcome))
+    let line: Value = serde_json::from_str(line).ok()?;
+    let name = line["request_id"].as_str().filter(|name| is_create(name))?;
+    let message = line["message"].as_str()?;
+    if ["sending", "sending again"].contains(&message) {
+        return None;
+    }
+    let outcomes = ["task.id", "error.type"].map(|key| &line[key]);
+    let outcome = outcomes.into_iter().find(|outcome| !outcome.is_null());
+    let cancelled = || message.contains(CANCELLED).then(|| CANCELLED.into());
+    Some((name.to_owned(), outcome.cloned().or_else(cancelled)?))
 }
 
 fn survives_a_bad_day(upstream: &Upstream) {
@@ -345,6 +353,11 @@ fn survives_a_bad_day(upstream: &Upstream) {
         assert!(
             outcome != Outcome::Well || entry.done == 1,
             "not done: {row}"
+        );
+        let cancelled = told[name] == CANCELLED;
+        assert!(
+            !cancelled || outcome == Outcome::Gone && entry.done == 0,
+            "no task: {row}"
         );
         let again = Outcome::Failed { retryable: true };
         assert!(outcome != again || entry.done == 0, "done again: {row}");

@@ -7,12 +7,12 @@ mod support;
 
 mod admin;
 mod authenticate;
-mod carry;
 mod check;
 mod cli;
 mod clock;
 mod credential_command;
 mod credentials;
+mod detach;
 mod docs;
 mod egress;
 mod families;

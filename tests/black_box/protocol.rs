@@ -668,7 +668,7 @@ fn log_line_stays_one_line_without_control_characters_whatever_a_peer_sends() {
         }
         proxy.signal(Signal::TERM);
         let (_, log) = proxy.end();
-        assert!(log.contains("TRACE") && log.contains("%0d%0a%1b"), "{log}");
+        assert!(log.contains("DEBUG") && log.contains("%0d%0a%1b"), "{log}");
         for line in log.lines() {
             let whole = match format {
                 "json" => serde_json::from_str::<serde_json::Value>(line)

@@ -178,7 +178,7 @@ fn everything(command: Command, format: &str) -> String {
     proxy.signal(Signal::TERM);
     let heard = String::from_utf8_lossy(&heard);
     let log = format!("{}\n{}", proxy.stdout.to_end(), proxy.end().1);
-    assert_has(&log, &["TRACE", "proxy "]);
+    assert_has(&log, &["DEBUG", "proxy "]);
     assert_has(&heard, &["HTTP/1.1 ", "kling_proxy_requests_total", "421"]);
     format!("{heard}\n{log}")
 }

@@ -25,7 +25,7 @@ use crate::server::{Limits, Listener};
 use crate::settings::{Problem, Settings};
 use crate::stack::Shared;
 use crate::token::{Credential, Tokens};
-use crate::upstream::{Origin, Upstream, UpstreamClock, client_config};
+use crate::upstream::{Network, Origin, Upstream, UpstreamClock, client_config};
 
 /// Everything that is set up before the first request.
 pub(in crate::cli) struct Proxy {
@@ -77,11 +77,17 @@ impl Proxy {
         tokens
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
-        let upstream = Upstream::new(
+        let timeouts = settings.upstream.timeouts;
+        let network = Network::new(
             &origin,
             settings.upstream.proxy.clone(),
             &tls,
-            settings.upstream.timeouts,
+            timeouts.idle,
+        );
+        let upstream = Upstream::new(
+            &origin,
+            Arc::new(network),
+            timeouts,
             Arc::clone(&clock),
             Arc::clone(&upstream_clock),
             Arc::clone(&metrics),

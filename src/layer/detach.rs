@@ -1,0 +1,375 @@
+//! Runs each create on its own, apart from its client's connection. hyper drops a request's future when
+//! the client leaves, and with it would go the only trace of a paid task. So a create that is being
+//! sent is carried through, and the log says what came of it. One that is not being sent is cancelled.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::future::Either;
+use http::StatusCode;
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
+use tower::{Layer, Service};
+use tracing::Instrument;
+
+use crate::effect::Effect;
+use crate::error::{Error, LateAnswer};
+use crate::original::Original;
+use crate::pending_create::{Ending, PendingCreate};
+use crate::task::TaskReader;
+use crate::upstream::Decoder;
+
+/// Adds [`Detach`] to a service.
+#[derive(Clone)]
+pub struct DetachLayer {
+    creates: Creates,
+}
+
+/// Runs creates on their own.
+#[derive(Clone)]
+pub struct Detach<S> {
+    inner: S,
+    creates: Creates,
+}
+
+/// Waits for a create that runs on its own. Dropping it tells that the client has left.
+pub struct DetachFuture {
+    outcome: oneshot::Receiver<Result<Response, Error>>,
+    create: Arc<PendingCreate>,
+}
+
+/// What the creates of one thread share.
+#[derive(Clone)]
+struct Creates {
+    /// Waited for at shutdown.
+    running: TaskTracker,
+    /// One permit for each that waits for a late answer.
+    late: Arc<Semaphore>,
+}
+
+/// A create that has no outcome. Dropped so, as at the end of the process, it is logged.
+struct Unfinished(Option<Arc<PendingCreate>>);
+
+/// The body of a create's answer, whose task is read while it passes. What its client leaves unread is
+/// read on without it.
+struct AnswerBody {
+    /// `None` once it is read elsewhere.
+    reading: Option<Reading>,
+    running: TaskTracker,
+}
+
+/// Reads an answer.
+struct Reading {
+    body: Body,
+    text: Decoder<TaskReader>,
+    status: StatusCode,
+    ended: bool,
+    create: Arc<PendingCreate>,
+    /// What to log if the client does not read it.
+    ending: Ending,
+}
+
+/// How long to wait for an answer after its client was told that there is none.
+const LATE: Duration = Duration::from_mins(5);
+/// How many creates of a thread may wait so at once. Each may hold a connection.
+const MOST_LATE: usize = 64;
+/// How long to read on in an answer whose client has left.
+const READ_ON: Duration = Duration::from_mins(1);
+
+// === impl DetachLayer ===
+
+impl DetachLayer {
+    /// Has `running` track what runs on its own, so that a shutdown can wait for it.
+    pub fn new(running: TaskTracker) -> Self {
+        let late = Arc::new(Semaphore::new(MOST_LATE));
+        Self {
+            creates: Creates { running, late },
+        }
+    }
+}
+
+impl<S> Layer<S> for DetachLayer {
+    type Service = Detach<S>;
+
+    fn layer(&self, inner: S) -> Detach<S> {
+        let creates = self.creates.clone();
+        Detach { inner, creates }
+    }
+}
+
+// === impl Detach ===
+
+impl<S> Service<Original> for Detach<S>
+where
+    S: Service<Original, Response = Response, Error = Error, Future: Send + 'static>
+        + Clone
+        + Send
+        + 'static,
+{
+    type Response = Response;
+    type Error = Error;
+    type Future = Either<S::Future, DetachFuture>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Original) -> Self::Future {
+        if request.effect() == Effect::Read {
+            return Either::Left(self.inner.call(request));
+        }
+        let create = PendingCreate::new(request.facts(), request.uri().clone());
+        let create = Arc::new(create);
+        request.set_pending(Arc::clone(&create));
+        let (sender, outcome) = oneshot::channel();
+        // Every service here is ready always, so a clone is too.
+        let run =
+            self.creates
+                .clone()
+                .run(self.inner.clone(), request, Arc::clone(&create), sender);
+        self.creates.running.spawn(run.in_current_span());
+        Either::Right(DetachFuture { outcome, create })
+    }
+}
+
+// === impl DetachFuture ===
+
+impl Future for DetachFuture {
+    type Output = Result<Response, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let outcome = ready!(Pin::new(&mut self.outcome).poll(cx));
+        self.create.answer();
+        Poll::Ready(outcome.unwrap_or_else(|_| {
+            // It panicked, which a bug in this program could make it do.
+            Err(Error::Disconnected("the exchange was aborted".into()))
+        }))
+    }
+}
+
+impl Drop for DetachFuture {
+    fn drop(&mut self) {
+        self.create.client_left();
+        self.outcome.close();
+        // It came in the same moment. An answer tells by itself.
+        if let Ok(Err(error)) = self.outcome.try_recv() {
+            self.create.log_failure(&error, Ending::CarriedThrough);
+        }
+    }
+}
+
+// === impl Creates ===
+
+impl Creates {
+    /// Runs a create to its end, and tells its client or the log.
+    async fn run<S>(
+        self,
+        inner: S,
+        request: Original,
+        create: Arc<PendingCreate>,
+        client: oneshot::Sender<Result<Response, Error>>,
+    ) where
+        S: Service<Original, Response = Response, Error = Error>,
+    {
+        let unfinished = Unfinished(Some(Arc::clone(&create)));
+        let outcome = tokio::select! {
+            biased;
+            outcome = exchange(inner, request) => outcome,
+            () = create.cancelled() => return,
+        };
+        match outcome {
+            Ok(answer) => {
+                let answer = self.read_task(answer, &create, Ending::CarriedThrough);
+                unfinished.disarm();
+                // Nobody there: the body reads on when it is dropped.
+                let _ = client.send(Ok(answer));
+            }
+            Err(mut error) => {
+                let late = error.take_late();
+                if let Err(Err(error)) = client.send(Err(error)) {
+                    create.log_failure(&error, Ending::CarriedThrough);
+                }
+                match late {
+                    Some(late) => self.listen(late, &create, unfinished).await,
+                    None => unfinished.disarm(),
+                }
+            }
+        }
+    }
+
+    /// Waits for an answer whose client was told that there is none, and logs it.
+    async fn listen(&self, late: LateAnswer, create: &Arc<PendingCreate>, unfinished: Unfinished) {
+        let Ok(_permit) = self.late.try_acquire() else {
+            return;
+        };
+        match timeout(LATE, late.wait()).await {
+            Ok(Ok(answer)) => {
+                unfinished.disarm();
+                drop(self.read_task(answer, create, Ending::Late));
+            }
+            Ok(Err(error)) => {
+                unfinished.disarm();
+                create.log_failure(&error, Ending::Late);
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Has the task of an answer read while it passes.
+    fn read_task(&self, answer: Response, create: &Arc<PendingCreate>, ending: Ending) -> Response {
+        let (head, body) = answer.into_parts();
+        let reading = Reading {
+            text: Decoder::to(TaskReader::of_answer(), &head.headers),
+            status: head.status,
+            ended: body.is_end_stream(),
+            body,
+            create: Arc::clone(create),
+            ending,
+        };
+        let body = AnswerBody {
+            reading: Some(reading),
+            running: self.running.clone(),
+        };
+        Response::from_parts(head, Body::new(body))
+    }
+}
+
+/// Reads ahead in the request, so that its external id is known before it is sent, and sends it.
+async fn exchange<S>(mut inner: S, request: Original) -> Result<Response, Error>
+where
+    S: Service<Original, Response = Response, Error = Error>,
+{
+    request.body().read_ahead().await?;
+    inner.call(request).await
+}
+
+// === impl Unfinished ===
+
+impl Unfinished {
+    /// Somebody else tells the outcome.
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(create) = self.0.take() {
+            create.log_given_up();
+        }
+    }
+}
+
+// === impl AnswerBody ===
+
+impl http_body::Body for AnswerBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let Some(reading) = &mut self.get_mut().reading else {
+            return Poll::Ready(None);
+        };
+        let step = ready!(reading.poll_step(cx));
+        if let Some(Err(_)) = step
+            && !reading.has_task()
+        {
+            reading.log(Ending::Unknown);
+        }
+        Poll::Ready(step)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let reading = self.reading.as_ref();
+        reading.is_none_or(|reading| reading.body.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let reading = self.reading.as_ref();
+        reading.map_or_else(SizeHint::default, |reading| reading.body.size_hint())
+    }
+}
+
+impl Drop for AnswerBody {
+    fn drop(&mut self) {
+        let Some(reading) = self.reading.take() else {
+            return;
+        };
+        if !reading.is_over() {
+            let unfinished = Unfinished(Some(Arc::clone(&reading.create)));
+            // Without a runtime the process ends: `unfinished` tells.
+            if Handle::try_current().is_ok() {
+                let running = reading.read_on(unfinished).in_current_span();
+                self.running.spawn(running);
+            }
+        } else if !reading.create.is_answered() {
+            reading.log(reading.ending);
+        }
+    }
+}
+
+// === impl Reading ===
+
+impl Reading {
+    fn poll_step(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let step = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        match &step {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.text.push(data);
+                }
+                self.ended = self.body.is_end_stream();
+            }
+            Some(Err(_)) | None => self.ended = true,
+        }
+        if self.is_over()
+            && let (Some(reader), Some(facts)) = (self.text.get_ref(), self.create.facts())
+        {
+            facts.created(reader.task());
+        }
+        Poll::Ready(step)
+    }
+
+    /// Reads until the task is known or the body ends, and logs it.
+    async fn read_on(mut self, unfinished: Unfinished) {
+        let reading = async {
+            while !self.is_over() {
+                if let Some(Err(_)) = poll_fn(|cx| self.poll_step(cx)).await {
+                    return;
+                }
+            }
+        };
+        let _ = timeout(READ_ON, reading).await;
+        unfinished.disarm();
+        let whole = self.has_task() || self.ended;
+        self.log(if whole { self.ending } else { Ending::Unknown });
+    }
+
+    /// Returns true if the rest of the body says nothing of the task.
+    fn is_over(&self) -> bool {
+        self.ended || self.has_task()
+    }
+
+    fn has_task(&self) -> bool {
+        self.text.get_ref().is_some_and(TaskReader::is_complete)
+    }
+
+    fn log(&self, ending: Ending) {
+        self.create.log_answer(self.status, ending);
+    }
+}

@@ -1,0 +1,229 @@
+//! A create from its arrival to its outcome: whether it may be sent, and what the log says of it.
+//!
+//! | | its client waits | its client has left |
+//! | --- | --- | --- |
+//! | nothing was sent, or upstream refused it | it may be sent | it is cancelled |
+//! | it is being sent | it is carried through | it is carried through |
+
+use std::borrow::Cow;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use http::{StatusCode, Uri};
+use tokio::sync::Notify;
+
+use crate::error::{Error, chain};
+use crate::facts::Facts;
+use crate::telemetry::{CREATES, printable};
+
+/// One create that has no outcome yet.
+pub struct PendingCreate {
+    facts: Option<Facts>,
+    uri: Uri,
+    state: Mutex<State>,
+    /// Notified when the create may be cancelled now.
+    changed: Notify,
+}
+
+/// The row and the column of the table above.
+#[derive(Default)]
+struct State {
+    client: Client,
+    is_being_sent: bool,
+    /// Whether the log has a line of the first time.
+    was_told: bool,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Client {
+    #[default]
+    Waits,
+    /// It has the answer, or the head of it.
+    Answered,
+    Left,
+}
+
+/// The create was cancelled: nothing of it may be sent any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the client has left")]
+pub struct ClientLeft;
+
+/// What became of a create whose client does not learn it.
+#[derive(Clone, Copy, Debug)]
+pub enum Ending {
+    /// Its client left, and it was sent all the same.
+    CarriedThrough,
+    /// Upstream answered after the client was told that it did not.
+    Late,
+    /// Upstream did not answer, or its answer cannot be read.
+    Unknown,
+}
+
+// === impl PendingCreate ===
+
+impl PendingCreate {
+    /// A create that has just arrived.
+    pub fn new(facts: Option<&Facts>, uri: Uri) -> Self {
+        Self {
+            facts: facts.cloned(),
+            uri,
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// What is known of its request.
+    pub fn facts(&self) -> Option<&Facts> {
+        self.facts.as_ref()
+    }
+
+    /// Its client does not wait any more.
+    pub fn client_left(&self) {
+        let mut state = self.lock();
+        if state.client == Client::Waits {
+            state.client = Client::Left;
+            self.changed.notify_one();
+        }
+    }
+
+    /// Its first byte is about to be sent. The log has a line of it before, which is what is left if
+    /// the process is killed.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientLeft`]: it must not be sent.
+    pub fn begin_sending(&self) -> Result<(), ClientLeft> {
+        let mut state = self.lock();
+        if state.client == Client::Left {
+            return Err(ClientLeft);
+        }
+        state.is_being_sent = true;
+        if !std::mem::replace(&mut state.was_told, true) {
+            drop(state);
+            tracing::info!(
+                target: CREATES,
+                request_id = self.request_id(),
+                client = self.client(),
+                url.path = &*printable(self.uri.path()),
+                task.external_id = self.external_id().as_deref(),
+                "sending"
+            );
+        }
+        Ok(())
+    }
+
+    /// There is no task of what was sent: upstream refused it, or has not processed it.
+    pub fn not_created(&self) {
+        self.lock().is_being_sent = false;
+        self.changed.notify_one();
+    }
+
+    /// Its client has the answer, or the head of it.
+    pub fn answer(&self) {
+        self.lock().client = Client::Answered;
+    }
+
+    /// Returns true if its client has the answer, or the head of it.
+    pub fn is_answered(&self) -> bool {
+        self.lock().client == Client::Answered
+    }
+
+    /// Waits until it is cancelled: its client has left, and there is no task of it.
+    pub async fn cancelled(&self) {
+        while !self.lock().is_cancelled() {
+            self.changed.notified().await;
+        }
+    }
+
+    /// Logs that it was cancelled.
+    pub fn log_cancelled(&self) {
+        tracing::info!(
+            target: CREATES,
+            request_id = self.request_id(),
+            client = self.client(),
+            url.path = &*printable(self.uri.path()),
+            task.external_id = self.external_id().as_deref(),
+            "cancelled, no task was made: the client has left"
+        );
+    }
+
+    /// Logs that it was given up in this process: cancelled, or cut off while it was being sent.
+    pub fn log_given_up(&self) {
+        let is_being_sent = self.lock().is_being_sent;
+        if is_being_sent {
+            self.log(
+                None,
+                None,
+                "a create was cut off; its task may exist and be billed",
+            );
+        } else {
+            self.log_cancelled();
+        }
+    }
+
+    /// Logs an answer that its client does not learn. The line may be all that is left of a paid task.
+    pub fn log_answer(&self, status: StatusCode, ending: Ending) {
+        self.log(Some(status), None, ending.text());
+    }
+
+    /// Logs a failure that its client does not learn.
+    pub fn log_failure(&self, error: &Error, ending: Ending) {
+        self.log(None, Some(error), ending.text());
+    }
+
+    fn log(&self, status: Option<StatusCode>, error: Option<&Error>, text: &str) {
+        let task = self.facts.as_ref().and_then(Facts::task);
+        let cause = error.map(|error| chain(error));
+        tracing::warn!(
+            target: CREATES,
+            request_id = self.request_id(),
+            client = self.client(),
+            url.path = &*printable(self.uri.path()),
+            task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
+            task.external_id = self.external_id().as_deref(),
+            http.response.status_code = status.map(|status| status.as_u16()),
+            http.request.resend_count = self.facts.as_ref().and_then(Facts::resend_count),
+            error.type = error.map(Error::kind),
+            error.cause = cause.as_deref().map(printable).as_deref(),
+            "{text}"
+        );
+    }
+
+    fn request_id(&self) -> Option<&str> {
+        self.facts.as_ref().map(|facts| facts.id().as_str())
+    }
+
+    fn client(&self) -> Option<&str> {
+        self.facts.as_ref().and_then(Facts::client)
+    }
+
+    fn external_id(&self) -> Option<Cow<'_, str>> {
+        self.facts
+            .as_ref()
+            .and_then(Facts::external_id)
+            .map(printable)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl State ===
+
+impl State {
+    fn is_cancelled(&self) -> bool {
+        self.client == Client::Left && !self.is_being_sent
+    }
+}
+
+// === impl Ending ===
+
+impl Ending {
+    fn text(self) -> &'static str {
+        match self {
+            Self::CarriedThrough => "the client has gone; its create was carried through",
+            Self::Late => "upstream answered a create after its client was told that it did not",
+            Self::Unknown => "no whole answer to a create; its task may exist and be billed",
+        }
+    }
+}
