@@ -54,16 +54,39 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
     )
 }
 
-/// What speaks of the client: its credentials, where it comes from, and names with `_`, which some
-/// servers read as `-`.
+/// What speaks of the client: its credentials, where it comes from, what it tells the proxy, and
+/// names with `_`, which some servers read as `-`.
 fn is_of_client(name: &HeaderName) -> bool {
     let text = name.as_str();
     matches!(
         text,
         "authorization" | "cookie" | "forwarded" | "via" | "x-real-ip"
-    ) || *name == CLIENT_TOKEN
+    ) || text.starts_with("kling-proxy-")
         || text.starts_with("x-forwarded-")
+        || is_override(text)
         || text.contains('_')
+}
+
+/// Returns true for a header that some servers obey in place of the method, target or host of a
+/// request. With such a header a request could pass `access.allowed_methods` and
+/// `access.allowed_paths` as one thing and be carried out as another.
+fn is_override(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix("x-") else {
+        return false;
+    };
+    matches!(
+        rest,
+        // Google, Microsoft and IBM have a name each; the README of npm's `method-override` 3.0.0
+        // shows a server that obeys all three.
+        "http-method-override" | "http-method" | "method-override"
+        // IIS with a rewrite module; Symfony obeyed them on any server (CVE-2018-14773).
+        | "original-url" | "rewrite-url"
+        // Services that authorize requests for nginx (`auth_request`) judge by these and by
+        // `X-Original-URL`, as nginx's own examples and ingress-nginx set them.
+        | "original-uri" | "original-method"
+        // Azure Application Gateway keeps the client's `Host` there, and what is behind it reads that.
+        | "original-host"
+    )
 }
 
 /// What only this proxy may say to a client: its own headers, and which pages may read the answer.
@@ -106,12 +129,21 @@ mod tests {
             ("cookie", "a=b"),
             ("forwarded", "for=x"),
             ("keep-alive", "timeout=5"),
+            ("kling-proxy-account", "x"),
             ("kling-proxy-token", "x"),
             ("proxy-authorization", "x"),
             ("te", "trailers"),
             ("via", "1.1 x"),
             ("x-forwarded-host", "x"),
+            ("x-http-method", "DELETE"),
+            ("x-http-method-override", "DELETE"),
+            ("x-method-override", "DELETE"),
+            ("x-original-host", "x"),
+            ("x-original-method", "DELETE"),
+            ("x-original-uri", "/x"),
+            ("x-original-url", "/x"),
             ("x-real-ip", "1.2.3.4"),
+            ("x-rewrite-url", "/x"),
             ("x_real_ip", "1.2.3.4"),
         ]);
         strip_request(&mut headers);

@@ -39,13 +39,20 @@ const HOP_BY_HOP: [&str; 10] = [
     "transfer-encoding",
     "upgrade",
 ];
-const OF_CLIENT: [&str; 6] = [
+const OF_CLIENT: [&str; 13] = [
     "authorization",
     "cookie",
     "forwarded",
-    "kling-proxy-token",
     "via",
+    "x-http-method",
+    "x-http-method-override",
+    "x-method-override",
+    "x-original-host",
+    "x-original-method",
+    "x-original-uri",
+    "x-original-url",
     "x-real-ip",
+    "x-rewrite-url",
 ];
 
 static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
@@ -75,6 +82,7 @@ fuzz_target!(|input: &[u8]| {
     let lies = |name: &str| name == "content-length" && chunked;
     let of_client = |name: &str| {
         OF_CLIENT.contains(&name)
+            || name.starts_with("kling-proxy-")
             || name.starts_with("x-forwarded-")
             || name.contains('_')
             || lies(name)

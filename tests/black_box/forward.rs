@@ -113,7 +113,7 @@ fn continue_is_given_where_it_is_expected() {
 
 /// R9, R10 and R11.
 #[test]
-fn credentials_hop_by_hop_and_forwarding_headers_never_arrive() {
+fn credentials_hop_by_hop_forwarding_and_override_headers_never_arrive() {
     let (upstream, proxy) = started();
     for trap in [
         "Authorization: Bearer of-the-client",
@@ -121,6 +121,7 @@ fn credentials_hop_by_hop_and_forwarding_headers_never_arrive() {
         "Proxy-Authorization: Basic YTpi",
         "Cookie: a=b\ncookie: c=d",
         "kling-proxy-token: secret",
+        "Kling-Proxy-Account: other\nkling-proxy-wait: 60\nkling-proxy-x: 1",
         "Connection: Authorization\nAuthorization: Bearer x",
         "Connection: close, authorization\nAuthorization: Bearer x",
         "Connection: \nConnection: authorization, host\nAuthorization: Bearer x",
@@ -136,6 +137,9 @@ fn credentials_hop_by_hop_and_forwarding_headers_never_arrive() {
         "X-Real-IP: 10.0.0.1",
         "Via: 1.1 other",
         "x_forwarded_for: 10.0.0.1\nauthorization_: a\ncontent_length: 5",
+        "X-HTTP-Method-Override: DELETE\nX-HTTP-Method: DELETE\nX-Method-Override: DELETE",
+        "X-Original-URL: /v1/y\nX-Original-URI: /v1/y\nX-Rewrite-URL: /v1/y",
+        "X-Original-Host: evil.test\nX-Original-Method: DELETE",
     ] {
         let headers = format!("accept: */*\n{trap}");
         let answer = proxy.send(request("GET /v1/x", &headers, ""));
@@ -160,6 +164,7 @@ fn ordinary_headers_arrive_unchanged() {
         User-Agent: python-requests/2.32
         X-Empty:
         X-Forward: not X-Forwarded-
+        X-Original: not X-Original-URL
         X-Request-Id: client-1
         X-Title: 可灵
         X-Twice: a
