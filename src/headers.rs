@@ -1,25 +1,41 @@
 //! Which headers pass, in both directions.
 
-use http::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, TRANSFER_ENCODING};
+use http::header::{
+    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue,
+    TRANSFER_ENCODING,
+};
+
+use crate::accept_encoding;
 
 /// Where a client may show its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
 
 /// Removes what must not reach upstream.
 pub fn strip_request(headers: &mut HeaderMap) {
-    strip(headers, is_of_client);
+    let mut is_readable = true;
+    strip(headers, |name, value| {
+        // Seen in passing: mostly there is nothing to restrict, and nothing is looked up.
+        if *name == ACCEPT_ENCODING {
+            is_readable &= accept_encoding::is_readable(value);
+            return false;
+        }
+        is_of_client(name)
+    });
+    if !is_readable {
+        accept_encoding::restrict(headers);
+    }
 }
 
 /// Removes what must not reach the client.
 pub fn strip_response(headers: &mut HeaderMap) {
-    strip(headers, is_of_proxy);
+    strip(headers, |name, _| is_of_proxy(name));
 }
 
 /// Removes what is for one hop only, and what is forbidden.
-fn strip(headers: &mut HeaderMap, is_forbidden: impl Fn(&HeaderName) -> bool) {
+fn strip(headers: &mut HeaderMap, mut is_forbidden: impl FnMut(&HeaderName, &HeaderValue) -> bool) {
     let mut doomed = Vec::new();
     for (name, value) in &*headers {
-        if !is_hop_by_hop(name) && !is_forbidden(name) {
+        if !is_hop_by_hop(name) && !is_forbidden(name, value) {
             continue;
         }
         if *name == CONNECTION {

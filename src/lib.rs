@@ -22,6 +22,7 @@
 
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used))]
 
+pub mod accept_encoding;
 pub mod admin;
 pub mod cli;
 pub mod client_token;

@@ -14,7 +14,7 @@ use axum::extract::Request;
 use axum::response::Response;
 use bytesize::ByteSize;
 use futures_util::FutureExt;
-use http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
+use http::header::{ACCEPT_ENCODING, AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
 use kling_proxy::clock::SystemClock;
 use kling_proxy::error::Error;
 use kling_proxy::headers::{strip_request, strip_response};
@@ -55,6 +55,9 @@ const OF_CLIENT: [&str; 13] = [
     "x-rewrite-url",
 ];
 
+/// What may stand around an element of a list.
+const SPACE: [char; 2] = [' ', '\t'];
+
 static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
     let validity = Validity {
         lifetime: Duration::from_mins(30),
@@ -90,7 +93,9 @@ fuzz_target!(|input: &[u8]| {
     let of_proxy = |name: &str| {
         name.starts_with("kling-proxy-") || name.starts_with("access-control-") || lies(name)
     };
-    assert_eq!(lines(&asked), lines(&without(&headers, of_client)));
+    let mut expected = without(&headers, of_client);
+    encodings_agree(&mut expected, &asked);
+    assert_eq!(lines(&asked), lines(&expected));
     assert_eq!(lines(&answered), lines(&without(&headers, of_proxy)));
 
     let mut sent = authenticated(headers);
@@ -139,6 +144,52 @@ fn without(headers: &HeaderMap, forbidden: impl Fn(&str) -> bool) -> HeaderMap {
         left.append(name, value.clone());
     }
     left
+}
+
+/// Checks what became of `Accept-Encoding`, and expects just that.
+fn encodings_agree(before: &mut HeaderMap, after: &HeaderMap) {
+    let [asked, sent] = [&*before, after].map(encodings);
+    assert_eq!(
+        before.contains_key(ACCEPT_ENCODING),
+        after.contains_key(ACCEPT_ENCODING)
+    );
+    let passes = |(name, refused): &(String, bool)| {
+        let read = ["gzip", "x-gzip", "deflate", "identity"].contains(&&**name);
+        read || (name == "*" && *refused)
+    };
+    assert!(sent.iter().all(passes), "{sent:?}");
+    let changed = !asked.iter().all(passes);
+    if changed {
+        // Something acceptable is left, or nothing is asked for.
+        assert!(sent.iter().any(|(_, refused)| !refused), "{sent:?}");
+        if sent != [("identity".to_owned(), false)] {
+            let mut sent = sent.iter();
+            let mut kept = asked.iter().filter(|asked| passes(asked));
+            assert!(kept.all(|asked| sent.any(|sent| sent == asked)));
+        }
+        before.remove(ACCEPT_ENCODING);
+        for value in after.get_all(ACCEPT_ENCODING) {
+            before.append(ACCEPT_ENCODING, value.clone());
+        }
+    }
+}
+
+/// The name of each encoding, and whether its weight is 0.
+fn encodings(headers: &HeaderMap) -> Vec<(String, bool)> {
+    let lines = headers.get_all(ACCEPT_ENCODING).iter();
+    let text = lines.map(|line| String::from_utf8_lossy(line.as_bytes()).to_ascii_lowercase());
+    let text = text.collect::<Vec<_>>().join(",");
+    let items = text.split(',').map(|item| item.trim_matches(SPACE));
+    let items = items.filter(|item| !item.is_empty()).map(|item| {
+        let (name, parameters) = item.split_once(';').unwrap_or((item, ""));
+        let zero = |parameter: &str| {
+            let weight = parameter.trim_matches(SPACE).strip_prefix("q=0");
+            weight.is_some_and(|rest| rest.trim_matches(['.', '0']).is_empty())
+        };
+        let refused = parameters.split(';').any(zero);
+        (name.trim_matches(SPACE).to_owned(), refused)
+    });
+    items.collect()
 }
 
 /// Names in an order of their own, each with its values in theirs.

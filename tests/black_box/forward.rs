@@ -153,7 +153,7 @@ fn credentials_hop_by_hop_forwarding_and_override_headers_never_arrive() {
 fn ordinary_headers_arrive_unchanged() {
     let (upstream, proxy) = started();
     let headers = r#"Accept: application/json, text/*;q=0.5
-        Accept-Encoding: gzip, br
+        Accept-Encoding: gzip;q=0.9, deflate
         Accept-Language: zh-CN,zh;q=0.9
         Cache-Control: no-cache
         Content-Length: 2
@@ -176,6 +176,34 @@ fn ordinary_headers_arrive_unchanged() {
         .send("{}")
         .answer();
     assert_eq!(arrived(&upstream.last()), parse_headers(&headers));
+}
+
+#[test]
+fn accept_encoding_arrives_without_what_the_proxy_cannot_read() {
+    let (upstream, proxy) = started();
+    for (sent, arrives) in [
+        ("x-none: 1", "x-none: 1"),
+        (
+            "accept-encoding: gzip, deflate",
+            "accept-encoding: gzip, deflate",
+        ),
+        (
+            "accept-encoding: gzip, deflate, br, zstd",
+            "accept-encoding: gzip, deflate",
+        ),
+        (
+            "Accept-Encoding: br;q=1.0, gzip;q=0.8\nAccept-Encoding: zstd\nAccept-Encoding: identity;q=0.1",
+            "accept-encoding: gzip;q=0.8\naccept-encoding: identity;q=0.1",
+        ),
+        ("accept-encoding: br", "accept-encoding: identity"),
+        (
+            "accept-encoding: *",
+            "accept-encoding: gzip, deflate, identity",
+        ),
+    ] {
+        proxy.send(request("GET /v1/x", sent, ""));
+        assert_eq!(arrived(&upstream.last()), parse_headers(arrives), "{sent}");
+    }
 }
 
 #[test]

@@ -158,6 +158,29 @@ fn code_is_found_wherever_it_stands_and_however_it_is_written() {
     }
 }
 
+/// Upstream encodes by what it is asked for, and prefers what the proxy cannot read.
+#[test]
+fn code_is_found_whatever_encoding_the_client_asks_for() {
+    let (upstream, proxy) = started();
+    upstream.script(|request| {
+        let asked = request.header("accept-encoding").unwrap_or_default();
+        let (encoding, body) = if asked.contains("br") || asked.contains('*') {
+            ("br", b"\x0b\x02\x80".to_vec())
+        } else if asked.contains("gzip") {
+            ("gzip", gzip(CONCURRENCY))
+        } else {
+            ("identity", CONCURRENCY.into())
+        };
+        let headers = format!("{JSON}\ncontent-encoding: {encoding}");
+        vec![send(reply(200, &headers, body))]
+    });
+    for asked in ["br", "gzip, deflate, br, zstd", "br, *;q=0.1", "*", "gzip"] {
+        let headers = format!("accept-encoding: {asked}");
+        let answer = proxy.send(request("GET /v1/x", &headers, ""));
+        assert_eq!(answer.refusal(), (429, 1303), "{asked}");
+    }
+}
+
 #[test]
 fn success_and_foreign_json_pass_byte_for_byte() {
     let (upstream, proxy) = started();
