@@ -1,6 +1,8 @@
 //! Reads Kling's envelope, `{"code": …, "message": …, "request_id": …, "data": …}`, from whole and
 //! from partial JSON texts.
 
+use std::borrow::Cow;
+
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::error::Category;
@@ -9,7 +11,8 @@ use serde_json::value::RawValue;
 /// The top-level members of an envelope.
 #[derive(Debug, Default)]
 pub struct Envelope {
-    /// 0 for success; else a service code. A string of digits is read as that number.
+    /// 0 for success; else a service code. A string of digits is read as that number, also with white
+    /// space around them, and so is a number whose fraction is 0.
     pub code: i64,
     /// What upstream says of it.
     pub message: Option<String>,
@@ -31,38 +34,49 @@ pub enum Peek {
     Undecided,
 }
 
+/// A byte order mark: some programs begin a text in UTF-8 with it. It is no part of the JSON, and a
+/// reader may ignore it (RFC 8259, section 8.1).
+const MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// Looks for the code in the beginning of a text, and reads no further than it must.
 pub fn peek(beginning: &[u8]) -> Peek {
     // How Kling writes a success: reading it as JSON would cost a poll a thousand instructions more.
     if beginning.starts_with(br#"{"code":0,"#) {
         return Peek::Code(0);
     }
-    let mut members = Members {
-        until_code: true,
-        ..Members::default()
-    };
-    let read = members.read(beginning);
-    match (members.code, read) {
-        (Peek::Undecided, Err(error)) if may_go_on(&error, beginning) => Peek::Undecided,
+    let (members, end) = Members::read(beginning, true);
+    match (members.code, end) {
+        (Peek::Undecided, End::Cut) => Peek::Undecided,
         (Peek::Undecided, _) => Peek::NoEnvelope,
         // Where the reader stopped behind it, `serde_json` misses the rest.
         (decided, _) => decided,
     }
 }
 
-/// Reads a text that is all there. `None` if it is not an envelope.
+/// Reads a text that is all there. `None` if it is not an envelope. Bytes that are not UTF-8 become
+/// U+FFFD.
 pub fn read(text: &[u8]) -> Option<Envelope> {
-    let mut members = Members::default();
-    members.read(text).ok()?;
-    members.into_envelope()
+    match Members::read(text, false) {
+        (members, End::Whole) => members.into_envelope(),
+        (_, End::Cut | End::Malformed) => None,
+    }
 }
 
-/// Reads what the beginning of a longer text holds. `None` if that shows no envelope.
+/// Reads what the beginning of a longer text holds, like [`read`]. `None` if that shows no envelope.
 pub fn read_beginning(beginning: &[u8]) -> Option<Envelope> {
-    let mut members = Members::default();
-    match members.read(beginning) {
-        Err(error) if !may_go_on(&error, beginning) => None,
-        _ => members.into_envelope(),
+    match Members::read(beginning, false) {
+        (members, End::Whole | End::Cut) => members.into_envelope(),
+        (_, End::Malformed) => None,
+    }
+}
+
+/// A text, or the beginning of one, without its byte order mark.
+pub fn without_mark(text: &[u8]) -> &[u8] {
+    match text.strip_prefix(MARK) {
+        Some(rest) => rest,
+        // Cut off inside the mark.
+        None if MARK.starts_with(text) => &[],
+        None => text,
     }
 }
 
@@ -77,10 +91,21 @@ fn may_go_on(error: &serde_json::Error, beginning: &[u8]) -> bool {
     }
 }
 
+/// How a text ended.
+#[derive(Clone, Copy)]
+enum End {
+    /// As JSON does.
+    Whole,
+    /// Too early: what follows may make it JSON.
+    Cut,
+    /// Whatever follows, it is not JSON.
+    Malformed,
+}
+
 /// Collects members as they are read, so that what stands before a cut is not lost.
 #[derive(Default)]
 struct Members {
-    /// [`Peek::NoEnvelope`] for a code that is neither an integer nor a string of digits.
+    /// [`Peek::NoEnvelope`] for a code that [`integer`] does not read.
     code: Peek,
     message: Option<String>,
     request_id: Option<String>,
@@ -103,10 +128,38 @@ enum Name {
 // === impl Members ===
 
 impl Members {
-    fn read(&mut self, text: &[u8]) -> Result<(), serde_json::Error> {
+    /// Reads the members of a text, or of the beginning of one; of that with `until_code` only as
+    /// much as tells the code.
+    fn read(text: &[u8], until_code: bool) -> (Self, End) {
+        let text = without_mark(text);
+        let (mut members, mut outcome) = Self::read_utf8(text, until_code);
+        let is_enough = until_code && members.code != Peek::Undecided;
+        // `serde_json` refuses strings that are not UTF-8. Few texts have such: those are read twice,
+        // and all others are not looked through for them. No quote is lost: only bytes that are not
+        // ASCII are replaced.
+        if !is_enough
+            && outcome.as_ref().is_err_and(serde_json::Error::is_syntax)
+            && let Cow::Owned(replaced) = String::from_utf8_lossy(text)
+        {
+            (members, outcome) = Self::read_utf8(replaced.as_bytes(), until_code);
+        }
+        let end = match outcome {
+            Ok(()) => End::Whole,
+            Err(error) if may_go_on(&error, text) => End::Cut,
+            Err(_) => End::Malformed,
+        };
+        (members, end)
+    }
+
+    fn read_utf8(text: &[u8], until_code: bool) -> (Self, Result<(), serde_json::Error>) {
+        let mut members = Self {
+            until_code,
+            ..Self::default()
+        };
         let mut deserializer = serde_json::Deserializer::from_slice(text);
-        DeserializeSeed::deserialize(&mut *self, &mut deserializer)?;
-        deserializer.end()
+        let outcome = DeserializeSeed::deserialize(&mut members, &mut deserializer)
+            .and_then(|()| deserializer.end());
+        (members, outcome)
     }
 
     fn into_envelope(self) -> Option<Envelope> {
@@ -173,14 +226,19 @@ impl<'de> Visitor<'de> for &mut Members {
     }
 }
 
-/// `1303` or `"1303"`.
+/// `1303`, `1303.0`, `"1303"` or `" 1303"`.
 fn integer(json: &str) -> Option<i64> {
-    if !json.starts_with('"') {
-        return json.parse().ok();
+    if json.starts_with('"') {
+        let text: String = serde_json::from_str(json).ok()?;
+        let digits = text.trim();
+        let plain = digits.bytes().all(|b| b.is_ascii_digit());
+        return plain.then(|| digits.parse().ok()).flatten();
     }
-    let digits: String = serde_json::from_str(json).ok()?;
-    let plain = digits.bytes().all(|b| b.is_ascii_digit());
-    plain.then(|| digits.parse().ok()).flatten()
+    json.parse().ok().or_else(|| {
+        let (whole, fraction) = json.split_once('.')?;
+        let zero = fraction.bytes().all(|b| b == b'0');
+        zero.then(|| whole.parse().ok()).flatten()
+    })
 }
 
 /// A string; of anything else, its JSON text; of `null`, nothing.
@@ -231,6 +289,18 @@ mod tests {
             (r#"{"code":1.5,"x":1}"#, Peek::NoEnvelope),
             (r#"{"code":"12a","x":1}"#, Peek::NoEnvelope),
             (r#"{"code":"","x":1}"#, Peek::NoEnvelope),
+            (r#"{"code":"  ","x":1}"#, Peek::NoEnvelope),
+            (r#"{"code":"1 303","x":1}"#, Peek::NoEnvelope),
+            (r#"{"code":"\t1303 ","x":1}"#, Peek::Code(1303)),
+            (r#"{"code":" \u00313","x":1}"#, Peek::Code(13)),
+            (r#"{"code":1303."#, Peek::Undecided),
+            (r#"{"code":1303.0"#, Peek::Undecided),
+            (r#"{"code":1303.0,"x":1"#, Peek::Code(1303)),
+            (r#"{"code":-1.00}"#, Peek::Code(-1)),
+            (r#"{"code":0.0,"x":1"#, Peek::Code(0)),
+            (r#"{"code":1303.01,"x":1"#, Peek::NoEnvelope),
+            (r#"{"code":1.303e3,"x":1"#, Peek::NoEnvelope),
+            (r#"{"code":"1303.0","x":1"#, Peek::NoEnvelope),
             (r#"{"code":99999999999999999999,"x":1}"#, Peek::NoEnvelope),
             ("[1]", Peek::NoEnvelope),
             ("7", Peek::NoEnvelope),
@@ -239,6 +309,58 @@ mod tests {
             ("{,", Peek::NoEnvelope),
         ] {
             assert_eq!(peek(beginning.as_bytes()), peeked, "{beginning}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_utf8_hide_no_code() {
+        for (beginning, peeked) in [
+            (&b"\xef"[..], Peek::Undecided),
+            (b"\xef\xbb", Peek::Undecided),
+            (b"\xef\xbb\xbf", Peek::Undecided),
+            (b"\xef\xbb\xbf{\"code\":0,", Peek::Undecided),
+            (b"\xef\xbb\xbf{\"code\":0,\"x\":1", Peek::Code(0)),
+            (b"\xef\xbb\xbf {\"code\":1303}", Peek::Code(1303)),
+            (b"\xef\xbb{\"code\":1303}", Peek::NoEnvelope),
+            (b"\xef\xbb\xbf\xef\xbb\xbf{\"code\":1303}", Peek::NoEnvelope),
+            (b"{\"message\":\"\xb2\xa2", Peek::Undecided),
+            (b"{\"message\":\"\xb2\xa2\",\"code\":13", Peek::Undecided),
+            (
+                b"{\"message\":\"\xb2\xa2\",\"code\":1303}",
+                Peek::Code(1303),
+            ),
+            (
+                b"{\"message\":\"\xb2\",\"code\":1303,\"x\":-",
+                Peek::Code(1303),
+            ),
+            (
+                b"{\"\xb2\":1,\"code\":1303,\"x\":\"\xe2\x82",
+                Peek::Code(1303),
+            ),
+            (b"{\"code\":\"\xb2\",\"x\":1", Peek::NoEnvelope),
+            (b"{\xb2", Peek::NoEnvelope),
+            (b"\xb2", Peek::NoEnvelope),
+        ] {
+            assert_eq!(peek(beginning), peeked, "{}", beginning.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn what_is_no_utf8_is_told_with_replacement_characters() {
+        let text =
+            b"\xef\xbb\xbf{\"message\":\"no \xb2\xa2\xe2\x82\",\"code\":1303,\"data\":[\"\xff\"]}";
+        let beginning = [&text[..text.len() - 1], b",\"x\":\"\xe2"].concat();
+        for read in [read(text), read_beginning(&beginning)] {
+            let read = read.unwrap();
+            let data = read.data.as_ref().map(|data| data.get());
+            assert_eq!(
+                (read.code, read.message.as_deref(), data),
+                (
+                    1303,
+                    Some("no \u{fffd}\u{fffd}\u{fffd}"),
+                    Some("[\"\u{fffd}\"]")
+                )
+            );
         }
     }
 
@@ -311,23 +433,64 @@ mod tests {
 
         #[test]
         fn every_beginning_agrees_with_the_whole(
-            code in any::<i64>(),
-            message in any::<String>(),
+            (code, written) in code(),
+            message in message(),
+            marked in any::<bool>(),
             before in any::<bool>(),
             cut in any::<prop::sample::Index>(),
         ) {
-            let message = serde_json::to_string(&message).unwrap();
-            let text = if before {
-                format!(r#"{{"message":{message},"code":{code},"data":{{"code":1}}}}"#)
+            let quoted = quoted(&message);
+            let [message_member, code_member] =
+                [[b"\"message\":", &*quoted].concat(), [b"\"code\":", written.as_bytes()].concat()];
+            let members = if before {
+                [message_member, code_member]
             } else {
-                format!(r#"{{"code":{code},"message":{message},"data":{{"code":1}}}}"#)
+                [code_member, message_member]
             };
-            prop_assert_eq!(read(text.as_bytes()).map(|read| read.code), Some(code));
-            let beginning = &text.as_bytes()[..cut.index(text.len())];
+            let mark = if marked { "\u{feff}" } else { "" };
+            let text = [
+                mark.as_bytes(),
+                b"{",
+                &members.join(&b','),
+                b",\"data\":{\"code\":1}}",
+            ]
+            .concat();
+            let whole = read(&text).map(|read| (read.code, read.message));
+            let told = String::from_utf8_lossy(&message).into_owned();
+            prop_assert_eq!(whole, Some((code, Some(told))));
+            prop_assert_eq!(peek(&text), Peek::Code(code));
+            let beginning = &text[..cut.index(text.len())];
             let peeked = peek(beginning);
             prop_assert!([Peek::Undecided, Peek::Code(code)].contains(&peeked), "{peeked:?}");
             let read = read_beginning(beginning).map(|read| read.code);
             prop_assert!([None, Some(code)].contains(&read), "{read:?}");
         }
+    }
+
+    /// A code, and one of the ways to write it.
+    fn code() -> impl Strategy<Value = (i64, String)> {
+        prop_oneof![
+            any::<i64>().prop_map(|code| (code, code.to_string())),
+            any::<i64>().prop_map(|code| (code, format!("{code}.00"))),
+            (0..i64::MAX).prop_map(|code| (code, format!("\" {code}\\n\""))),
+        ]
+    }
+
+    /// Mostly UTF-8.
+    fn message() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            any::<String>().prop_map(String::into_bytes),
+            any::<Vec<u8>>()
+        ]
+    }
+
+    /// A string of JSON, but for bytes that are no UTF-8.
+    fn quoted(text: &[u8]) -> Vec<u8> {
+        let escaped = text.iter().flat_map(|byte| match byte {
+            b'"' | b'\\' => vec![b'\\', *byte],
+            ..b' ' => format!("\\u{byte:04x}").into_bytes(),
+            _ => vec![*byte],
+        });
+        [vec![b'"'], escaped.collect(), vec![b'"']].concat()
     }
 }

@@ -24,8 +24,10 @@ use tower::{Layer, ServiceExt, service_fn};
 const CUTS: usize = 64;
 
 fuzz_target!(|text: &[u8]| {
-    if let Ok(members) = serde_json::from_slice(text) {
-        agrees_with(&members, text);
+    let readable = String::from_utf8_lossy(text);
+    let json = readable.strip_prefix('\u{feff}').unwrap_or(&readable);
+    if let (Ok(members), Ok(codes)) = (serde_json::from_str(json), serde_json::from_str(json)) {
+        agrees_with(&members, &codes, text);
     }
     for cut in (0..=text.len()).step_by(text.len() / CUTS + 1) {
         beginning_agrees(&text[..cut], text);
@@ -38,15 +40,15 @@ fuzz_target!(|text: &[u8]| {
 });
 
 /// All members of an object in their order, doubles too.
-struct Members(Vec<(String, Value)>);
+struct Members<T>(Vec<(String, T)>);
 
-impl<'de> Deserialize<'de> for Members {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Members<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_map(Members(Vec::new()))
     }
 }
 
-impl<'de> Visitor<'de> for Members {
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
     type Value = Self;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -61,17 +63,27 @@ impl<'de> Visitor<'de> for Members {
     }
 }
 
-fn agrees_with(Members(members): &Members, text: &[u8]) {
+fn agrees_with(
+    Members(members): &Members<Value>,
+    Members(letters): &Members<Box<RawValue>>,
+    text: &[u8],
+) {
     let named = |wanted: &str| {
         let values = members.iter().filter(|(name, _)| name == wanted);
         values.map(|(_, value)| value).collect::<Vec<_>>()
     };
     let code = match named("code").first() {
-        // `-0` is an integer to us and a float to `Value`.
-        Some(Value::Number(number)) if number.as_f64() == Some(-0.0) => return,
-        Some(Value::Number(number)) => number.as_i64(),
-        Some(Value::String(digits)) if digits.bytes().all(|b| b.is_ascii_digit()) => {
-            digits.parse().ok()
+        // To the letter: a float does not hold every integer.
+        Some(Value::Number(_)) => {
+            let letters = letters.iter().find(|(name, _)| name == "code");
+            letters.and_then(|(_, number)| {
+                let number = number.get();
+                let whole = number.trim_end_matches('0').strip_suffix('.');
+                whole.unwrap_or(number).parse().ok()
+            })
+        }
+        Some(Value::String(text)) if text.trim().chars().all(|c| c.is_ascii_digit()) => {
+            text.trim().parse().ok()
         }
         _ => None,
     };

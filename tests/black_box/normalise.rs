@@ -131,6 +131,9 @@ fn code_is_found_wherever_it_stands_and_however_it_is_written() {
     for body in [
         CONCURRENCY,
         r#"{"code":"1303","message":"m","request_id":"r"}"#,
+        r#"{"code":" 1303","message":"m","request_id":"r"}"#,
+        r#"{"code":1303.0,"message":"m","request_id":"r"}"#,
+        "\u{feff}{\"message\":\"m\",\"request_id\":\"r\",\"code\":1303}",
         r#"{"message":"m","request_id":"r","code":1303}"#,
         "\n { \"message\" : \"m\",\r\n\t\"code\" : 1303 , \"request_id\":\"r\", \"data\": null }\n",
         r#"{"message":"m","data":{"code":0,"x":["code",{"code":1}]},"request_id":"r","code":1303}"#,
@@ -155,6 +158,23 @@ fn code_is_found_wherever_it_stands_and_however_it_is_written() {
             );
             assert_eq!(answer.header("content-encoding"), None, "{body}");
         }
+    }
+}
+
+#[test]
+fn code_is_found_beside_a_message_that_is_no_utf8() {
+    let (upstream, proxy) = started();
+    for body in [
+        &b"{\"code\":1303,\"message\":\"m \xb2\xa2\",\"request_id\":\"r\"}"[..],
+        b"{\"message\":\"m \xb2\xa2\",\"request_id\":\"r\",\"code\":1303}",
+        b"\xef\xbb\xbf{\"message\":\"m \xb2\xa2\",\"request_id\":\"r\",\"code\":\" 1303\"}",
+    ] {
+        upstream.answer(reply(200, JSON, body));
+        let answer = proxy.get("/");
+        assert_eq!(answer.refusal(), (429, 1303), "{}", body.escape_ascii());
+        let json = answer.json();
+        let told = [&json["message"], &json["request_id"]];
+        assert_eq!(told, ["m \u{fffd}\u{fffd}", "r"], "{}", body.escape_ascii());
     }
 }
 
@@ -189,6 +209,8 @@ fn success_and_foreign_json_pass_byte_for_byte() {
         SUCCESS,
         r#"{ "code" : 0, "data":{"task_status":"failed","task_status_msg":"risk","code":1301}}"#,
         r#"{"code":"0","message":"SUCCEED"}"#,
+        r#"{"code":0.0,"message":"SUCCEED"}"#,
+        "\u{feff}{\"code\":0,\"message\":\"SUCCEED\"}",
         r#"{"data":{"code":1303,"msg":"inner"}}"#,
         r#"{"code":0,"data":{"code":1303,"msg":"inner"}}"#,
         r#"{"code":null}"#,
