@@ -1,6 +1,7 @@
 //! `kling-proxy serve`: puts the parts together, runs them, and ends them in order.
 
 mod configuration;
+mod half;
 mod listeners;
 mod process;
 mod reload;

@@ -9,9 +9,10 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::Instant;
 
 use super::configuration::Configuration;
+use super::half::{HalfNew, Look, ticks};
 use super::set_up::{rules, warn_of_clients};
 use super::systemd::Manager;
 use crate::cli::{Failure, runtime};
@@ -21,10 +22,6 @@ use crate::lifecycle::Phase;
 use crate::server::Certificate;
 use crate::settings::{Row, Settings};
 use crate::stack::Shared;
-use crate::token::Credential;
-
-/// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
-const INTERVAL: Duration = Duration::from_secs(5);
 
 /// The least time between two runs of a command because of refusals.
 const RARELY: Duration = Duration::from_mins(1);
@@ -53,8 +50,8 @@ pub(super) struct Reload {
     pub(super) manager: Arc<Manager>,
     /// When the command was run last that prints a credential.
     pub(super) ran: Option<Instant>,
-    /// A pair of which only one half is new, and since when.
-    pub(super) half_new: Option<(Credential, Instant)>,
+    /// A pair of which only one half is new.
+    pub(super) half_new: HalfNew,
 }
 
 /// A warning that is repeated only once it is another.
@@ -75,13 +72,12 @@ impl Reload {
 
     async fn run(mut self, mut hang_up: Option<Signal>) {
         let [mut credential, mut clients, mut certificate] = <[Warning; 3]>::default();
-        let mut ticks = interval_at(Instant::now() + INTERVAL, INTERVAL);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ticks = ticks();
         loop {
-            let asked = tokio::select! {
-                _ = ticks.tick() => false,
+            let look = tokio::select! {
+                _ = ticks.tick() => Look::Regular,
                 () = self.shared.tokens.refused() => {
-                    credential.tell("credential", self.refused().await);
+                    credential.tell("credential", self.credential(Look::Refused).await);
                     continue;
                 }
                 Some(()) = next(hang_up.as_mut()) => {
@@ -97,14 +93,16 @@ impl Reload {
                             "settings are wrong: keeping the old ones"
                         ),
                     }
-                    true
+                    Look::HangUp
                 }
             };
-            credential.tell("credential", self.credential(asked).await);
+            credential.tell("credential", self.credential(look).await);
             clients.tell("client tokens", self.clients());
             certificate.tell("certificate", self.certificate());
-            if asked && self.is_ready() {
-                self.manager.ready();
+            match look {
+                Look::HangUp if self.is_ready() => self.manager.ready(),
+                Look::Regular => ticks.reset(),
+                Look::HangUp | Look::Refused => {}
             }
         }
     }
@@ -149,18 +147,17 @@ impl Reload {
         Ok(())
     }
 
-    /// Runs the command again where the credential comes from one, but not for each of many refusals.
-    async fn refused(&mut self) -> Result<(), String> {
-        let lately = self.ran.is_some_and(|ran| ran.elapsed() < RARELY);
-        self.credential(!lately).await
-    }
-
-    /// Looks for a credential again, since it may have come from a file. A command is run only when
-    /// that is `asked` for.
-    async fn credential(&mut self, asked: bool) -> Result<(), String> {
+    /// Looks for a credential again, since it may have come from a file. A command is run where
+    /// somebody asks for that, but not for each of many refusals.
+    async fn credential(&mut self, look: Look) -> Result<(), String> {
         if self.configuration.sandboxed {
             return Ok(());
         }
+        let asked = match look {
+            Look::Regular => false,
+            Look::HangUp => true,
+            Look::Refused => self.ran.is_none_or(|ran| ran.elapsed() >= RARELY),
+        };
         let places = self.configuration.places();
         let (found, whole) = match (places.find(), places.command()) {
             (Err(credentials::Error::Missing), Some(_)) if !asked => return Ok(()),
@@ -171,7 +168,9 @@ impl Reload {
             (found, _) => (found, false),
         };
         let found = found.map_err(|error| chain(&error))?;
-        if !whole && self.is_half_new(&found.credential) {
+        if whole || !self.shared.tokens.is_half_of(&found.credential) {
+            self.half_new.forget();
+        } else if self.half_new.waits(&found.credential, look) {
             return Ok(());
         }
         if self.shared.tokens.replace(found.credential) {
@@ -181,23 +180,6 @@ impl Reload {
             }
         }
         Ok(())
-    }
-
-    /// Whether a pair is to wait for its other half: two files change one after the other, and are
-    /// read so. A half that stays alone was meant so.
-    fn is_half_new(&mut self, found: &Credential) -> bool {
-        if !self.shared.tokens.is_half_of(found) {
-            self.half_new = None;
-            return false;
-        }
-        if let Some((half_new, since)) = &self.half_new
-            && half_new == found
-        {
-            return since.elapsed() < INTERVAL;
-        }
-        tracing::info!("only one half of the pair is new: waiting for the other");
-        self.half_new = Some((found.clone(), Instant::now()));
-        true
     }
 
     /// Reads the file of client tokens again.

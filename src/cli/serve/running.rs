@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
 use super::configuration::Configuration;
+use super::half::HalfNew;
 use super::listeners::Listeners;
 use super::reload::Reload;
 use super::set_up::Proxy;
@@ -127,7 +128,7 @@ impl Proxy {
             exposed,
             manager: Arc::clone(&manager),
             ran: None,
-            half_new: None,
+            half_new: HalfNew::default(),
         };
         reload.start(hang_up).map_err(failed)?;
         lifecycle.enter(Phase::Ready);

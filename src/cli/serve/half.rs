@@ -1,0 +1,141 @@
+//! Two files of a key pair change one after the other, and may be read in between. This is the rule for
+//! a pair of which only one half is new: it waits for the other half, and not for long.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, Interval, interval_at};
+
+use crate::token::Credential;
+
+/// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
+///
+/// A change is seen at the next look, and half a pair is in use at the one after: two of these are
+/// below the 10 s that are promised, with room for a slow machine.
+const INTERVAL: Duration = Duration::from_secs(4);
+
+/// Why files are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// It is time again.
+    Regular,
+    /// The process got SIGHUP.
+    HangUp,
+    /// Upstream refused the credential.
+    Refused,
+}
+
+/// A pair of which only one half is new, while it waits for the other half.
+#[derive(Default)]
+pub(super) struct HalfNew(Option<Waiting>);
+
+struct Waiting {
+    pair: Credential,
+    /// Whether a regular look has found it.
+    is_seen: bool,
+}
+
+/// The times of the regular looks. Reset after each, it leaves [`INTERVAL`] between any two, also where
+/// files are slow to read.
+pub(super) fn ticks() -> Interval {
+    interval_at(Instant::now() + INTERVAL, INTERVAL)
+}
+
+// === impl HalfNew ===
+
+impl HalfNew {
+    /// Returns true if a pair of which a look found only one half new is to wait.
+    ///
+    /// It waits until a second regular look finds the same: that half stays alone, and was meant so.
+    /// Other looks do not count, since they may follow one another at once.
+    pub(super) fn waits(&mut self, found: &Credential, look: Look) -> bool {
+        let is_regular = look == Look::Regular;
+        if let Some(waiting) = &mut self.0
+            && waiting.pair == *found
+        {
+            let is_settled = waiting.is_seen && is_regular;
+            waiting.is_seen |= is_regular;
+            return !is_settled;
+        }
+        tracing::info!("only one half of the pair is new: waiting for the other");
+        self.0 = Some(Waiting {
+            pair: found.clone(),
+            is_seen: is_regular,
+        });
+        true
+    }
+
+    /// Forgets the pair: what was found last is not half new.
+    pub(super) fn forget(&mut self) {
+        self.0 = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::Secret;
+
+    /// What the manual promises.
+    const PROMISE: Duration = Duration::from_secs(10);
+
+    fn pair(access_key: &str, secret_key: &str) -> Credential {
+        let [access_key, secret_key] =
+            [access_key, secret_key].map(|key| Secret::from(key.to_owned()));
+        Credential::Pair {
+            access_key,
+            secret_key,
+        }
+    }
+
+    /// How long it takes until half a pair is in use that is replaced so long after the start. Every
+    /// other look comes late.
+    fn taken(after: Duration, late: Duration) -> Duration {
+        let mut half_new = HalfNew::default();
+        let looks = (1_u32..).map(|n| INTERVAL * n + late * n.div_ceil(2));
+        let in_use = looks
+            .skip_while(|now| *now < after)
+            .find(|_| !half_new.waits(&pair("old", "new"), Look::Regular));
+        in_use.unwrap().abs_diff(after)
+    }
+
+    #[test]
+    fn half_that_stays_alone_is_in_use_within_ten_seconds() {
+        for late in [0, 5, 1_000] {
+            for after in (1..10_000).step_by(499) {
+                let [after, late] = [after, late].map(Duration::from_millis);
+                let taken = taken(after, late);
+                assert!(taken < PROMISE, "after {after:?}, late {late:?}: {taken:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn looks_out_of_turn_do_not_count() {
+        use Look::{HangUp, Refused, Regular};
+        let half = pair("old", "new");
+        for looks in [
+            &[Regular, Regular][..],
+            &[Regular, HangUp, HangUp, Refused, Regular],
+            &[HangUp, HangUp, Regular, Refused, Regular],
+            &[Refused, Regular, Regular],
+        ] {
+            let mut half_new = HalfNew::default();
+            let (last, others) = looks.split_last().unwrap();
+            for look in others {
+                assert!(half_new.waits(&half, *look), "{looks:?}");
+            }
+            assert!(!half_new.waits(&half, *last), "{looks:?}");
+        }
+    }
+
+    #[test]
+    fn another_half_waits_anew() {
+        let mut half_new = HalfNew::default();
+        for half in [pair("old", "new"), pair("old", "newer")] {
+            assert!(half_new.waits(&half, Look::Regular));
+        }
+        assert!(!half_new.waits(&pair("old", "newer"), Look::Regular));
+        half_new.forget();
+        assert!(half_new.waits(&pair("old", "newer"), Look::Regular));
+    }
+}
