@@ -6,6 +6,10 @@
 
 mod client;
 mod distance;
+#[expect(dead_code, reason = "the tests that use it follow")]
+mod frame;
+#[expect(dead_code, reason = "the tests that use it follow")]
+mod frame_upstream;
 mod http;
 mod process;
 mod tls;

@@ -7,7 +7,7 @@ use std::{
     io::{BufRead as _, BufReader, Read},
     net::SocketAddr,
     os::{fd::OwnedFd, unix::process::CommandExt as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
@@ -94,11 +94,13 @@ impl Command {
     }
 
     pub fn upstream(self, upstream: &Upstream) -> Self {
-        let ca_file = upstream
-            .ca_file
-            .as_ref()
-            .map_or("", |path| path.to_str().unwrap());
-        self.setting("upstream.url", &upstream.url)
+        self.origin(&upstream.url, upstream.ca_file.as_deref())
+    }
+
+    /// Where requests go, and the trust root for that, where it speaks TLS.
+    pub fn origin(self, url: &str, ca_file: Option<&Path>) -> Self {
+        let ca_file = ca_file.map_or("", |path| path.to_str().unwrap());
+        self.setting("upstream.url", url)
             .setting("upstream.ca_file", ca_file)
     }
 

@@ -479,7 +479,7 @@ fn in_http2(mut answer: &[u8]) -> io::Result<Response<Full<Bytes>>> {
 }
 
 /// A server for `localhost`, and the root that vouches for it.
-fn server(protocol: &str) -> (Root, ServerConfig) {
+pub fn server(protocol: &str) -> (Root, ServerConfig) {
     let root = Root::new();
     let Issued { certificate, key } = root.issue("localhost");
     let key = key.serialize_der().try_into().unwrap();
