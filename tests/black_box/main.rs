@@ -19,6 +19,7 @@ mod families;
 mod faults;
 mod forward;
 mod guard;
+mod http2;
 mod https;
 mod normalise;
 mod protocol;

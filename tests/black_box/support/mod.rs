@@ -6,9 +6,7 @@
 
 mod client;
 mod distance;
-#[expect(dead_code, reason = "the tests that use it follow")]
 mod frame;
-#[expect(dead_code, reason = "the tests that use it follow")]
 mod frame_upstream;
 mod http;
 mod process;
@@ -22,6 +20,8 @@ use socket2::{Domain, Socket, Type};
 use tokio::time::Instant;
 
 pub use client::{Connection, raw};
+pub use frame::{CANCEL, INTERNAL_ERROR, NO_ERROR, REFUSED_STREAM};
+pub use frame_upstream::{FrameUpstream, Id, Offer};
 pub use http::{
     Message, documented, get, gzip, is_cut_off, kling, parse_headers, post, reply, request,
 };
