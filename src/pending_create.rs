@@ -111,6 +111,11 @@ impl PendingCreate {
         Ok(())
     }
 
+    /// Returns true from its first byte on, until it is known that there is no task of it.
+    pub fn is_being_sent(&self) -> bool {
+        self.lock().is_being_sent
+    }
+
     /// There is no task of what was sent: upstream refused it, or has not processed it.
     pub fn not_created(&self) {
         self.lock().is_being_sent = false;
@@ -148,8 +153,7 @@ impl PendingCreate {
 
     /// Logs that it was given up in this process: cancelled, or cut off while it was being sent.
     pub fn log_given_up(&self) {
-        let is_being_sent = self.lock().is_being_sent;
-        if is_being_sent {
+        if self.is_being_sent() {
             self.log(
                 None,
                 None,

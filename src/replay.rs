@@ -57,6 +57,8 @@ struct Source {
     body: Body,
     /// What was read before somebody sends it.
     ahead: VecDeque<Frame<Bytes>>,
+    /// How much of that counts in the memory of all requests together.
+    reserved: usize,
     /// Whether the body has nothing behind that.
     body_ended: bool,
     /// Looks for the external id of a create while its body passes, however little of it is kept.
@@ -91,6 +93,7 @@ impl Replay {
             Arc::new(Mutex::new(Source {
                 body,
                 ahead: VecDeque::new(),
+                reserved: 0,
                 body_ended: false,
                 names: create.map(|facts| (facts.clone(), TaskReader::of_request())),
                 kept: Vec::new(),
@@ -138,6 +141,18 @@ impl Replay {
         };
         let reading = poll_fn(|cx| lock(source).poll_ahead(cx));
         timeout(PATIENCE, reading).await.unwrap_or(Ok(()))
+    }
+
+    /// Reads on for as long as nobody sends the body and it fits in the bounds: a client that leaves is
+    /// noticed only once all that it sent before is read.
+    ///
+    /// Ends only when the body fails, with what is wrong with it.
+    pub async fn read_while(&self, nobody_sends: impl Fn() -> bool) -> Error {
+        poll_fn(|cx| match &self.source {
+            Some(source) if nobody_sends() => lock(source).poll_failure(cx, self.length),
+            _ => Poll::Pending,
+        })
+        .await
     }
 }
 
@@ -226,10 +241,14 @@ impl Source {
 
     /// The next frame, be it one that was read ahead.
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        match self.ahead.pop_front() {
-            Some(frame) => Poll::Ready(Some(Ok(frame))),
-            None => self.poll_body(cx),
-        }
+        let Some(frame) = self.ahead.pop_front() else {
+            return self.poll_body(cx);
+        };
+        let size = frame.data_ref().map_or(0, Bytes::len);
+        let reserved = size.min(self.reserved);
+        self.reserved -= reserved;
+        self.keeper.give_back(reserved);
+        Poll::Ready(Some(Ok(frame)))
     }
 
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
@@ -255,17 +274,44 @@ impl Source {
 
     fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let mut size = 0;
-        while self.names.is_some() && size < AHEAD && !self.body.is_end_stream() {
-            match ready!(self.poll_body(cx)) {
-                Some(Ok(frame)) => {
-                    size += frame.data_ref().map_or(0, Bytes::len);
-                    self.ahead.push_back(frame);
-                }
-                Some(Err(error)) => return Poll::Ready(Err(Error::of_body(error))),
+        while self.names.is_some() && size < AHEAD {
+            match ready!(self.poll_one_ahead(cx))? {
+                Some(more) => size += more,
                 None => break,
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Reads ahead within the bounds, and waits for a failure.
+    fn poll_failure(&mut self, cx: &mut Context<'_>, length: Option<u64>) -> Poll<Error> {
+        let all = length.unwrap_or_default();
+        while self.keeper.has_room(all, self.reserved) {
+            match ready!(self.poll_one_ahead(cx)) {
+                Ok(Some(more)) => {
+                    self.keeper.reserve(more);
+                    self.reserved += more;
+                }
+                Ok(None) => break,
+                Err(error) => return Poll::Ready(error),
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Reads one more frame ahead and returns its size; `None` at the end of the body.
+    fn poll_one_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<usize>, Error>> {
+        if self.body_ended || self.body.is_end_stream() {
+            return Poll::Ready(Ok(None));
+        }
+        let frame = match ready!(self.poll_body(cx)) {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => return Poll::Ready(Err(Error::of_body(error))),
+            None => return Poll::Ready(Ok(None)),
+        };
+        let size = frame.data_ref().map_or(0, Bytes::len);
+        self.ahead.push_back(frame);
+        Poll::Ready(Ok(Some(size)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -302,7 +348,7 @@ impl Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
-        self.keeper.give_back(self.kept.len());
+        self.keeper.give_back(self.kept.len() + self.reserved);
     }
 }
 
@@ -337,6 +383,17 @@ impl Keeper {
         };
         self.metrics.body_not_kept(reason);
         false
+    }
+
+    /// Returns true if more may be read ahead of a body that is known to come to `all`, beside what was.
+    fn has_room(&self, all: u64, ahead: usize) -> bool {
+        let bounds = **self.bounds.load();
+        let memory = self.used.load(Relaxed) < bounds.memory.as_u64();
+        memory && all.max(ahead as u64) < bounds.body.as_u64()
+    }
+
+    fn reserve(&self, size: usize) {
+        self.used.fetch_add(size as u64, Relaxed);
     }
 
     fn give_back(&self, size: usize) {

@@ -19,16 +19,42 @@ use crate::layer::cors::CorsLayer;
 use crate::layer::detach::DetachLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::normalise::{Look, NormaliseLayer};
-use crate::layer::retry::Resending;
+use crate::layer::retry::{Limits, Resending};
 use crate::layer::trace::{Counted, TraceLayer};
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::original::Original;
-use crate::replay::Keeper;
+use crate::replay::{Bounds, Keeper};
 use crate::rules::Rules;
-use crate::token::Tokens;
-use crate::upstream::{Origin, Upstream};
+use crate::token::{Credential, Tokens, Validity};
+use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
+
+/// What a proxy is made of.
+pub struct Parts {
+    /// What is shown to upstream.
+    pub credential: Credential,
+    /// How tokens are made of it.
+    pub validity: Validity,
+    /// Decides what passes.
+    pub rules: Rules,
+    /// The form of errors.
+    pub errors: Look,
+    /// Bounds of resending.
+    pub retry: Limits,
+    /// Bounds of what is kept to be sent again.
+    pub replay: Bounds,
+    /// Where requests go.
+    pub origin: Origin,
+    /// Leads there.
+    pub dial: Arc<dyn Dial>,
+    /// How long upstream may take.
+    pub timeouts: Timeouts,
+    /// The wall clock.
+    pub clock: Arc<dyn Clock>,
+    /// Where everything is counted.
+    pub metrics: Arc<Metrics>,
+}
 
 /// What the stacks of all threads share.
 #[derive(Clone)]
@@ -60,6 +86,54 @@ pub struct Shared {
 // === impl Shared ===
 
 impl Shared {
+    /// Puts the parts together. Nothing runs yet.
+    pub fn new(parts: Parts) -> Self {
+        let Parts {
+            credential,
+            validity,
+            rules,
+            errors,
+            retry,
+            replay,
+            origin,
+            dial,
+            timeouts,
+            clock,
+            metrics,
+        } = parts;
+        let upstream_clock = UpstreamClock::new(Arc::clone(&clock), Arc::clone(&metrics));
+        let upstream_clock = Arc::new(upstream_clock);
+        let tokens = Tokens::new(
+            credential,
+            validity,
+            Arc::<UpstreamClock>::clone(&upstream_clock),
+            Arc::clone(&metrics),
+        );
+        let tokens = Arc::new(tokens);
+        let upstream = Upstream::new(
+            &origin,
+            dial,
+            timeouts,
+            Arc::clone(&clock),
+            Arc::clone(&upstream_clock),
+            Arc::clone(&metrics),
+        );
+        let retry_tokens = Arc::clone(&tokens);
+        Self {
+            resending: Resending::new(retry, retry_tokens, upstream_clock, Arc::clone(&metrics)),
+            keeper: Arc::new(Keeper::new(replay, Arc::clone(&metrics))),
+            admin_rules: Live::new(rules.for_admin()),
+            rules: Live::new(rules),
+            errors: Live::new(errors),
+            tokens,
+            origin,
+            upstream,
+            clock,
+            lifecycle: Arc::default(),
+            metrics,
+        }
+    }
+
     /// The whole path of a request, for one thread: its connections to upstream are its own.
     /// `detached` tracks what goes on after its client has gone.
     ///

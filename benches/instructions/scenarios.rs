@@ -8,20 +8,17 @@ use axum::extract::Request;
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
-use kling_proxy::clock::{Clock, SystemClock};
+use kling_proxy::clock::SystemClock;
 use kling_proxy::envelope::{self, Peek};
-use kling_proxy::layer::retry::Resending;
-use kling_proxy::live::Live;
 use kling_proxy::metrics::Metrics;
-use kling_proxy::replay::Keeper;
 use kling_proxy::rules::Rules;
 use kling_proxy::secret::Secret;
 use kling_proxy::service_code;
 use kling_proxy::settings::{Flags, Settings};
-use kling_proxy::stack::Shared;
+use kling_proxy::stack::{Parts, Shared};
 use kling_proxy::telemetry::{self, Format};
-use kling_proxy::token::{Credential, Tokens};
-use kling_proxy::upstream::{Network, Upstream, UpstreamClock, client_config};
+use kling_proxy::token::Credential;
+use kling_proxy::upstream::{Network, client_config};
 use tokio::runtime;
 use tokio_util::task::TaskTracker;
 use tower::Service;
@@ -67,7 +64,7 @@ fn error() {
 
 /// A token that was minted before.
 fn token_cached() {
-    let (tokens, _) = tokens(&settings(&[]), &Arc::new(Metrics::new().unwrap()));
+    let tokens = shared(&settings(&[])).tokens;
     tokens.bearer().unwrap();
     counted(&mut || {
         for _ in 0..CALLS {
@@ -159,64 +156,36 @@ fn settings(variables: &[(&str, &str)]) -> Settings {
 
 /// The parts, put together as `serve` does it.
 fn shared(settings: &Settings) -> Shared {
-    let metrics = Arc::new(Metrics::new().unwrap());
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let (tokens, upstream_clock) = tokens(settings, &metrics);
     let tls = client_config(settings.upstream.ca_file.as_deref()).unwrap();
-    let idle = settings.upstream.timeouts.idle;
-    let network = Network::new(&settings.upstream.origin, None, &tls, idle);
-    let upstream = Upstream::new(
-        &settings.upstream.origin,
-        Arc::new(network),
-        settings.upstream.timeouts,
-        Arc::clone(&clock),
-        Arc::clone(&upstream_clock),
-        Arc::clone(&metrics),
-    );
-    let rules = Rules {
-        allowed_hosts: settings.access.allowed_hosts.clone(),
-        allowed_origins: settings.access.allowed_origins.clone(),
-        allowed_methods: settings.access.allowed_methods.clone(),
-        allowed_paths: settings.access.allowed_paths.clone(),
-        client_tokens: None,
-        request_body: settings.limits.request_body,
-        in_flight: settings.limits.in_flight,
-    };
-    Shared {
-        resending: Resending::new(
-            settings.retry,
-            Arc::clone(&tokens),
-            upstream_clock,
-            Arc::clone(&metrics),
-        ),
-        keeper: Arc::new(Keeper::new(settings.replay, Arc::clone(&metrics))),
-        admin_rules: Live::new(rules.for_admin()),
-        rules: Live::new(rules),
-        errors: Live::new(settings.errors),
-        tokens,
-        origin: settings.upstream.origin.clone(),
-        upstream,
-        clock,
-        lifecycle: Arc::default(),
-        metrics,
-    }
+    let timeouts = settings.upstream.timeouts;
+    let origin = settings.upstream.origin.clone();
+    Shared::new(Parts {
+        credential: credential(),
+        validity: settings.token,
+        rules: Rules {
+            allowed_hosts: settings.access.allowed_hosts.clone(),
+            allowed_origins: settings.access.allowed_origins.clone(),
+            allowed_methods: settings.access.allowed_methods.clone(),
+            allowed_paths: settings.access.allowed_paths.clone(),
+            client_tokens: None,
+            request_body: settings.limits.request_body,
+            in_flight: settings.limits.in_flight,
+        },
+        errors: settings.errors,
+        retry: settings.retry,
+        replay: settings.replay,
+        dial: Arc::new(Network::new(&origin, None, &tls, timeouts.idle)),
+        origin,
+        timeouts,
+        clock: Arc::new(SystemClock),
+        metrics: Arc::new(Metrics::new().unwrap()),
+    })
 }
 
-fn tokens(settings: &Settings, metrics: &Arc<Metrics>) -> (Arc<Tokens>, Arc<UpstreamClock>) {
-    let clock = Arc::new(UpstreamClock::new(
-        Arc::new(SystemClock),
-        Arc::clone(metrics),
-    ));
+fn credential() -> Credential {
     let [access_key, secret_key] = ["access", "secret"].map(|key| Secret::from(key.repeat(5)));
-    let credential = Credential::Pair {
+    Credential::Pair {
         access_key,
         secret_key,
-    };
-    let tokens = Tokens::new(
-        credential,
-        settings.token,
-        Arc::<UpstreamClock>::clone(&clock),
-        Arc::clone(metrics),
-    );
-    (Arc::new(tokens), clock)
+    }
 }

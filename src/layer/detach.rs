@@ -181,11 +181,14 @@ impl Creates {
         S: Service<Original, Response = Response, Error = Error>,
     {
         let unfinished = Unfinished(Some(Arc::clone(&create)));
+        let body = request.body().clone();
         let outcome = tokio::select! {
             biased;
             outcome = exchange(inner, request) => outcome,
             () = create.cancelled() => return,
+            error = body.read_while(|| !create.is_being_sent()) => Err(error),
         };
+        drop(body);
         match outcome {
             Ok(answer) => {
                 let answer = self.read_task(answer, &create, Ending::CarriedThrough);

@@ -1,6 +1,7 @@
 //! Listening sockets of every kind, and the connections that come from them.
 
 use std::fmt;
+use std::future::pending;
 use std::io::{self, IoSlice};
 use std::net::{self, SocketAddr};
 use std::os::unix;
@@ -10,8 +11,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustls::ServerConfig;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{Mutex, mpsc};
 use tokio_rustls::server::TlsStream;
 
 use super::tls::Handshake;
@@ -28,6 +30,8 @@ pub enum Listener {
     Tls(net::TcpListener, Arc<ServerConfig>),
     /// By path.
     Unix(unix::net::UnixListener),
+    /// By this process itself: a simulation.
+    Memory(mpsc::Receiver<DuplexStream>),
 }
 
 /// A [`Listener`] in its runtime.
@@ -35,6 +39,7 @@ pub(super) enum Acceptor {
     Tcp(TcpListener),
     Tls(TcpListener, Arc<ServerConfig>),
     Unix(UnixListener),
+    Memory(Mutex<mpsc::Receiver<DuplexStream>>),
 }
 
 /// An accepted connection, not bound to a runtime yet.
@@ -42,6 +47,7 @@ pub(super) enum Socket {
     Tcp(net::TcpStream),
     Tls(net::TcpStream, Arc<ServerConfig>),
     Unix(unix::net::UnixStream),
+    Memory(DuplexStream),
 }
 
 /// A connection in its runtime. One type for all kinds, so that there is one copy of the HTTP code.
@@ -49,6 +55,7 @@ pub(super) enum Stream {
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
+    Memory(DuplexStream),
 }
 
 /// Opens a listening socket. It is not shared (`SO_REUSEPORT`): a second proxy on the same port
@@ -84,14 +91,14 @@ impl Listener {
     pub fn address(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(socket) | Self::Tls(socket, _) => socket.local_addr().ok(),
-            Self::Unix(_) => None,
+            Self::Unix(_) | Self::Memory(_) => None,
         }
     }
 
     /// Whether only this machine can connect.
     pub fn is_local(&self) -> bool {
         match self {
-            Self::Unix(_) => true,
+            Self::Unix(_) | Self::Memory(_) => true,
             Self::Tcp(_) | Self::Tls(..) => self
                 .address()
                 .is_some_and(|address| address.ip().is_loopback()),
@@ -104,6 +111,7 @@ impl Listener {
             Self::Tcp(socket) => Acceptor::Tcp(TcpListener::from_std(socket)?),
             Self::Tls(socket, config) => Acceptor::Tls(TcpListener::from_std(socket)?, config),
             Self::Unix(socket) => Acceptor::Unix(UnixListener::from_std(socket)?),
+            Self::Memory(coming) => Acceptor::Memory(Mutex::new(coming)),
         })
     }
 }
@@ -115,6 +123,7 @@ impl fmt::Display for Listener {
             Self::Tcp(socket) => ("http://", socket.local_addr().map(|a| a.to_string())),
             Self::Tls(socket, _) => ("https://", socket.local_addr().map(|a| a.to_string())),
             Self::Unix(socket) => ("unix:", socket.local_addr().map(|a| path(&a))),
+            Self::Memory(_) => ("memory:", Ok(String::new())),
         };
         let address = address.unwrap_or_else(|error| format!("({error})"));
         write!(f, "{scheme}{address}")
@@ -137,6 +146,10 @@ impl Acceptor {
                 Socket::Tls(socket.accept().await?.0.into_std()?, Arc::clone(config))
             }
             Self::Unix(socket) => Socket::Unix(socket.accept().await?.0.into_std()?),
+            Self::Memory(coming) => match coming.lock().await.recv().await {
+                Some(stream) => Socket::Memory(stream),
+                None => pending().await,
+            },
         })
     }
 }
@@ -164,6 +177,7 @@ impl Socket {
             // The kernel has no timeout here for a client that stops reading; who may open the
             // socket is trusted that far.
             Self::Unix(stream) => Stream::Unix(UnixStream::from_std(stream)?),
+            Self::Memory(stream) => Stream::Memory(stream),
         })
     }
 }
@@ -186,6 +200,7 @@ macro_rules! inner {
             Stream::Tcp(stream) => Pin::new(stream).$method($($argument),*),
             Stream::Tls(stream) => Pin::new(stream).$method($($argument),*),
             Stream::Unix(stream) => Pin::new(stream).$method($($argument),*),
+            Stream::Memory(stream) => Pin::new(stream).$method($($argument),*),
         }
     };
 }
@@ -222,6 +237,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => stream.is_write_vectored(),
             Self::Tls(stream) => stream.is_write_vectored(),
             Self::Unix(stream) => stream.is_write_vectored(),
+            Self::Memory(stream) => stream.is_write_vectored(),
         }
     }
 

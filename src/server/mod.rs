@@ -112,6 +112,7 @@ where
     tokio::pin!(stopped);
     loop {
         tokio::select! {
+            biased;
             _ = &mut stopped => break,
             Some(arrival) = arrivals.recv() => { connections.spawn(serve(arrival)); }
             Some(_) = connections.join_next() => {}

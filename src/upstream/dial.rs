@@ -49,7 +49,7 @@ pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 /// Upstream refuses HTTP/1.1.
 #[derive(Debug, thiserror::Error)]
 #[error("upstream does not speak HTTP/1.1")]
-pub struct NoHttp1(#[source] BoxError);
+pub struct NoHttp1(#[source] pub BoxError);
 
 /// Dials over the network.
 pub struct Network {

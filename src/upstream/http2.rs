@@ -385,6 +385,7 @@ async fn drive(
         ended
     }));
     tokio::select! {
+        biased;
         ended = &mut connection => {
             if let Err(error) = ended {
                 tracing::debug!(%error, "HTTP/2 connection ended");

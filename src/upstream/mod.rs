@@ -199,13 +199,12 @@ impl Way {
             create,
         };
         async move {
-            let answer = match exchange.answer(first).await {
-                Ok(answer) => answer,
-                // The client's fault is the cause; what upstream made of it only follows from that.
-                Err(error) => return Err(exchange.progress.take_fault().unwrap_or(error)),
-            };
-            let outcome = judge(answer).await;
-            exchange.way.learn(&outcome, exchange.progress.since());
+            let outcome = exchange.run(first).await;
+            if let (Some(create), Err(error)) = (&exchange.create, &outcome)
+                && error.proves_no_task()
+            {
+                create.not_created();
+            }
             outcome
         }
     }
@@ -242,6 +241,21 @@ impl Way {
 // === impl Exchange ===
 
 impl Exchange {
+    /// Waits for the answer and judges it.
+    async fn run(
+        &self,
+        first: Result<(Connection, Sent), Box<Request>>,
+    ) -> Result<Response, Error> {
+        let answer = match self.answer(first).await {
+            Ok(answer) => answer,
+            // The client's fault is the cause; what upstream made of it only follows from that.
+            Err(error) => return Err(self.progress.take_fault().unwrap_or(error)),
+        };
+        let outcome = judge(answer).await;
+        self.way.learn(&outcome, self.progress.since());
+        outcome
+    }
+
     /// The answer on the first connection, if there was one, or on the next.
     async fn answer(
         &self,
@@ -364,17 +378,11 @@ impl Service<Attempt> for Upstream {
 
     fn call(&mut self, attempt: Attempt) -> Self::Future {
         let [way, counting] = [(); 2].map(|()| Arc::clone(&self.0));
-        let create = attempt.create.clone();
-        let note = move |outcome: &Result<_, Error>| {
-            let error = outcome.as_ref().err();
-            counting.metrics.attempted(error.map(Error::kind));
-            if let (Some(create), Some(error)) = (&create, error)
-                && error.proves_no_task()
-            {
-                create.not_created();
-            }
+        let count = move |outcome: &Result<_, Error>| {
+            let error = outcome.as_ref().err().map(Error::kind);
+            counting.metrics.attempted(error);
         };
-        Box::pin(way.forward(attempt).inspect(note))
+        Box::pin(way.forward(attempt).inspect(count))
     }
 }
 

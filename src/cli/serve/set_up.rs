@@ -14,18 +14,15 @@ use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
 use crate::credentials::Found;
 use crate::error::chain;
-use crate::layer::retry::Resending;
-use crate::live::Live;
 use crate::metrics::Metrics;
-use crate::replay::Keeper;
 use crate::rules::Rules;
 use crate::sandbox::{self, Sandbox};
 use crate::secret::Secret;
 use crate::server::{Limits, Listener};
 use crate::settings::{Problem, Settings};
-use crate::stack::Shared;
-use crate::token::{Credential, Tokens};
-use crate::upstream::{Network, Origin, Upstream, UpstreamClock, client_config};
+use crate::stack::{Parts, Shared};
+use crate::token::Credential;
+use crate::upstream::{Network, Origin, client_config};
 
 /// Everything that is set up before the first request.
 pub(in crate::cli) struct Proxy {
@@ -65,18 +62,6 @@ impl Proxy {
         };
         listeners.refuse_circle(&origin)?;
 
-        let upstream_clock = UpstreamClock::new(Arc::clone(&clock), Arc::clone(&metrics));
-        let upstream_clock = Arc::new(upstream_clock);
-        let tokens = Tokens::new(
-            credential,
-            settings.token,
-            Arc::<UpstreamClock>::clone(&upstream_clock),
-            Arc::clone(&metrics),
-        );
-        let tokens = Arc::new(tokens);
-        tokens
-            .bearer()
-            .map_err(|error| Failure::because(Exit::Settings, &error))?;
         let timeouts = settings.upstream.timeouts;
         let network = Network::new(
             &origin,
@@ -84,32 +69,23 @@ impl Proxy {
             &tls,
             timeouts.idle,
         );
-        let upstream = Upstream::new(
-            &origin,
-            Arc::new(network),
-            timeouts,
-            Arc::clone(&clock),
-            Arc::clone(&upstream_clock),
-            Arc::clone(&metrics),
-        );
-        let shared = Shared {
-            resending: Resending::new(
-                settings.retry,
-                Arc::clone(&tokens),
-                upstream_clock,
-                Arc::clone(&metrics),
-            ),
-            keeper: Arc::new(Keeper::new(settings.replay, Arc::clone(&metrics))),
-            admin_rules: Live::new(rules.for_admin()),
-            rules: Live::new(rules),
-            errors: Live::new(settings.errors),
-            tokens,
+        let shared = Shared::new(Parts {
+            credential,
+            validity: settings.token,
+            rules,
+            errors: settings.errors,
+            retry: settings.retry,
+            replay: settings.replay,
             origin,
-            upstream,
+            dial: Arc::new(network),
+            timeouts,
             clock,
-            lifecycle: Arc::default(),
             metrics,
-        };
+        });
+        shared
+            .tokens
+            .bearer()
+            .map_err(|error| Failure::because(Exit::Settings, &error))?;
         let connections = usize::try_from(settings.limits.connections).unwrap_or(usize::MAX);
         let limits = Limits {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),

@@ -1,0 +1,166 @@
+//! What was seen of each request, and the rules.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::plan::{Kind, Plan};
+
+/// The longest that a request may take, in milliseconds. Three attempts of a read, each of which takes
+/// as long as connecting, its body, upstream's answer and an error's body may take, with the waits
+/// between them.
+const LONGEST: u64 = 3 * (5_000 + 90_000 + 60_000 + 30_000) + 3_000;
+/// How long the proxy listens for an answer after 9102.
+const LISTENING: u64 = 300_000;
+
+/// One request of a client: the wish and the try.
+pub(crate) type Name = (usize, usize);
+
+/// Everything that was seen in a run. Times are in milliseconds.
+#[derive(Debug, Default)]
+pub(crate) struct Books {
+    pub(crate) requests: BTreeMap<Name, Entry>,
+    /// What the log says of each request, by its messages.
+    pub(crate) log: BTreeMap<String, Vec<String>>,
+    /// The tasks that the log names.
+    pub(crate) logged_tasks: BTreeSet<String>,
+    /// When the proxy was told to end, and when it had ended.
+    pub(crate) told_to_end: Option<u64>,
+    pub(crate) ended: Option<u64>,
+    /// How long it may take to end.
+    pub(crate) drain: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) kind: Kind,
+    pub(crate) begun: u64,
+    /// When its client left without an answer.
+    pub(crate) left: Option<u64>,
+    /// When its client had an answer, and what it was.
+    pub(crate) told: Option<(u64, Told)>,
+    /// What upstream saw of it.
+    pub(crate) arrivals: Vec<Arrival>,
+}
+
+/// How a client's request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    Status(u16),
+    /// It could not connect, which it is allowed to find out only while the proxy ends.
+    NotAccepted,
+    /// The connection ended without a whole answer.
+    CutOff,
+}
+
+/// A request that arrived upstream.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    pub(crate) begun: u64,
+    /// When the last byte of it was there.
+    pub(crate) whole: Option<u64>,
+    /// Whether upstream said that it did nothing with it.
+    pub(crate) refused: bool,
+    /// The task that was made of it.
+    pub(crate) task: Option<String>,
+    /// When the whole answer that names the task was written.
+    pub(crate) answered: Option<u64>,
+}
+
+// === impl Books ===
+
+impl Books {
+    pub(crate) fn new(plan: &Plan) -> Self {
+        Self {
+            drain: plan.end.map_or(25_000, |end| end.drain),
+            ..Self::default()
+        }
+    }
+
+    /// The rules that were broken.
+    pub(crate) fn violations(&self) -> Vec<String> {
+        let creates = self
+            .requests
+            .iter()
+            .filter(|(_, entry)| entry.kind == Kind::Create);
+        let mut violations: Vec<_> = creates
+            .flat_map(|(name, entry)| self.of_create(*name, entry))
+            .collect();
+        for (name, entry) in &self.requests {
+            violations.extend(self.of_request(*name, entry));
+        }
+        if let (Some(told), Some(ended)) = (self.told_to_end, self.ended)
+            && ended > told + self.drain + 1_000
+        {
+            violations.push(format!("the proxy took {} ms to end", ended - told));
+        }
+        violations
+    }
+
+    fn of_create(&self, name: Name, entry: &Entry) -> Vec<String> {
+        let mut violations = Vec::new();
+        let mut broken = |rule: &str| violations.push(format!("{name:?}: {rule}"));
+        let told = entry.told.map(|(at, _)| at);
+        let over = entry.left.or(told).unwrap_or(u64::MAX);
+        let mut carried_out = false;
+        for arrival in &entry.arrivals {
+            if carried_out {
+                broken("sent again although it may have made a task");
+            }
+            // One whose client left inside of its body never becomes whole.
+            if arrival.begun > over && arrival.whole.is_some() {
+                broken("sent after its client had left or was told its outcome");
+            }
+            if let (Some(whole), Some(told)) = (arrival.whole, told)
+                && whole > told
+            {
+                broken("completed after its client was told its outcome");
+            }
+            carried_out |= arrival.whole.is_some() && !arrival.refused;
+            let Some(task) = &arrival.task else { continue };
+            let in_time = arrival.answered.is_some_and(|at| {
+                at < arrival.begun + LISTENING && self.ended.is_none_or(|end| at < end)
+            });
+            if in_time && !self.logged_tasks.contains(task) {
+                broken("no line of the log names the task");
+            }
+            if !self.is_outcome_logged(name) {
+                broken("no line of the log tells what came of a task that was made");
+            }
+        }
+        violations
+    }
+
+    fn of_request(&self, name: Name, entry: &Entry) -> Option<String> {
+        let broken = |rule: &str| Some(format!("{name:?}: {rule}"));
+        let Some((at, told)) = entry.told else {
+            return match entry.left {
+                Some(_) => None,
+                None => broken("never ended"),
+            };
+        };
+        if at > entry.begun + LONGEST {
+            return broken("took too long");
+        }
+        let is_ending = self.told_to_end.is_some_and(|end| at >= end);
+        match told {
+            Told::NotAccepted if !is_ending => broken("not accepted"),
+            // An answer whose head was there may be cut off, by upstream or at the end.
+            Told::CutOff if !is_ending && !entry.arrivals.iter().any(|a| a.whole.is_some()) => {
+                broken("cut off without an answer")
+            }
+            _ => None,
+        }
+    }
+
+    fn is_outcome_logged(&self, (wish, try_): Name) -> bool {
+        let lines = self.log.get(&request_id((wish, try_)));
+        lines.is_some_and(|lines| {
+            lines
+                .iter()
+                .any(|line| line != "sending" && line != "sending again")
+        })
+    }
+}
+
+pub(crate) fn request_id((wish, try_): Name) -> String {
+    format!("wish-{wish}-try-{try_}")
+}

@@ -1,0 +1,89 @@
+//! The whole proxy in one thread, under simulated time, between simulated clients and a simulated Kling.
+//!
+//! A seed makes a [`Plan`]: who asks for what and when, how long they wait, whether they ask again, and
+//! what upstream does to each request that arrives. [`world::run`] carries it out on in-memory sockets,
+//! which are put in below the connector and at the listener; everything between is the real program.
+//! [`Books`] then says which rule was broken. A plan that breaks one is made smaller, and its seed is
+//! printed: `SIMULATION_SEED=7 cargo test --test simulation` runs that one alone.
+
+mod books;
+mod client;
+mod log;
+mod plan;
+mod upstream;
+mod world;
+
+use std::env;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::thread;
+
+use books::Books;
+use plan::Plan;
+
+/// How many seeds are run. `SIMULATION_SEEDS` asks for others.
+const SEEDS: u64 = 10_000;
+
+/// A number from the environment.
+fn given(variable: &str) -> Option<u64> {
+    Some(env::var(variable).ok()?.parse().expect("a number"))
+}
+
+/// Takes steps out of a plan for as long as it breaks a rule.
+fn shrink(mut plan: Plan) -> (Plan, Books) {
+    let mut books = world::run(&plan);
+    loop {
+        let smaller = plan.smaller().find_map(|plan| {
+            let books = world::run(&plan);
+            (!books.violations().is_empty()).then_some((plan, books))
+        });
+        match smaller {
+            Some(smaller) => (plan, books) = smaller,
+            None => return (plan, books),
+        }
+    }
+}
+
+fn check(seed: u64) {
+    let plan = Plan::of(seed);
+    if world::run(&plan).violations().is_empty() {
+        return;
+    }
+    let (plan, books) = shrink(plan);
+    panic!(
+        "seed {seed} breaks a rule: {:#?}\n{plan:#?}\n{books:#?}",
+        books.violations()
+    );
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "how to run it again")]
+fn no_task_is_paid_twice_or_lost_and_every_request_ends() {
+    if let Some(seed) = given("SIMULATION_SEED") {
+        return check(seed);
+    }
+    let seeds = given("SIMULATION_SEEDS").unwrap_or(SEEDS);
+    println!("seeds 0 to {seeds}");
+    let next = AtomicU64::new(0);
+    let work = || {
+        while let seed = next.fetch_add(1, Relaxed)
+            && seed < seeds
+        {
+            check(seed);
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(work);
+        }
+    });
+}
+
+#[test]
+fn plan_runs_the_same_way_each_time() {
+    for seed in 0..50 {
+        let plan = Plan::of(seed);
+        let [first, second] = [(); 2].map(|()| format!("{:#?}", world::run(&plan)));
+        assert_eq!(first, second, "seed {seed}");
+    }
+}

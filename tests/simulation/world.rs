@@ -1,0 +1,176 @@
+//! Runs a plan.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use kling_proxy::clock::Clock;
+use kling_proxy::lifecycle::Phase;
+use kling_proxy::metrics::Metrics;
+use kling_proxy::rules::Rules;
+use kling_proxy::secret::Secret;
+use kling_proxy::server::{self, Limits, Listener, Worker};
+use kling_proxy::settings::{Flags, Settings};
+use kling_proxy::stack::{Parts, Shared};
+use kling_proxy::token::Credential;
+use tokio::runtime;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio_util::task::TaskTracker;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+
+use crate::books::Books;
+use crate::client::Client;
+use crate::log::{Capture, capture};
+use crate::plan::{Ending, Plan};
+use crate::upstream::Upstream;
+
+/// The books of all parts of a run, and the time.
+#[derive(Clone)]
+pub(crate) struct World {
+    pub(crate) books: Arc<Mutex<Books>>,
+    pub(crate) plan: Arc<Plan>,
+    start: Instant,
+}
+
+/// The wall clock of a run: it goes with the simulated time.
+struct SimulatedClock(Instant);
+
+/// Longer than any late answer is waited for.
+const AFTERMATH: Duration = Duration::from_secs(400);
+
+// === impl World ===
+
+impl World {
+    /// Milliseconds since the start.
+    pub(crate) fn now(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap()
+    }
+
+    pub(crate) fn note<T>(&self, change: impl FnOnce(&mut Books) -> T) -> T {
+        change(&mut self.books.lock().unwrap())
+    }
+
+    pub(crate) async fn until(&self, milliseconds: u64) {
+        sleep_until(self.start + Duration::from_millis(milliseconds)).await;
+    }
+}
+
+impl Clock for SimulatedClock {
+    fn now(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_hours(500_000) + self.0.elapsed()
+    }
+}
+
+/// Carries out a plan, and returns what was seen.
+pub(crate) fn run(plan: &Plan) -> Books {
+    // Of the waits between attempts.
+    fastrand::seed(plan.seed);
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    let books = Arc::new(Mutex::new(Books::new(plan)));
+    let ours = Targets::new().with_target("kling_proxy", LevelFilter::INFO);
+    let lines = tracing_subscriber::registry().with(Capture.with_filter(ours));
+    let _lines = tracing::subscriber::set_default(lines);
+    capture(Some(Arc::clone(&books)));
+    runtime.block_on(async {
+        let world = World {
+            books: Arc::clone(&books),
+            plan: Arc::new(plan.clone()),
+            start: Instant::now(),
+        };
+        simulate(world).await;
+    });
+    // What still runs is dropped, and may tell the log.
+    drop(runtime);
+    capture(None);
+    Arc::into_inner(books).unwrap().into_inner().unwrap()
+}
+
+async fn simulate(world: World) {
+    let shared = proxy(&world);
+    shared.lifecycle.enter(Phase::Ready);
+    let (connect, listener) = mpsc::channel(1);
+    let (stop, stopped) = watch::channel(false);
+    let creates = TaskTracker::new();
+    let drain = Duration::from_millis(world.note(|books| books.drain));
+    let limits = Limits {
+        connections: Arc::new(Semaphore::new(1_000)),
+        header_timeout: Duration::from_mins(1),
+        idle: Duration::from_secs(30),
+        drain,
+    };
+    let serving = tokio::spawn(server::run(
+        vec![Listener::Memory(listener)],
+        Worker::alone(),
+        shared.stack(&creates),
+        limits,
+        stopped,
+    ));
+    if world.plan.keep_warm {
+        let upstream = shared.upstream.clone();
+        tokio::spawn(async move {
+            upstream.warm_up().await;
+            upstream.keep_warm(Duration::from_mins(10)).await;
+        });
+    }
+    let mut clients = JoinSet::new();
+    for index in 0..world.plan.wishes.len() {
+        let client = Client::new(world.clone(), index, connect.clone());
+        clients.spawn(client.run());
+    }
+    if let Some(Ending { at, .. }) = world.plan.end {
+        world.until(at).await;
+    } else {
+        while clients.join_next().await.is_some() {}
+        sleep(AFTERMATH).await;
+    }
+    let now = world.now();
+    world.note(|books| books.told_to_end = Some(now));
+    shared.lifecycle.enter(Phase::Draining);
+    stop.send_replace(true);
+    let deadline = Instant::now() + drain;
+    serving.await.unwrap().unwrap();
+    creates.close();
+    let _ = timeout_at(deadline, creates.wait()).await;
+    let now = world.now();
+    world.note(|books| books.ended = Some(now));
+    drop(shared);
+    // They find out that the proxy has gone.
+    drop(connect);
+    while clients.join_next().await.is_some() {}
+}
+
+/// The real stack, with the default settings.
+fn proxy(world: &World) -> Shared {
+    let (settings, _) = Settings::load(&Flags::default(), &[]).unwrap();
+    let [access_key, secret_key] = ["access", "secret"].map(|key| Secret::from(key.repeat(5)));
+    Shared::new(Parts {
+        credential: Credential::Pair {
+            access_key,
+            secret_key,
+        },
+        validity: settings.token,
+        rules: Rules {
+            allowed_hosts: settings.access.allowed_hosts,
+            allowed_origins: Vec::new(),
+            allowed_methods: Vec::new(),
+            allowed_paths: Vec::new(),
+            client_tokens: None,
+            request_body: settings.limits.request_body,
+            in_flight: settings.limits.in_flight,
+        },
+        errors: settings.errors,
+        retry: settings.retry,
+        replay: settings.replay,
+        origin: "https://kling.test".parse().unwrap(),
+        dial: Arc::new(Upstream::new(world.clone())),
+        timeouts: settings.upstream.timeouts,
+        clock: Arc::new(SimulatedClock(Instant::now())),
+        metrics: Arc::new(Metrics::new().unwrap()),
+    })
+}
