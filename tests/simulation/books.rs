@@ -61,7 +61,7 @@ pub(crate) struct Arrival {
     pub(crate) refused: bool,
     /// The task that was made of it.
     pub(crate) task: Option<String>,
-    /// When the whole answer that names the task was written.
+    /// When the whole answer that names the task is written, if the proxy lets it.
     pub(crate) answered: Option<u64>,
 }
 

@@ -1,7 +1,8 @@
 //! The Kling of a run, by HTTP/1.1 or HTTP/2.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,6 +35,8 @@ struct Request {
 
 /// What a connection holds of what is not read yet, in bytes.
 const BUFFER: usize = 64 << 10;
+/// The longest pause that does not end an answer (`upstream.idle_timeout`), with room to spare.
+const LONGEST_SILENCE: u64 = 29_000;
 const AT_ONCE: Reply = Reply::Answer { after: 0, pause: 0 };
 
 // === impl Upstream ===
@@ -149,8 +152,11 @@ impl Request {
         }
     }
 
-    fn answered(&self) {
-        self.note(|arrival, now| arrival.answered = Some(now));
+    /// The whole answer will be written, after a pause inside of it.
+    fn answer(&self, pause: u64) {
+        if pause < LONGEST_SILENCE {
+            self.note(|arrival, now| arrival.answered = Some(now + pause));
+        }
     }
 
     fn success(&self) -> String {
@@ -248,6 +254,9 @@ async fn exchange_http1(world: &World, stream: &mut BufReader<DuplexStream>) -> 
         body.len()
     );
     let (first, last) = body.split_at(10);
+    if !cut {
+        request.answer(pause);
+    }
     stream.write_all(head.as_bytes()).await?;
     stream.write_all(first.as_bytes()).await?;
     wait(pause).await;
@@ -255,7 +264,6 @@ async fn exchange_http1(world: &World, stream: &mut BufReader<DuplexStream>) -> 
         return Ok(false);
     }
     stream.write_all(last.as_bytes()).await?;
-    request.answered();
     Ok(true)
 }
 
@@ -282,14 +290,17 @@ async fn serve_http2(world: World, stream: DuplexStream, streams: u32, window: u
     let Ok(mut connection) = connection.await else {
         return;
     };
+    // Then nothing else on it is answered either.
+    let lost = Arc::new(AtomicBool::new(false));
     while let Some(Ok((request, respond))) = connection.accept().await {
         let (head, body) = request.into_parts();
         let try_ = header(&head.headers, "x-try");
         let request = Request::begin(world.clone(), head.uri.path(), try_);
         if let Reply::LoseBefore = request.reply {
+            lost.store(true, Relaxed);
             return;
         }
-        tokio::spawn(exchange_http2(request, body, respond));
+        tokio::spawn(exchange_http2(request, body, respond, Arc::clone(&lost)));
     }
 }
 
@@ -301,6 +312,7 @@ async fn exchange_http2(
     request: Request,
     mut body: RecvStream,
     mut respond: server::SendResponse<Bytes>,
+    lost: Arc<AtomicBool>,
 ) {
     let refuse = |respond: &mut server::SendResponse<Bytes>, code| {
         let (status, text) = refusal(code);
@@ -358,14 +370,20 @@ async fn exchange_http2(
     wait(after).await;
     let body = request.success();
     let (first, last) = body.split_at(10);
+    if !cut && !lost.load(Relaxed) {
+        request.answer(pause);
+    }
     let Some(mut stream) = send_http2(&mut respond, 200, first, Some(body.len())) else {
         return;
     };
     wait(pause).await;
+    if lost.load(Relaxed) {
+        request.note(|arrival, _| arrival.answered = None);
+    }
     if cut {
         stream.send_reset(Reason::INTERNAL_ERROR);
-    } else if stream.send_data(last.to_owned().into(), true).is_ok() {
-        request.answered();
+    } else {
+        let _ = stream.send_data(last.to_owned().into(), true);
     }
 }
 
