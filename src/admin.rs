@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 use crate::error::Error;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
+use crate::telemetry;
 
 /// How long a probe waits before it counts as failed.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -95,6 +96,9 @@ async fn live(State(shown): State<Shown>) -> Response {
 /// Whether new requests should come here.
 async fn ready(State(shown): State<Shown>) -> Response {
     let phase = shown.lifecycle.phase();
+    if phase == Phase::Ready && telemetry::is_stuck() {
+        return unavailable(phase, "log lines are lost: nobody reads standard error");
+    }
     health(phase, phase == Phase::Ready)
 }
 
@@ -117,23 +121,23 @@ async fn exposition(State(shown): State<Shown>) -> Response {
 }
 
 fn health(phase: Phase, well: bool) -> Response {
-    let (code, status) = if well {
-        (StatusCode::OK, "ok")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "unavailable")
-    };
-    let reasons = match (well, phase) {
-        (true, _) => vec![],
-        (false, Phase::Starting) => vec!["no token has been minted yet"],
-        (false, _) => vec!["the proxy is shutting down"],
-    };
-    (
-        code,
-        Json(Health {
-            status,
+    match (well, phase) {
+        (true, _) => Json(Health {
+            status: "ok",
             phase: phase.name(),
-            reasons,
-        }),
-    )
-        .into_response()
+            reasons: vec![],
+        })
+        .into_response(),
+        (false, Phase::Starting) => unavailable(phase, "no token has been minted yet"),
+        (false, _) => unavailable(phase, "the proxy is shutting down"),
+    }
+}
+
+fn unavailable(phase: Phase, reason: &'static str) -> Response {
+    let health = Health {
+        status: "unavailable",
+        phase: phase.name(),
+        reasons: vec![reason],
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, Json(health)).into_response()
 }

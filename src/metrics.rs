@@ -9,12 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Method, StatusCode};
+use prometheus::core::Collector;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
 };
 
 use crate::service_code::{self, TABLE};
+use crate::telemetry;
 
 /// Upper bounds of the duration buckets in seconds: those OpenTelemetry advises for HTTP, to 10.
 const BUCKETS: [f64; 14] = [
@@ -50,6 +52,7 @@ pub struct Metrics {
     minted: IntCounterVec,
     token_expiry: IntGauge,
     clock_offset: Gauge,
+    log_lines_dropped: IntCounter,
 }
 
 // === impl Metrics ===
@@ -62,15 +65,12 @@ impl Metrics {
     /// Only if two metrics here had one name, which every start would show.
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new_custom(Some("kling_proxy".to_owned()), None)?;
-        let gauge = |name, help| -> Result<IntGauge, prometheus::Error> {
-            let gauge = IntGauge::new(name, help)?;
-            registry.register(Box::new(gauge.clone()))?;
-            Ok(gauge)
-        };
-        let counters = |name, help, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
-            let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(counters.clone()))?;
-            Ok(counters)
+        let gauge = |name, help| registered(&registry, IntGauge::new(name, help)?);
+        let counters = |name, help, labels: &[&str]| {
+            registered(
+                &registry,
+                IntCounterVec::new(Opts::new(name, help), labels)?,
+            )
         };
         let known = |name, help, label, values: &[&str]| {
             let counters = counters(name, help, &[label]);
@@ -100,13 +100,12 @@ impl Metrics {
             "request_duration_seconds",
             "From the head of a request to the head of its answer.",
         );
-        let duration = Histogram::with_opts(buckets.buckets(BUCKETS.to_vec()))?;
-        registry.register(Box::new(duration.clone()))?;
+        let buckets = buckets.buckets(BUCKETS.to_vec());
+        let duration = registered(&registry, Histogram::with_opts(buckets)?)?;
         let clock_offset = Gauge::new(
             "clock_offset_seconds",
             "How far upstream's clock is ahead of this machine's.",
         )?;
-        registry.register(Box::new(clock_offset.clone()))?;
         let build = Opts::new("build_info", "The running version.");
         let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;
         build.set(1);
@@ -156,7 +155,14 @@ impl Metrics {
                 "token_expiry_timestamp_seconds",
                 "When the current token ends; 0 without one.",
             )?,
-            clock_offset,
+            clock_offset: registered(&registry, clock_offset)?,
+            log_lines_dropped: registered(
+                &registry,
+                IntCounter::new(
+                    "log_lines_dropped_total",
+                    "Log lines that were lost: standard error was stuck.",
+                )?,
+            )?,
             registry,
         })
     }
@@ -167,6 +173,8 @@ impl Metrics {
     ///
     /// Only if a metric's name were invalid, which every scrape would show.
     pub fn render(&self) -> Result<String, prometheus::Error> {
+        self.log_lines_dropped.reset();
+        self.log_lines_dropped.inc_by(telemetry::lines_dropped());
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
@@ -238,6 +246,15 @@ impl Metrics {
     pub fn clock_offset(&self, seconds: f64) {
         self.clock_offset.set(seconds);
     }
+}
+
+/// Registers a metric.
+fn registered<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    metric: C,
+) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
 }
 
 /// The types of errors whose codes are in this range: hundreds group them.

@@ -207,13 +207,15 @@ pub fn run() -> ExitCode {
         Ok(command_line) => refuse_idle(&matches).and_then(|()| command_line.run()),
         Err(error) => error.exit(),
     };
-    match done {
+    let code = match done {
         Ok(code) => code,
         Err(Failure { exit, lines }) => {
             lines.iter().for_each(complain);
             ExitCode::from(exit as u8)
         }
-    }
+    };
+    telemetry::finish();
+    code
 }
 
 // === impl CommandLine ===
@@ -287,7 +289,6 @@ fn find_credential(places: &Places) -> Result<Found, credentials::Error> {
 fn runtime() -> io::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .on_thread_park(telemetry::flush)
         .build()
 }
 
@@ -309,6 +310,5 @@ fn say(line: impl fmt::Display) {
 
 /// Tells the person at the terminal what goes wrong.
 fn complain(line: impl fmt::Display) {
-    // Nobody is left to be told that this failed.
-    let _ = writeln!(io::stderr(), "kling-proxy: {line}");
+    telemetry::print(&format!("kling-proxy: {line}\n"));
 }

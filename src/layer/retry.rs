@@ -22,6 +22,7 @@ use crate::facts::Facts;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::original::Original;
+use crate::telemetry::CREATES;
 use crate::token::Tokens;
 
 /// How often and for how long (`retry.attempts`, `retry.total_time`).
@@ -156,13 +157,22 @@ impl Policy<Original, Response, Error> for Resending {
         } else if !self.shared.budget.withdraw() {
             "budget"
         } else {
-            tracing::info!(
-                request_id = request.facts().map(|facts| facts.id().as_str()),
-                error.type = error.kind(),
-                attempts = self.attempts,
-                wait_seconds = wait.as_secs_f64(),
-                "sending again"
-            );
+            macro_rules! log {
+                ($target:expr) => {
+                    tracing::info!(
+                        target: $target,
+                        request_id = request.facts().map(|facts| facts.id().as_str()),
+                        error.type = error.kind(),
+                        attempts = self.attempts,
+                        wait_seconds = wait.as_secs_f64(),
+                        "sending again"
+                    )
+                };
+            }
+            match request.effect() {
+                Effect::Create => log!(CREATES),
+                Effect::Read => log!(module_path!()),
+            }
             self.again = true;
             return Some(sleep(wait));
         };

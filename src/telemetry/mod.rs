@@ -1,10 +1,13 @@
 //! Sets up what is logged, where and how.
 
 mod line;
-mod lines;
+mod queue;
 
 use std::borrow::Cow;
 use std::io::IsTerminal;
+use std::sync::Once;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
@@ -13,8 +16,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt};
 
 use self::line::JsonLine;
-use self::lines::Lines;
-pub use self::lines::{flush, unhurried};
+use self::queue::{DROPPED, Lines, QUEUE};
 
 /// How log lines look (`log.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,11 +50,12 @@ impl Filter {
 pub fn init(format: Format, filter: Targets) -> Filter {
     let (filter, handle) = reload::Layer::new(filter);
     let terminal = std::io::stderr().is_terminal();
-    let lines = fmt::layer().with_writer(|| Lines);
+    let lines = fmt::layer().with_writer(Lines);
     let lines = match (format, terminal) {
         (Format::Json, _) | (Format::Auto, false) => lines.json().event_format(JsonLine).boxed(),
         (Format::Pretty, _) | (Format::Auto, true) => lines.with_ansi(terminal).boxed(),
     };
+    start_writing();
     let subscriber = tracing_subscriber::registry().with(filter).with(lines);
     // Only a test that sets up twice gets here; the first setting stands.
     if let Err(error) = subscriber.try_init() {
@@ -60,6 +63,36 @@ pub fn init(format: Format, filter: Targets) -> Filter {
     }
     Filter(handle)
 }
+
+/// Writes a line for the person at the terminal, behind the log lines before it.
+pub fn print(line: &str) {
+    start_writing();
+    QUEUE.push(line.as_bytes(), true);
+}
+
+/// Starts the thread that writes lines. Without it they fill the queue, which readiness tells.
+fn start_writing() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| drop(QUEUE.start()));
+}
+
+/// Waits until all lines are written, for at most [`LAST_LINES`]: the process is about to end.
+pub fn finish() {
+    QUEUE.flush(LAST_LINES);
+}
+
+/// Returns true if log lines were lost and none could be written since.
+pub fn is_stuck() -> bool {
+    QUEUE.is_stuck()
+}
+
+/// How many log lines were lost since the start.
+pub fn lines_dropped() -> u64 {
+    DROPPED.load(Relaxed)
+}
+
+/// How long the end of the process waits for the reader of the log.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// As much of a foreign text as is logged, in bytes.
 const LONGEST: usize = 1024;

@@ -21,6 +21,7 @@ mod forward;
 mod guard;
 mod http2;
 mod https;
+mod log;
 mod normalise;
 mod protocol;
 mod reload;

@@ -411,6 +411,22 @@ fn proxy_is_for_the_command_alone_whatever_the_settings_say() {
     end(proxy);
 }
 
+/// They name what is paid for.
+#[test]
+fn lines_of_creates_are_shown_and_of_reads_only_what_goes_wrong() {
+    let mut command = Command::new(["run", "--sandbox", "--", "/bin/sh", "-c", SAYS_WHERE]);
+    command = command.in_background();
+    let proxy = command.start();
+    let own = format!("kling-proxy-token: {}", token(&proxy));
+    let create = format!("{own}\ncontent-type: application/json");
+    let body = r#"{"model_name":"kling-v2-6","prompt":"a cat"}"#;
+    let answer = proxy.send(request("POST /v1/videos/text2video", &create, body));
+    assert_eq!(answer.status(), 200, "{}", answer.text());
+    let line = proxy.stderr.find(|line| line.contains(r#""task.id""#));
+    assert!(line.is_some_and(|line| line.contains("answered")));
+    end(proxy);
+}
+
 #[test]
 fn sandbox_can_be_upstream() {
     let flags: [&[&str]; 2] = [&["run", "--sandbox"], &["--sandbox", "run"]];

@@ -23,7 +23,7 @@ use crate::rules::Rules;
 use crate::secret::Secret;
 use crate::telemetry;
 
-/// What is logged unless somebody asks for more: standard error is the command's.
+/// What is logged besides creates, unless somebody asks for more: standard error is the command's.
 const QUIET: LevelFilter = LevelFilter::WARN;
 
 /// Ends with the code of the command, which is 128 and the signal's number where a signal ended it.
@@ -36,7 +36,8 @@ pub(super) fn run(
     let (mut settings, rows) = args.load(environment)?;
     let is_default = |key| rows.iter().any(|row| row.key == key && row.is_default());
     if is_default("log.filter") {
-        settings.log.filter = Targets::new().with_default(QUIET);
+        let creates = (telemetry::CREATES, LevelFilter::INFO);
+        settings.log.filter = Targets::new().with_default(QUIET).with_targets([creates]);
     }
     let filter = telemetry::init(settings.log.format, settings.log.filter.clone());
     hide_memory();

@@ -29,7 +29,6 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::server::{self, Limits, Listener, SocketFile, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
-use crate::telemetry;
 
 /// More would not make the Kling API faster, and each keeps connections of its own.
 const MOST_THREADS: usize = 4;
@@ -234,7 +233,6 @@ fn start_threads(
             .spawn(move || {
                 let ended = runtime.block_on(serve(listeners, worker, &shared, limits, stopped));
                 runtime.shutdown_background();
-                telemetry::flush();
                 // Nobody listens any more after a second signal.
                 let _ = sender.send(ended);
             })?;

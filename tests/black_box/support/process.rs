@@ -18,7 +18,9 @@ use rustix::process::{Pid, Signal, geteuid, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use super::{ACCESS_KEY, Connection, Message, PATIENCE, SECRET_KEY, TOKEN, Upstream, get, post};
+use super::{
+    ACCESS_KEY, Connection, Gate, Message, PATIENCE, SECRET_KEY, TOKEN, Upstream, get, post,
+};
 
 /// The variable of the tests that sets the log filter of every proxy that does not set its own.
 const LOG_FILTER: &str = "BLACK_BOX_LOG_FILTER";
@@ -27,6 +29,8 @@ const LOG_FILTER: &str = "BLACK_BOX_LOG_FILTER";
 pub struct Command {
     command: std::process::Command,
     home: TempDir,
+    /// Opened before anybody reads the log.
+    log_gate: Gate,
 }
 
 /// A running proxy; dropping it kills it.
@@ -64,13 +68,18 @@ impl Command {
             .env_clear()
             .env("HOME", home.path())
             .current_dir(home.path());
-        Self { command, home }
-            .setting("listen.address", "127.0.0.1:0")
-            .setting("admin.address", "127.0.0.1:0")
-            .setting("log.format", "json")
-            // Upstream counts requests and connections: those of clients only, unless a test asks.
-            .setting("upstream.warm_up", "false")
-            .setting("upstream.keep_warm", "0s")
+        let log_gate = Gate::opened();
+        Self {
+            command,
+            home,
+            log_gate,
+        }
+        .setting("listen.address", "127.0.0.1:0")
+        .setting("admin.address", "127.0.0.1:0")
+        .setting("log.format", "json")
+        // Upstream counts requests and connections: those of clients only, unless a test asks.
+        .setting("upstream.warm_up", "false")
+        .setting("upstream.keep_warm", "0s")
     }
 
     /// Sets a setting by its variable; an empty value unsets it.
@@ -185,6 +194,12 @@ impl Command {
         self
     }
 
+    /// Lets nobody read the log before the gate is open.
+    pub fn unread_log(mut self, gate: &Gate) -> Self {
+        self.log_gate = gate.clone();
+        self
+    }
+
     /// Starts a proxy and waits until it listens.
     pub fn start(self) -> Proxy {
         self.listening("proxy")
@@ -210,7 +225,7 @@ impl Command {
             self = self.setting("log.filter", filter);
         }
         let mut child = self.spawn();
-        let (stdout, stderr) = lines(&mut child);
+        let (stdout, stderr) = lines(&mut child, self.log_gate.clone());
         let Some(address) = stdout.listener(name) else {
             child.kill().unwrap();
             panic!("no {name} listens: {}{}", stdout.to_end(), stderr.to_end());
@@ -227,7 +242,7 @@ impl Command {
     /// Runs a command to its end.
     pub fn run(mut self) -> Finished {
         let mut child = self.spawn();
-        let (stdout, stderr) = lines(&mut child);
+        let (stdout, stderr) = lines(&mut child, self.log_gate.clone());
         stdout.find(|_| false);
         // Whatever has not ended by now never will; the missing exit code says so.
         child.kill().unwrap();
@@ -341,9 +356,10 @@ impl Drop for Proxy {
 // === impl Lines ===
 
 impl Lines {
-    fn of(pipe: impl Read + Send + 'static) -> Self {
+    fn of(pipe: impl Read + Send + 'static, gate: Gate) -> Self {
         let (sender, coming) = mpsc::channel();
         thread::spawn(move || {
+            gate.wait();
             for line in BufReader::new(pipe).lines().map_while(Result::ok) {
                 let _ = sender.send(line);
             }
@@ -399,9 +415,9 @@ pub fn unprivileged(program: impl AsRef<OsStr>) -> std::process::Command {
     command
 }
 
-fn lines(child: &mut Child) -> (Lines, Lines) {
+fn lines(child: &mut Child, log_gate: Gate) -> (Lines, Lines) {
     (
-        Lines::of(child.stdout.take().unwrap()),
-        Lines::of(child.stderr.take().unwrap()),
+        Lines::of(child.stdout.take().unwrap(), Gate::opened()),
+        Lines::of(child.stderr.take().unwrap(), log_gate),
     )
 }

@@ -105,12 +105,18 @@ pub fn send(bytes: impl AsRef<[u8]>) -> Step {
 // === impl Gate ===
 
 impl Gate {
+    pub fn opened() -> Self {
+        let gate = Self::default();
+        gate.open();
+        gate
+    }
+
     pub fn open(&self) {
         *self.0.0.lock().unwrap() = true;
         self.0.1.notify_all();
     }
 
-    fn wait(&self) {
+    pub fn wait(&self) {
         let (open, opened) = &*self.0;
         let closed = open.lock().unwrap();
         drop(
