@@ -8,6 +8,7 @@
 //!            trace          one id, span, outcome and count for each request
 //!            cors           lets pages of listed origins read the answers
 //!            normalise      errors become one body; outside of here nothing fails
+//!            drain          answers what a shutdown gives up
 //!            guard          refuses before anything is spent
 //!            detach         finishes a create that is being sent even if its client leaves
 //!            retry          sends again what cannot have worked

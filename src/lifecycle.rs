@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+use tokio::sync::Notify;
+
 /// The phases in their order. A phase is never left for an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
@@ -14,16 +16,27 @@ pub enum Phase {
     Stopping,
     /// What is in flight ends; nothing new is begun.
     Draining,
+    /// What is still in flight is given up.
+    Ended,
 }
 
 /// A latch on the current [`Phase`].
 #[derive(Debug, Default)]
-pub struct Lifecycle(AtomicU8);
+pub struct Lifecycle {
+    phase: AtomicU8,
+    ended: Notify,
+}
 
 // === impl Phase ===
 
 impl Phase {
-    const ALL: [Self; 4] = [Self::Starting, Self::Ready, Self::Stopping, Self::Draining];
+    const ALL: [Self; 5] = [
+        Self::Starting,
+        Self::Ready,
+        Self::Stopping,
+        Self::Draining,
+        Self::Ended,
+    ];
 
     /// A stable name for the health endpoints.
     pub fn name(self) -> &'static str {
@@ -31,7 +44,7 @@ impl Phase {
             Self::Starting => "starting",
             Self::Ready => "ready",
             Self::Stopping => "stopping",
-            Self::Draining => "draining",
+            Self::Draining | Self::Ended => "draining",
         }
     }
 }
@@ -41,20 +54,31 @@ impl Phase {
 impl Lifecycle {
     /// Goes on to a phase; stays where it is if that has passed already.
     pub fn enter(&self, phase: Phase) {
-        self.0.fetch_max(phase as u8, Relaxed);
+        self.phase.fetch_max(phase as u8, Relaxed);
+        if phase == Phase::Ended {
+            self.ended.notify_waiters();
+        }
+    }
+
+    /// Waits for [`Phase::Ended`].
+    pub async fn ended(&self) {
+        let notified = self.ended.notified();
+        if self.phase() != Phase::Ended {
+            notified.await;
+        }
     }
 
     /// The phase now.
     pub fn phase(&self) -> Phase {
-        let phase = self.0.load(Relaxed);
+        let phase = self.phase.load(Relaxed);
         Phase::ALL
             .into_iter()
             .find(|each| *each as u8 == phase)
-            .unwrap_or(Phase::Draining)
+            .unwrap_or(Phase::Ended)
     }
 
     /// Whether nothing new may begin.
     pub fn is_draining(&self) -> bool {
-        self.0.load(Relaxed) == Phase::Draining as u8
+        self.phase() >= Phase::Draining
     }
 }

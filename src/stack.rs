@@ -17,6 +17,7 @@ use crate::facts::Inbound;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::cors::CorsLayer;
 use crate::layer::detach::DetachLayer;
+use crate::layer::drain::DrainLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::normalise::{Look, NormaliseLayer};
 use crate::layer::retry::{Limits, Resending};
@@ -138,7 +139,7 @@ impl Shared {
     /// `detached` tracks what goes on after its client has gone.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> guard -> detach -> retry -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> drain -> guard -> detach -> retry -> authenticate -> upstream
     /// ```
     ///
     /// There is no router: that cost a poll more than all the checks of the guard, for one prefix.
@@ -156,6 +157,7 @@ impl Shared {
             .layer(TraceLayer::new(Arc::clone(&metrics))) // one id and one span, refusals too
             .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
             .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
+            .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers what a shutdown gives up
             .layer(GuardLayer::new(
                 self.rules.clone(),
                 Arc::clone(&self.lifecycle),

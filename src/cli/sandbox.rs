@@ -10,7 +10,7 @@ use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
 use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
-use crate::server::{self, Limits, Listener, Worker};
+use crate::server::{self, Limits, Listener, Stop, Worker};
 use crate::telemetry;
 
 pub(super) fn run(
@@ -30,7 +30,6 @@ pub(super) fn run(
         connections: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
         header_timeout: settings.limits.header_timeout,
         idle: settings.upstream.timeouts.idle,
-        drain: settings.shutdown.drain,
     };
     let runtime = runtime();
     runtime.map_err(failed)?.block_on(async {
@@ -39,7 +38,7 @@ pub(super) fn run(
         say(format_args!("access key: {ACCESS_KEY}"));
         say(format_args!("secret key: {SECRET_KEY}"));
         say(format_args!("api key: {API_KEY}"));
-        let (_stop, stopped) = watch::channel(false);
+        let (_stop, stopped) = watch::channel(Stop::Never);
         tokio::select! {
             ended = server::run(vec![Listener::Tcp(listener)], Worker::alone(), sandbox, limits, stopped) => { ended.map_err(failed)?; }
             // Nothing that it does is worth waiting for.

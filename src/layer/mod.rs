@@ -3,6 +3,7 @@
 pub mod authenticate;
 pub mod cors;
 pub mod detach;
+pub mod drain;
 pub mod guard;
 pub mod normalise;
 pub mod retry;

@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Mutex, mpsc};
 use tokio_rustls::server::TlsStream;
 
+use super::reset::Reset;
 use super::tls::Handshake;
 
 /// How many connections wait in the kernel's queue.
@@ -51,7 +52,12 @@ pub(super) enum Socket {
 }
 
 /// A connection in its runtime. One type for all kinds, so that there is one copy of the HTTP code.
-pub(super) enum Stream {
+pub(super) struct Stream {
+    kind: Kind,
+    reset: Reset,
+}
+
+enum Kind {
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
@@ -166,19 +172,21 @@ impl Socket {
             }
             TcpStream::from_std(stream)
         };
-        Ok(match self {
-            Self::Tcp(stream) => Stream::Tcp(tcp(stream)?),
+        let kind = match self {
+            Self::Tcp(stream) => Kind::Tcp(tcp(stream)?),
             Self::Tls(stream, config) => {
                 let stream = tcp(stream)?;
                 let handshake = Handshake { config, stream };
                 // Boxed, or each connection would have room for it.
-                Stream::Tls(Box::new(Box::pin(handshake.finish()).await?))
+                Kind::Tls(Box::new(Box::pin(handshake.finish()).await?))
             }
             // The kernel has no timeout here for a client that stops reading; who may open the
             // socket is trusted that far.
-            Self::Unix(stream) => Stream::Unix(UnixStream::from_std(stream)?),
-            Self::Memory(stream) => Stream::Memory(stream),
-        })
+            Self::Unix(stream) => Kind::Unix(UnixStream::from_std(stream)?),
+            Self::Memory(stream) => Kind::Memory(stream),
+        };
+        let reset = Reset::default();
+        Ok(Stream { kind, reset })
     }
 }
 
@@ -193,14 +201,37 @@ fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
 
 // === impl Stream ===
 
+impl Stream {
+    /// Resets the connection when it is closed, if that is wanted by then.
+    pub(super) fn resettable(mut self, reset: Reset) -> Self {
+        self.reset = reset;
+        self
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.reset.is_wanted() {
+            return;
+        }
+        let tcp = match &self.kind {
+            Kind::Tcp(stream) => stream,
+            Kind::Tls(stream) => stream.get_ref().0,
+            Kind::Unix(_) | Kind::Memory(_) => return,
+        };
+        // If it fails, the connection has ended anyhow.
+        let _ = socket2::SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+    }
+}
+
 /// Calls a method of the stream inside.
 macro_rules! inner {
     ($stream:ident.$method:ident($($argument:expr),*)) => {
-        match $stream.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).$method($($argument),*),
-            Stream::Tls(stream) => Pin::new(stream).$method($($argument),*),
-            Stream::Unix(stream) => Pin::new(stream).$method($($argument),*),
-            Stream::Memory(stream) => Pin::new(stream).$method($($argument),*),
+        match &mut $stream.get_mut().kind {
+            Kind::Tcp(stream) => Pin::new(stream).$method($($argument),*),
+            Kind::Tls(stream) => Pin::new(stream).$method($($argument),*),
+            Kind::Unix(stream) => Pin::new(stream).$method($($argument),*),
+            Kind::Memory(stream) => Pin::new(stream).$method($($argument),*),
         }
     };
 }
@@ -233,11 +264,11 @@ impl AsyncWrite for Stream {
     }
 
     fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Tcp(stream) => stream.is_write_vectored(),
-            Self::Tls(stream) => stream.is_write_vectored(),
-            Self::Unix(stream) => stream.is_write_vectored(),
-            Self::Memory(stream) => stream.is_write_vectored(),
+        match &self.kind {
+            Kind::Tcp(stream) => stream.is_write_vectored(),
+            Kind::Tls(stream) => stream.is_write_vectored(),
+            Kind::Unix(stream) => stream.is_write_vectored(),
+            Kind::Memory(stream) => stream.is_write_vectored(),
         }
     }
 

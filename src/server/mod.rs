@@ -2,6 +2,7 @@
 
 mod balance;
 mod listener;
+mod reset;
 mod socket_file;
 mod tls;
 
@@ -27,6 +28,7 @@ pub use self::balance::Worker;
 use self::balance::{Arrival, Crew};
 use self::listener::{Acceptor, Socket, Stream};
 pub use self::listener::{Listener, bind};
+use self::reset::{Reset, ResetOnFailure};
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::error::BoxError;
@@ -44,12 +46,21 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// How long a peer may leave what was written to it unread.
     pub idle: Duration,
-    /// For what is in flight when told to stop.
-    pub drain: Duration,
+}
+
+/// The word to stop. It is never taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    /// Go on.
+    Never,
+    /// Accept nothing new, and let what is in flight end.
+    Drain,
+    /// Cut what is in flight.
+    Now,
 }
 
 /// Accepts from all listeners until told to stop, and serves what comes to this worker; then lets what
-/// is in flight end within the limit. Returns how many connections had to be cut.
+/// is in flight end until told to stop now. Returns how many connections had to be cut.
 ///
 /// The service has to be ready always: it is not asked, since what limits requests answers them.
 ///
@@ -61,7 +72,7 @@ pub async fn run<S, B>(
     worker: Worker,
     service: S,
     limits: Limits,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
 ) -> io::Result<usize>
 where
     S: Service<Request, Response = http::Response<B>> + Send + 'static,
@@ -86,9 +97,11 @@ where
     let told = stop.clone();
     let serve = |arrival: Arrival| {
         let (service, crew) = (Arc::clone(&service), Arc::clone(&crew));
+        let reset = Reset::default();
+        let resettable = reset.clone();
         let service = service_fn(move |request| {
             crew.note(request.body());
-            answer(&service, request)
+            answer(&service, request, &resettable)
         });
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
@@ -102,18 +115,18 @@ where
             let Some(stream) = open(socket, header_timeout, idle, told).await else {
                 return;
             };
+            let stream = stream.resettable(reset);
             let connection = http.serve_connection(Awaited::new(TokioIo::new(stream)), service);
             if let Err(error) = Quiet::new(watcher.watch(connection)).await {
                 tracing::debug!(%error, "connection ended early");
             }
         }
     };
-    let stopped = stop.wait_for(|stop| *stop);
-    tokio::pin!(stopped);
     loop {
         tokio::select! {
             biased;
-            _ = &mut stopped => break,
+            // A sender that has gone is the word to stop too.
+            _ = stop.wait_for(|stop| *stop > Stop::Never) => break,
             Some(arrival) = arrivals.recv() => { connections.spawn(serve(arrival)); }
             Some(_) = connections.join_next() => {}
         }
@@ -123,8 +136,10 @@ where
     while let Some(arrival) = arrivals.recv().await {
         connections.spawn(serve(arrival));
     }
-    // Whether in time or not: what is left then is what is cut.
-    let _ = tokio::time::timeout(limits.drain, graceful.shutdown()).await;
+    tokio::select! {
+        () = graceful.shutdown() => {}
+        _ = stop.wait_for(|stop| *stop == Stop::Now) => {}
+    }
     while connections.try_join_next().is_some() {}
     Ok(connections.len())
 }
@@ -133,11 +148,14 @@ where
 fn answer<S, B>(
     service: &Mutex<S>,
     request: hyper::Request<Incoming>,
-) -> impl Future<Output = Result<S::Response, S::Error>> + use<S, B>
+    reset: &Reset,
+) -> impl Future<Output = Result<http::Response<ResetOnFailure<B>>, S::Error>> + use<S, B>
 where
     S: Service<Request, Response = http::Response<B>>,
+    B: Body,
 {
     let last = ends_connection(&request);
+    let reset = reset.of_version(request.version());
     // hyper drops the future unpolled if the client has sent all of its request and gone; what outlives
     // its client is begun by this call. Boxed, since not each connection has room for it.
     let answer = Box::pin(call(service, request.map(boxed)));
@@ -147,7 +165,7 @@ where
             let headers = answer.headers_mut();
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        Ok(answer)
+        Ok(answer.map(|body| ResetOnFailure::new(body, reset)))
     }
 }
 
@@ -196,12 +214,12 @@ async fn open(
     socket: Socket,
     limit: Duration,
     idle: Duration,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
 ) -> Option<Stream> {
     let opened = tokio::select! {
         biased; // without TLS it is open at once
         opened = timeout(limit, socket.open(idle)) => opened,
-        _ = stop.wait_for(|stop| *stop) => return None,
+        _ = stop.wait_for(|stop| *stop > Stop::Never) => return None,
     };
     match opened {
         Ok(Ok(stream)) => return Some(stream),

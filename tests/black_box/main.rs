@@ -14,6 +14,7 @@ mod credential_command;
 mod credentials;
 mod detach;
 mod docs;
+mod drain;
 mod egress;
 mod families;
 mod faults;

@@ -1,7 +1,7 @@
 //! What is malformed, ambiguous, smuggled or slow costs upstream nothing and no other client its time.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::TcpListener,
     sync::{Arc, Mutex},
     thread,
@@ -11,8 +11,8 @@ use std::{
 use tokio::time::Instant;
 
 use crate::support::{
-    Message, Proxy, SUCCESS, Signal, Upstream, get, kling, post, raw, reply, request, send,
-    started, started_with,
+    Gate, Message, Proxy, SUCCESS, Signal, Step, Upstream, get, kling, post, raw, reply, request,
+    send, started, started_with,
 };
 
 /// Where a request must not end or go on, this one waits to be taken for the next.
@@ -629,6 +629,21 @@ fn client_of_http_1_0_is_answered_once_and_without_chunks() {
         "{answer}"
     );
     assert_eq!(upstream.first_lines(), ["GET /v1/x HTTP/1.1"]);
+}
+
+/// Its body ends with the connection: a clean end would make what was cut off look whole.
+#[test]
+fn answer_to_http_1_0_that_is_cut_off_ends_with_a_reset() {
+    let (upstream, proxy) = started();
+    let start = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nabcde\r\n";
+    let gate = Gate::default();
+    let wait = gate.clone();
+    upstream.script(move |_| vec![send(start), Step::Wait(wait.clone()), Step::Close]);
+    let mut client = proxy.connect();
+    client.send("GET /v1/x HTTP/1.0\r\nhost: localhost\r\n\r\n");
+    assert_eq!(client.head().status(), 200);
+    gate.open();
+    assert_eq!(client.end(), Err(io::ErrorKind::ConnectionReset));
 }
 
 #[test]

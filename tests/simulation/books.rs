@@ -8,6 +8,8 @@ use crate::plan::{Kind, Plan};
 /// as long as connecting, its body, upstream's answer and an error's body may take, with the waits
 /// between them.
 const LONGEST: u64 = 3 * (5_000 + 90_000 + 60_000 + 30_000) + 3_000;
+/// How long upstream may take to read what was sent: it opens its window a moment after each frame.
+const READING: u64 = 5;
 /// How long the proxy listens for an answer after 9102.
 const LISTENING: u64 = 300_000;
 
@@ -57,6 +59,8 @@ pub(crate) struct Arrival {
     pub(crate) begun: u64,
     /// When the last byte of it was there.
     pub(crate) whole: Option<u64>,
+    /// Whether upstream has begun to answer it.
+    pub(crate) answering: bool,
     /// Whether upstream said that it did nothing with it.
     pub(crate) refused: bool,
     /// The task that was made of it.
@@ -110,7 +114,7 @@ impl Books {
                 broken("sent after its client had left or was told its outcome");
             }
             if let (Some(whole), Some(told)) = (arrival.whole, told)
-                && whole > told
+                && whole > told + READING
             {
                 broken("completed after its client was told its outcome");
             }
@@ -143,8 +147,8 @@ impl Books {
         let is_ending = self.told_to_end.is_some_and(|end| at >= end);
         match told {
             Told::NotAccepted if !is_ending => broken("not accepted"),
-            // An answer whose head was there may be cut off, by upstream or at the end.
-            Told::CutOff if !is_ending && !entry.arrivals.iter().any(|a| a.whole.is_some()) => {
+            // Only an answer whose head was there may be cut off.
+            Told::CutOff if !entry.is_shut_out(self.told_to_end) && !entry.is_answering() => {
                 broken("cut off without an answer")
             }
             _ => None,
@@ -158,6 +162,20 @@ impl Books {
                 .iter()
                 .any(|line| line != "sending" && line != "sending again")
         })
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    fn is_answering(&self) -> bool {
+        self.arrivals.iter().any(|arrival| arrival.answering)
+    }
+
+    /// Returns true if it came when no connection was taken any more, or so shortly before that none was
+    /// served.
+    fn is_shut_out(&self, told_to_end: Option<u64>) -> bool {
+        told_to_end.is_some_and(|end| self.begun >= end)
     }
 }
 

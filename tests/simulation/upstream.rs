@@ -109,6 +109,7 @@ impl Request {
             entry.arrivals.push(Arrival {
                 begun: now,
                 whole: None,
+                answering: false,
                 refused: false,
                 task: None,
                 answered: None,
@@ -150,6 +151,10 @@ impl Request {
         if self.world.note(|books| is_create(&books.requests[&name])) {
             self.note(|arrival, _| arrival.task = Some(task));
         }
+    }
+
+    fn begin_answer(&self) {
+        self.note(|arrival, _| arrival.answering = true);
     }
 
     /// The whole answer will be written, after a pause inside of it.
@@ -257,6 +262,7 @@ async fn exchange_http1(world: &World, stream: &mut BufReader<DuplexStream>) -> 
     if !cut {
         request.answer(pause);
     }
+    request.begin_answer();
     stream.write_all(head.as_bytes()).await?;
     stream.write_all(first.as_bytes()).await?;
     wait(pause).await;
@@ -369,10 +375,11 @@ async fn exchange_http2(
     request.carry_out();
     wait(after).await;
     let body = request.success();
-    let (first, last) = body.split_at(10);
+    let (first, rest) = body.split_at(10);
     if !cut && !lost.load(Relaxed) {
         request.answer(pause);
     }
+    request.begin_answer();
     let Some(mut stream) = send_http2(&mut respond, 200, first, Some(body.len())) else {
         return;
     };
@@ -383,7 +390,7 @@ async fn exchange_http2(
     if cut {
         stream.send_reset(Reason::INTERNAL_ERROR);
     } else {
-        let _ = stream.send_data(last.to_owned().into(), true);
+        let _ = stream.send_data(rest.to_owned().into(), true);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Runs a plan.
 
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -8,14 +9,14 @@ use kling_proxy::lifecycle::Phase;
 use kling_proxy::metrics::Metrics;
 use kling_proxy::rules::Rules;
 use kling_proxy::secret::Secret;
-use kling_proxy::server::{self, Limits, Listener, Worker};
+use kling_proxy::server::{self, Limits, Listener, Stop, Worker};
 use kling_proxy::settings::{Flags, Settings};
 use kling_proxy::stack::{Parts, Shared};
 use kling_proxy::token::Credential;
 use tokio::runtime;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::TaskTracker;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -37,6 +38,8 @@ pub(crate) struct World {
 /// The wall clock of a run: it goes with the simulated time.
 struct SimulatedClock(Instant);
 
+/// How long clients have to read the last answers.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
 /// Longer than any late answer is waited for.
 const AFTERMATH: Duration = Duration::from_secs(400);
 
@@ -95,14 +98,12 @@ async fn simulate(world: World) {
     let shared = proxy(&world);
     shared.lifecycle.enter(Phase::Ready);
     let (connect, listener) = mpsc::channel(1);
-    let (stop, stopped) = watch::channel(false);
+    let (stop, stopped) = watch::channel(Stop::Never);
     let creates = TaskTracker::new();
-    let drain = Duration::from_millis(world.note(|books| books.drain));
     let limits = Limits {
         connections: Arc::new(Semaphore::new(1_000)),
         header_timeout: Duration::from_mins(1),
         idle: Duration::from_secs(30),
-        drain,
     };
     let serving = tokio::spawn(server::run(
         vec![Listener::Memory(listener)],
@@ -131,12 +132,21 @@ async fn simulate(world: World) {
     }
     let now = world.now();
     world.note(|books| books.told_to_end = Some(now));
+    // As `serve` does it.
     shared.lifecycle.enter(Phase::Draining);
-    stop.send_replace(true);
-    let deadline = Instant::now() + drain;
-    serving.await.unwrap().unwrap();
+    stop.send_replace(Stop::Drain);
     creates.close();
-    let _ = timeout_at(deadline, creates.wait()).await;
+    let mut all_ended = pin!(async {
+        serving.await.unwrap().unwrap();
+        creates.wait().await;
+    });
+    let drain = Duration::from_millis(world.note(|books| books.drain));
+    if timeout(drain, &mut all_ended).await.is_err() {
+        shared.lifecycle.enter(Phase::Ended);
+        if timeout(LAST_ANSWERS, &mut all_ended).await.is_err() {
+            stop.send_replace(Stop::Now);
+        }
+    }
     let now = world.now();
     world.note(|books| books.ended = Some(now));
     drop(shared);

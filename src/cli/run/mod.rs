@@ -81,12 +81,7 @@ pub(super) fn run(
         // Not before: the command has the limit that we were started with.
         raise_descriptor_limit();
         let status = accompany(child, &mut running, &mut signals).await?;
-        tokio::select! {
-            ended = running.end() => ended?,
-            () = signals.insist() => {
-                return Err(Failure::new(Exit::Failed, "stopped at once by a second signal"));
-            }
-        }
+        running.end(signals.insist()).await?;
         Ok(ExitCode::from(code(status)))
     });
     // A name that is still being resolved must not keep the process.

@@ -11,6 +11,8 @@ mod systemd;
 
 use std::ffi::OsString;
 
+use tokio::time::Instant;
+
 pub(super) use self::configuration::Configuration;
 pub(super) use self::listeners::Listeners;
 pub(super) use self::process::{hide_memory, raise_descriptor_limit};
@@ -66,16 +68,14 @@ async fn serve(proxy: Proxy, configuration: Configuration) -> Result<(), Failure
     );
     let manager = Manager::new(&configuration.environment);
     let mut running = proxy.start(configuration, manager, Some(hang_up))?;
-    tokio::select! {
-        () = signals.next() => {}
-        asked = running.asked_to_end() => asked?,
-    }
-    tokio::select! {
-        ended = running.end() => ended,
-        () = signals.next() => {
-            Err(Failure::new(Exit::Failed, "stopped at once by a second signal"))
+    let first = tokio::select! {
+        () = signals.next() => Some(Instant::now()),
+        asked = running.asked_to_end() => {
+            asked?;
+            None
         }
-    }
+    };
+    running.end(signals.again(first)).await
 }
 
 /// One line a listener, with the port that it got.

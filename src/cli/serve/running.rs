@@ -7,6 +7,7 @@
 //! files have a thread to wait on.
 
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use std::time::Duration;
 use tokio::signal::unix::Signal;
 use tokio::sync::{Notify, Semaphore, mpsc, watch as latch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::configuration::Configuration;
@@ -26,7 +27,7 @@ use super::systemd::Manager;
 use crate::admin::Control;
 use crate::cli::{Exit, Failure, runtime};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::server::{self, Limits, Listener, SocketFile, Worker};
+use crate::server::{self, Limits, Listener, SocketFile, Stop, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
 
@@ -35,20 +36,26 @@ const MOST_THREADS: usize = 4;
 /// The admin listener's own bound: probes and scrapers are few.
 const ADMIN_CONNECTIONS: usize = 64;
 
+/// How long clients have to read the answers that they get at the end of the drain.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
+/// How long the threads have after that to log what they give up.
+const LAST_LINES: Duration = Duration::from_millis(600);
+
 /// A proxy that serves.
 pub(in crate::cli) struct Running {
     lifecycle: Arc<Lifecycle>,
     manager: Arc<Manager>,
     delay: Duration,
+    drain: Duration,
     socket_file: Option<SocketFile>,
     /// Told by the admin listener to end.
     quit: Arc<Notify>,
     /// Tells the threads to end.
-    stop: latch::Sender<bool>,
+    stop: latch::Sender<Stop>,
     threads: mpsc::UnboundedReceiver<Ended>,
     others: JoinSet<io::Result<usize>>,
     /// They serve until the last request has ended, so nobody tells them to stop.
-    _serving: latch::Sender<bool>,
+    _serving: latch::Sender<Stop>,
 }
 
 /// How a thread ended.
@@ -79,6 +86,7 @@ impl Proxy {
             listeners,
             sandbox,
             delay,
+            drain,
         } = self;
         let exposed = listeners.are_exposed();
         let Listeners {
@@ -89,9 +97,9 @@ impl Proxy {
         } = listeners;
 
         let quit = Arc::new(Notify::new());
-        let (stop, stopped) = latch::channel(false);
+        let (stop, stopped) = latch::channel(Stop::Never);
         let threads = start_threads(data, &shared, &limits, &stopped).map_err(failed)?;
-        let (serving, never) = latch::channel(false);
+        let (serving, never) = latch::channel(Stop::Never);
         let mut others = JoinSet::new();
         let own = |connections| Limits {
             connections: Arc::new(Semaphore::new(connections)),
@@ -136,6 +144,7 @@ impl Proxy {
             lifecycle,
             manager,
             delay,
+            drain,
             socket_file,
             quit,
             stop,
@@ -171,31 +180,72 @@ impl Running {
     }
 
     /// Ends in order: not ready but serving, as it is already, then nothing new, then what is in
-    /// flight.
-    pub(in crate::cli) async fn end(mut self) -> Result<(), Failure> {
+    /// flight. If somebody has `insisted`, what is in flight is given up at once.
+    ///
+    /// # Errors
+    ///
+    /// Somebody has insisted.
+    pub(in crate::cli) async fn end(
+        mut self,
+        insisted: impl Future<Output = ()>,
+    ) -> Result<(), Failure> {
         tracing::info!("shutting down");
         self.lifecycle.enter(Phase::Stopping);
         self.manager.stopping();
-        tokio::time::sleep(self.delay).await;
+        let mut insisted = pin!(insisted);
+        let mut is_insisted = tokio::select! {
+            () = sleep(self.delay) => false,
+            () = &mut insisted => true,
+        };
         self.lifecycle.enter(Phase::Draining);
         // Before the socket is closed: then nobody finds a file that does not answer.
-        drop(self.socket_file);
-        self.stop.send_replace(true);
-        let mut cut = Cut::default();
-        while let Some(ended) = self.threads.recv().await {
-            let ended = ended.map_err(|error| Failure::because(Exit::Failed, &error))?;
-            cut.connections += ended.connections;
-            cut.creates += ended.creates;
+        drop(self.socket_file.take());
+        self.stop.send_replace(Stop::Drain);
+        let (drain, mut cut) = (self.drain, Cut::default());
+        let mut is_over = false;
+        if !is_insisted {
+            tokio::select! {
+                () = self.ended(&mut cut) => is_over = true,
+                () = sleep(drain) => {}
+                () = insisted => is_insisted = true,
+            }
         }
-        if cut.connections + cut.creates > 0 {
-            tracing::warn!(
-                cut.connections,
-                cut.creates,
-                "shutdown.drain is over: what was in flight is cut"
-            );
+        if !is_over {
+            self.give_up(&mut cut).await;
         }
         tracing::info!("shut down");
+        if is_insisted {
+            let message = "stopped at once by a second signal";
+            return Err(Failure::new(Exit::Failed, message));
+        }
         Ok(())
+    }
+
+    /// Answers what is still in flight, and cuts what does not end by that.
+    async fn give_up(&mut self, cut: &mut Cut) {
+        self.lifecycle.enter(Phase::Ended);
+        let _ = timeout(LAST_ANSWERS, self.ended(cut)).await;
+        self.stop.send_replace(Stop::Now);
+        // A thread that is stuck does not keep the process.
+        let _ = timeout(LAST_LINES, self.ended(cut)).await;
+        tracing::warn!(
+            cut.connections,
+            cut.creates,
+            "shutdown.drain is over: what was in flight is cut"
+        );
+    }
+
+    /// Waits until all threads have ended, and adds up what they cut.
+    async fn ended(&mut self, cut: &mut Cut) {
+        while let Some(ended) = self.threads.recv().await {
+            match ended {
+                Ok(ended) => {
+                    cut.connections += ended.connections;
+                    cut.creates += ended.creates;
+                }
+                Err(error) => tracing::warn!(%error, "a thread failed"),
+            }
+        }
     }
 }
 
@@ -217,7 +267,7 @@ fn start_threads(
     mut listeners: Vec<Listener>,
     shared: &Shared,
     limits: &Limits,
-    stopped: &latch::Receiver<bool>,
+    stopped: &latch::Receiver<Stop>,
 ) -> io::Result<mpsc::UnboundedReceiver<Ended>> {
     let (sender, ended) = mpsc::unbounded_channel();
     let cores = thread::available_parallelism().map_or(1, usize::from);
@@ -247,22 +297,19 @@ async fn serve(
     worker: Worker,
     shared: &Shared,
     limits: Limits,
-    stopped: latch::Receiver<bool>,
+    stop: latch::Receiver<Stop>,
 ) -> Ended {
-    let carried = TaskTracker::new();
-    let (drain, mut told) = (limits.drain, stopped.clone());
-    let connections = server::run(listeners, worker, shared.stack(&carried), limits, stopped);
-    let deadline = async {
+    let detached = TaskTracker::new();
+    let mut now = stop.clone();
+    let connections = server::run(listeners, worker, shared.stack(&detached), limits, stop).await?;
+    detached.close();
+    tokio::select! {
+        () = detached.wait() => {}
         // A sender that has gone is the word to stop too.
-        let _ = told.wait_for(|stop| *stop).await;
-        Ok(Instant::now() + drain)
-    };
-    let (connections, deadline) = tokio::try_join!(connections, deadline)?;
-    carried.close();
-    // Whether in time or not: what is left then is what is cut.
-    let _ = timeout_at(deadline, carried.wait()).await;
+        _ = now.wait_for(|stop| *stop == Stop::Now) => {}
+    }
     Ok(Cut {
         connections,
-        creates: carried.len(),
+        creates: detached.len(),
     })
 }

@@ -31,6 +31,7 @@ pub(in crate::cli) struct Proxy {
     pub(super) listeners: Listeners,
     pub(super) sandbox: Option<(Listener, Sandbox)>,
     pub(super) delay: Duration,
+    pub(super) drain: Duration,
 }
 
 // === impl Proxy ===
@@ -91,15 +92,15 @@ impl Proxy {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
             header_timeout: settings.limits.header_timeout,
             idle: settings.upstream.timeouts.idle,
-            drain: settings.shutdown.drain,
         };
-        let delay = settings.shutdown.delay;
+        let (delay, drain) = (settings.shutdown.delay, settings.shutdown.drain);
         Ok(Self {
             shared,
             limits,
             listeners,
             sandbox,
             delay,
+            drain,
         })
     }
 }

@@ -116,6 +116,12 @@ impl Connection {
         read_chunk(&mut self.0).expect("a chunk")
     }
 
+    /// Reads until the peer closes, and tells how it does.
+    pub fn end(&mut self) -> Result<(), io::ErrorKind> {
+        let read = io::copy(&mut self.0, &mut io::sink());
+        read.map(drop).map_err(|error| error.kind())
+    }
+
     /// Everything until the peer closes.
     pub fn rest(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();

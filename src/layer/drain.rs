@@ -1,0 +1,110 @@
+//! Answers what is still in flight when the drain is over. Without an answer a client would see its
+//! connection end, and some clients then send the request again.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use axum::response::Response;
+use pin_project_lite::pin_project;
+use tower::{Layer, Service};
+
+use crate::effect::Effect;
+use crate::error::Error;
+use crate::facts::Inbound;
+use crate::lifecycle::{Lifecycle, Phase};
+
+/// Adds [`Drain`] to a service.
+#[derive(Clone)]
+pub struct DrainLayer {
+    lifecycle: Arc<Lifecycle>,
+}
+
+/// Ends each request when the drain is over.
+#[derive(Clone)]
+pub struct Drain<S> {
+    inner: S,
+    lifecycle: Arc<Lifecycle>,
+}
+
+pin_project! {
+    /// Waits for the answer, or for the end of the drain.
+    pub struct DrainFuture<F> {
+        #[pin]
+        inner: F,
+        effect: Effect,
+        lifecycle: Arc<Lifecycle>,
+        // There once the drain has begun: shutting down polls each connection.
+        end: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    }
+}
+
+// === impl DrainLayer ===
+
+impl DrainLayer {
+    /// Obeys `lifecycle`.
+    pub fn new(lifecycle: Arc<Lifecycle>) -> Self {
+        Self { lifecycle }
+    }
+}
+
+impl<S> Layer<S> for DrainLayer {
+    type Service = Drain<S>;
+
+    fn layer(&self, inner: S) -> Drain<S> {
+        let lifecycle = Arc::clone(&self.lifecycle);
+        Drain { inner, lifecycle }
+    }
+}
+
+// === impl Drain ===
+
+impl<S> Service<Inbound> for Drain<S>
+where
+    S: Service<Inbound, Response = Response, Error = Error>,
+{
+    type Response = Response;
+    type Error = Error;
+    type Future = DrainFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, inbound: Inbound) -> Self::Future {
+        DrainFuture {
+            effect: Effect::of(&inbound.request),
+            inner: self.inner.call(inbound),
+            lifecycle: Arc::clone(&self.lifecycle),
+            end: None,
+        }
+    }
+}
+
+// === impl DrainFuture ===
+
+impl<F> Future for DrainFuture<F>
+where
+    F: Future<Output = Result<Response, Error>>,
+{
+    type Output = Result<Response, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Poll::Ready(answer) = this.inner.poll(cx) {
+            return Poll::Ready(answer);
+        }
+        if this.lifecycle.phase() < Phase::Draining {
+            return Poll::Pending;
+        }
+        let end = this.end.get_or_insert_with(|| {
+            let lifecycle = Arc::clone(this.lifecycle);
+            Box::pin(async move { lifecycle.ended().await })
+        });
+        ready!(end.as_mut().poll(cx));
+        Poll::Ready(Err(match this.effect {
+            Effect::Read => Error::Draining,
+            Effect::Create => Error::Disconnected("the proxy was shut down before that".into()),
+        }))
+    }
+}
