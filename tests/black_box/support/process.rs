@@ -27,10 +27,10 @@ const LOG_FILTER: &str = "BLACK_BOX_LOG_FILTER";
 
 /// A command line with its environment, ready to start. Ports are free ones, the home folder is new.
 pub struct Command {
-    command: std::process::Command,
+    process: std::process::Command,
     home: TempDir,
     /// Opened before anybody reads the log.
-    log_gate: Gate,
+    gate: Gate,
 }
 
 /// A running proxy; dropping it kills it.
@@ -68,11 +68,11 @@ impl Command {
             .env_clear()
             .env("HOME", home.path())
             .current_dir(home.path());
-        let log_gate = Gate::opened();
+        let gate = Gate::opened();
         Self {
-            command,
+            process: command,
             home,
-            log_gate,
+            gate,
         }
         .setting("listen.address", "127.0.0.1:0")
         .setting("admin.address", "127.0.0.1:0")
@@ -90,15 +90,15 @@ impl Command {
 
     pub fn env(mut self, name: &str, value: impl AsRef<str>) -> Self {
         match value.as_ref() {
-            "" => self.command.env_remove(name),
-            value => self.command.env(name, value),
+            "" => self.process.env_remove(name),
+            value => self.process.env(name, value),
         };
         self
     }
 
     /// Sets a variable to nothing, which is not the same as leaving it out.
     pub fn empty_env(mut self, name: &str) -> Self {
-        self.command.env(name, "");
+        self.process.env(name, "");
         self
     }
 
@@ -119,7 +119,7 @@ impl Command {
     }
 
     pub fn argument(mut self, argument: impl AsRef<str>) -> Self {
-        self.command.arg(argument.as_ref());
+        self.process.arg(argument.as_ref());
         self
     }
 
@@ -127,15 +127,15 @@ impl Command {
     pub fn after(mut self, first: &str) -> Self {
         let script = format!(r#"{first} exec "$0" "$@""#);
         let mut shell = std::process::Command::new("/bin/sh");
-        let variables = self.command.get_envs();
+        let variables = self.process.get_envs();
         shell
             .args(["-c", &script])
-            .arg(self.command.get_program())
-            .args(self.command.get_args())
+            .arg(self.process.get_program())
+            .args(self.process.get_args())
             .env_clear()
             .envs(variables.filter_map(|(name, value)| Some((name, value?))))
             .current_dir(self.home.path());
-        self.command = shell;
+        self.process = shell;
         self
     }
 
@@ -151,7 +151,7 @@ impl Command {
             child_fd,
         };
         let mappings = sockets.into_iter().zip(3..).map(mapping);
-        command.command.fd_mappings(mappings.collect()).unwrap();
+        command.process.fd_mappings(mappings.collect()).unwrap();
         command
     }
 
@@ -176,27 +176,27 @@ impl Command {
 
     /// Takes from it what root may do more than others.
     pub fn unprivileged(mut self) -> Self {
-        let variables = self.command.get_envs();
+        let variables = self.process.get_envs();
         let variables = variables.filter_map(|(name, value)| Some((name, value?)));
-        let mut command = unprivileged(self.command.get_program());
+        let mut command = unprivileged(self.process.get_program());
         command
-            .args(self.command.get_args())
+            .args(self.process.get_args())
             .env_clear()
             .envs(variables)
             .current_dir(self.home.path());
-        self.command = command;
+        self.process = command;
         self
     }
 
     /// Starts it out of the foreground of whatever terminal the tests have.
     pub fn in_background(mut self) -> Self {
-        self.command.process_group(0);
+        self.process.process_group(0);
         self
     }
 
     /// Lets nobody read the log before the gate is open.
     pub fn unread_log(mut self, gate: &Gate) -> Self {
-        self.log_gate = gate.clone();
+        self.gate = gate.clone();
         self
     }
 
@@ -218,14 +218,14 @@ impl Command {
 
     /// Starts a process whose main listener is announced by this name.
     pub fn listening(mut self, name: &str) -> Proxy {
-        let set = |name: &str| self.command.get_envs().any(|(known, _)| known == name);
+        let set = |name: &str| self.process.get_envs().any(|(known, _)| known == name);
         if let Ok(filter) = std::env::var(LOG_FILTER)
             && !set("KLING_PROXY_LOG__FILTER")
         {
             self = self.setting("log.filter", filter);
         }
         let mut child = self.spawn();
-        let (stdout, stderr) = lines(&mut child, self.log_gate.clone());
+        let (stdout, stderr) = lines(&mut child, self.gate.clone());
         let Some(address) = stdout.listener(name) else {
             child.kill().unwrap();
             panic!("no {name} listens: {}{}", stdout.to_end(), stderr.to_end());
@@ -242,7 +242,7 @@ impl Command {
     /// Runs a command to its end.
     pub fn run(mut self) -> Finished {
         let mut child = self.spawn();
-        let (stdout, stderr) = lines(&mut child, self.log_gate.clone());
+        let (stdout, stderr) = lines(&mut child, self.gate.clone());
         stdout.find(|_| false);
         // Whatever has not ended by now never will; the missing exit code says so.
         child.kill().unwrap();
@@ -255,7 +255,7 @@ impl Command {
     }
 
     fn spawn(&mut self) -> Child {
-        self.command
+        self.process
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -415,9 +415,9 @@ pub fn unprivileged(program: impl AsRef<OsStr>) -> std::process::Command {
     command
 }
 
-fn lines(child: &mut Child, log_gate: Gate) -> (Lines, Lines) {
+fn lines(child: &mut Child, gate: Gate) -> (Lines, Lines) {
     (
         Lines::of(child.stdout.take().unwrap(), Gate::opened()),
-        Lines::of(child.stderr.take().unwrap(), log_gate),
+        Lines::of(child.stderr.take().unwrap(), gate),
     )
 }
