@@ -81,6 +81,9 @@ pub enum Error {
     /// The connection was lost after the request was sent, before the head of an answer.
     #[error("upstream closed the connection before it answered")]
     Disconnected(#[source] BoxError),
+    /// The proxy was shut down while a create was in flight.
+    #[error("the proxy was shut down before upstream answered")]
+    ShutDown,
     /// There is no token.
     #[error("no credential can be sent")]
     Credentials(#[source] MintError),
@@ -186,7 +189,7 @@ impl Error {
             Self::Unreachable(_) => 9101,
             Self::UpstreamTimeout { .. } => 9102,
             Self::BadResponse { .. } | Self::NotHttp(_) => 9103,
-            Self::Disconnected(_) => 9104,
+            Self::Disconnected(_) | Self::ShutDown => 9104,
             Self::Credentials(_) => 9201,
             Self::Overloaded(_) => 9301,
             Self::Draining => 9302,
@@ -267,7 +270,7 @@ impl Error {
     pub fn resend(&self) -> Resend {
         match self {
             Self::Unreachable(_) => Resend::Unsent,
-            Self::UpstreamTimeout { .. } | Self::Disconnected(_) => Resend::Reads,
+            Self::UpstreamTimeout { .. } | Self::Disconnected(_) | Self::ShutDown => Resend::Reads,
             Self::BadResponse { answer, .. } => match answer.head.status {
                 StatusCode::BAD_GATEWAY
                 | StatusCode::SERVICE_UNAVAILABLE

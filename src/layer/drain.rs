@@ -104,7 +104,7 @@ where
         ready!(end.as_mut().poll(cx));
         Poll::Ready(Err(match this.effect {
             Effect::Read => Error::Draining,
-            Effect::Create => Error::Disconnected("the proxy was shut down before that".into()),
+            Effect::Create => Error::ShutDown,
         }))
     }
 }

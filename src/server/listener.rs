@@ -7,7 +7,7 @@ use std::net::{self, SocketAddr};
 use std::os::unix;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustls::ServerConfig;
@@ -277,6 +277,9 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        inner!(self.poll_shutdown(cx))
+        let reset = self.reset.clone();
+        ready!(inner!(self.poll_shutdown(cx)))?;
+        reset.shut_down();
+        Poll::Ready(Ok(()))
     }
 }

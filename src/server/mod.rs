@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use axum::extract::Request;
 use bytes::Bytes;
-use http::Method;
 use http::header::{CONNECTION, HeaderValue, UPGRADE};
+use http::{Method, Version};
 use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -28,7 +28,7 @@ pub use self::balance::Worker;
 use self::balance::{Arrival, Crew};
 use self::listener::{Acceptor, Socket, Stream};
 pub use self::listener::{Listener, bind};
-use self::reset::{Reset, ResetOnFailure};
+use self::reset::Reset;
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::error::BoxError;
@@ -149,13 +149,14 @@ fn answer<S, B>(
     service: &Mutex<S>,
     request: hyper::Request<Incoming>,
     reset: &Reset,
-) -> impl Future<Output = Result<http::Response<ResetOnFailure<B>>, S::Error>> + use<S, B>
+) -> impl Future<Output = Result<S::Response, S::Error>> + use<S, B>
 where
     S: Service<Request, Response = http::Response<B>>,
     B: Body,
 {
     let last = ends_connection(&request);
-    let reset = reset.of_version(request.version());
+    let old = request.version() < Version::HTTP_11;
+    let reset = old.then(|| reset.clone());
     // hyper drops the future unpolled if the client has sent all of its request and gone; what outlives
     // its client is begun by this call. Boxed, since not each connection has room for it.
     let answer = Box::pin(call(service, request.map(boxed)));
@@ -165,7 +166,10 @@ where
             let headers = answer.headers_mut();
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        Ok(answer.map(|body| ResetOnFailure::new(body, reset)))
+        if let Some(reset) = reset {
+            reset.begin(answer.body());
+        }
+        Ok(answer)
     }
 }
 

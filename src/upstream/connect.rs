@@ -41,14 +41,17 @@ pub(super) enum Connected {
 pub(super) enum Connection {
     /// The whole connection.
     Http1(Http1),
-    /// One stream of it.
-    Http2 {
-        connection: http2::Sender,
-        /// `None` once it is used.
-        slot: Option<http2::Slot>,
-        /// Each request needs scheme and authority.
-        origin: Arc<Origin>,
-    },
+    /// One stream of it. Boxed, since most connections are of HTTP/1.1.
+    Http2(Box<Http2>),
+}
+
+/// A free stream of an HTTP/2 connection.
+pub(super) struct Http2 {
+    connection: http2::Sender,
+    /// `None` once it is used.
+    slot: Option<http2::Slot>,
+    /// Each request needs scheme and authority.
+    origin: Arc<Origin>,
 }
 
 /// The sending side of an HTTP/1.1 connection.
@@ -155,11 +158,21 @@ impl Http1 {
 // === impl Connection ===
 
 impl Connection {
+    /// A free stream of an HTTP/2 connection, if there is one.
+    pub(super) fn stream_of(connection: &http2::Sender, origin: &Arc<Origin>) -> Option<Self> {
+        let slot = connection.reserve()?;
+        Some(Self::Http2(Box::new(Http2 {
+            connection: connection.clone(),
+            slot: Some(slot),
+            origin: Arc::clone(origin),
+        })))
+    }
+
     /// Sends a request at once.
     pub(super) fn send(&mut self, mut request: Request, progress: &Arc<Progress>) -> Sent {
-        let (slot, origin) = match self {
+        let Http2 { slot, origin, .. } = match self {
             Self::Http1(connection) => return connection.send(request),
-            Self::Http2 { slot, origin, .. } => (slot, origin),
+            Self::Http2(stream) => &mut **stream,
         };
         *request.version_mut() = Version::HTTP_2;
         *request.uri_mut() = origin.uri(path_and_query(&request));
@@ -184,7 +197,7 @@ impl Connection {
     pub(super) fn is_flushed(&self) -> bool {
         match self {
             Self::Http1(connection) => connection.flushed.is_complete(),
-            Self::Http2 { connection, .. } => connection.is_flushed(),
+            Self::Http2(stream) => stream.connection.is_flushed(),
         }
     }
 
@@ -193,7 +206,7 @@ impl Connection {
         match self {
             // It goes back to nobody.
             Self::Http1(_) => {}
-            Self::Http2 { connection, .. } => connection.retire(),
+            Self::Http2(stream) => stream.connection.retire(),
         }
     }
 }

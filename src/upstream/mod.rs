@@ -199,7 +199,16 @@ impl Way {
             create,
         };
         async move {
-            let outcome = exchange.run(first).await;
+            let outcome = match exchange.answer(first).await {
+                Ok(mut answer) => {
+                    let verdict = answer::judge(&mut answer).await;
+                    let outcome = pass(answer, verdict);
+                    exchange.way.learn(&outcome, exchange.progress.since());
+                    outcome
+                }
+                // The client's fault is the cause; what upstream made of it only follows from that.
+                Err(error) => Err(exchange.progress.take_fault().unwrap_or(error)),
+            };
             if let (Some(create), Err(error)) = (&exchange.create, &outcome)
                 && error.proves_no_task()
             {
@@ -241,21 +250,6 @@ impl Way {
 // === impl Exchange ===
 
 impl Exchange {
-    /// Waits for the answer and judges it.
-    async fn run(
-        &self,
-        first: Result<(Connection, Sent), Box<Request>>,
-    ) -> Result<Response, Error> {
-        let answer = match self.answer(first).await {
-            Ok(answer) => answer,
-            // The client's fault is the cause; what upstream made of it only follows from that.
-            Err(error) => return Err(self.progress.take_fault().unwrap_or(error)),
-        };
-        let outcome = judge(answer).await;
-        self.way.learn(&outcome, self.progress.since());
-        outcome
-    }
-
     /// The answer on the first connection, if there was one, or on the next.
     async fn answer(
         &self,
@@ -347,7 +341,9 @@ impl Exchange {
         let idle = self.way.timeouts.idle;
         let late = LateAnswer::new(async move {
             let answer = sent.await.map_err(SendError::into_error)?;
-            judge(answer.map(|body| Download::new(body, lease, idle))).await
+            let mut answer = answer.map(|body| Download::new(body, lease, idle));
+            let verdict = answer::judge(&mut answer).await;
+            pass(answer, verdict)
         });
         Error::UpstreamTimeout {
             limit,
@@ -386,9 +382,8 @@ impl Service<Attempt> for Upstream {
     }
 }
 
-/// Tells an answer from an error.
-async fn judge(mut answer: http::Response<Download>) -> Result<Response, Error> {
-    let verdict = answer::judge(&mut answer).await;
+/// The outcome of an answer.
+fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Response, Error> {
     if answer.status().is_informational() {
         return Err(Error::NotHttp("upstream switched protocols unasked".into()));
     }

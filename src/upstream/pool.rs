@@ -309,13 +309,9 @@ impl Kept {
         self.shared
             .retain(|(connection, since)| connection.is_usable() && is_young(*since, now));
         self.shared.iter_mut().find_map(|(connection, since)| {
-            let slot = connection.reserve()?;
+            let stream = Connection::stream_of(connection, &self.origin)?;
             *since = now;
-            Some(Connection::Http2 {
-                connection: connection.clone(),
-                slot: Some(slot),
-                origin: Arc::clone(&self.origin),
-            })
+            Some(stream)
         })
     }
 

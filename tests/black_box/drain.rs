@@ -1,11 +1,11 @@
 //! What the end of the process gives up is told: to its client, and to the log.
 
-use std::thread;
+use std::{io::ErrorKind, thread};
 
 use tokio::time::{Duration, Instant};
 
 use crate::support::{
-    Connection, Proxy, Signal, Step, Upstream, documented, get, post, started_with,
+    Connection, Proxy, Signal, Step, Upstream, documented, get, post, send, started_with,
 };
 
 /// Signals within this time count as one.
@@ -100,10 +100,11 @@ fn signals_in_the_same_moment_are_one() {
     let mut client = proxy.connect();
     client.send(post("/v1/x", "{}"));
     upstream.wait(|seen| seen.requests.len() == 1);
-    for _ in 0..3 {
-        proxy.signal(Signal::TERM);
-    }
+    proxy.signal(Signal::TERM);
     shutting_down(&proxy);
+    proxy.signal(Signal::INT);
+    // The same thread takes signals and answers there.
+    assert_eq!(proxy.admin("/health/live").status(), 200);
     gate.open();
     assert_eq!(client.answer().status(), 200);
     assert_eq!(proxy.end().0, Some(0));
@@ -125,6 +126,25 @@ fn signal_after_quit_is_the_first() {
     gate.open();
     assert_eq!(client.answer().status(), 200);
     assert_eq!(proxy.end().0, Some(0));
+}
+
+/// To its client it would look whole otherwise.
+#[test]
+fn answer_to_http_1_0_that_is_cut_by_the_end_ends_with_a_reset() {
+    let (upstream, proxy) = started_with(&[("shutdown.drain", "100ms")]);
+    let start = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nabcde\r\n";
+    upstream.script(move |_| vec![send(start), Step::Hang]);
+    let mut client = proxy.connect();
+    client.send("GET /v1/x HTTP/1.0\r\nhost: localhost\r\n\r\n");
+    assert_eq!(client.head().status(), 200);
+    proxy.signal(Signal::TERM);
+    assert_eq!(client.end(), Err(ErrorKind::ConnectionReset));
+    let (code, log) = proxy.end();
+    assert_eq!(code, Some(0));
+    assert!(
+        log.contains(r#""cut.requests":1,"cut.connections":1"#),
+        "{log}"
+    );
 }
 
 #[test]

@@ -79,15 +79,19 @@ impl Signals {
         }
     }
 
-    /// Waits, once the command has ended, until we are told to end again.
+    /// Waits, once the command has ended, until we are told to end again. What comes in the moment of
+    /// the first time, or of the command's end, is the same word.
     pub(super) async fn insist(&mut self) {
-        let ended = Instant::now();
+        let mut told = self.told.then(Instant::now);
         loop {
-            let ending = ENDING.contains(&self.next().await);
-            if ending && self.told && ended.elapsed() > LAG {
-                return;
+            if !ENDING.contains(&self.next().await) {
+                continue;
             }
-            self.told |= ending;
+            match told {
+                Some(told) if told.elapsed() > LAG => return,
+                Some(_) => {}
+                None => told = Some(Instant::now()),
+            }
         }
     }
 }

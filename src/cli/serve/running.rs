@@ -27,6 +27,7 @@ use super::systemd::Manager;
 use crate::admin::Control;
 use crate::cli::{Exit, Failure, runtime};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::Metrics;
 use crate::server::{self, Limits, Listener, SocketFile, Stop, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
@@ -44,6 +45,7 @@ const LAST_LINES: Duration = Duration::from_millis(600);
 /// A proxy that serves.
 pub(in crate::cli) struct Running {
     lifecycle: Arc<Lifecycle>,
+    metrics: Arc<Metrics>,
     manager: Arc<Manager>,
     delay: Duration,
     drain: Duration,
@@ -61,12 +63,15 @@ pub(in crate::cli) struct Running {
 /// How a thread ended.
 type Ended = io::Result<Cut>;
 
-/// What had to be cut in the end.
+/// How the threads ended.
 #[derive(Default)]
 struct Cut {
+    /// Connections that had to be cut.
     connections: usize,
-    /// Many of them those of the connections.
+    /// Creates that had to be cut, many of them those of the connections.
     creates: usize,
+    /// Why a thread failed, if one did.
+    failure: Option<io::Error>,
 }
 
 // === impl Proxy ===
@@ -127,6 +132,7 @@ impl Proxy {
         }
         keep_warm(&shared, configuration.settings.upstream.warmth);
         let lifecycle = Arc::clone(&shared.lifecycle);
+        let metrics = Arc::clone(&shared.metrics);
         let manager = Arc::new(manager);
         let reload = Reload {
             configuration,
@@ -142,6 +148,7 @@ impl Proxy {
         manager.ready();
         Ok(Running {
             lifecycle,
+            metrics,
             manager,
             delay,
             drain,
@@ -184,7 +191,7 @@ impl Running {
     ///
     /// # Errors
     ///
-    /// Somebody has insisted.
+    /// A thread failed, or somebody has insisted.
     pub(in crate::cli) async fn end(
         mut self,
         insisted: impl Future<Output = ()>,
@@ -211,9 +218,12 @@ impl Running {
             }
         }
         if !is_over {
-            self.give_up(&mut cut).await;
+            self.give_up(&mut cut, is_insisted).await;
         }
         tracing::info!("shut down");
+        if let Some(error) = cut.failure {
+            return Err(Failure::because(Exit::Failed, &error));
+        }
         if is_insisted {
             let message = "stopped at once by a second signal";
             return Err(Failure::new(Exit::Failed, message));
@@ -222,16 +232,23 @@ impl Running {
     }
 
     /// Answers what is still in flight, and cuts what does not end by that.
-    async fn give_up(&mut self, cut: &mut Cut) {
+    async fn give_up(&mut self, cut: &mut Cut, is_insisted: bool) {
+        let requests = self.metrics.in_flight();
         self.lifecycle.enter(Phase::Ended);
         let _ = timeout(LAST_ANSWERS, self.ended(cut)).await;
         self.stop.send_replace(Stop::Now);
         // A thread that is stuck does not keep the process.
         let _ = timeout(LAST_LINES, self.ended(cut)).await;
         tracing::warn!(
+            cut.requests = requests,
             cut.connections,
             cut.creates,
-            "shutdown.drain is over: what was in flight is cut"
+            "{}: what was in flight is cut",
+            if is_insisted {
+                "a second signal"
+            } else {
+                "shutdown.drain is over"
+            }
         );
     }
 
@@ -243,7 +260,7 @@ impl Running {
                     cut.connections += ended.connections;
                     cut.creates += ended.creates;
                 }
-                Err(error) => tracing::warn!(%error, "a thread failed"),
+                Err(error) => cut.failure = Some(error),
             }
         }
     }
@@ -311,5 +328,6 @@ async fn serve(
     Ok(Cut {
         connections,
         creates: detached.len(),
+        failure: None,
     })
 }
