@@ -1,7 +1,7 @@
 //! A client that sends exactly the bytes it is given.
 
 use std::{
-    io::{self, BufReader, Read, Write},
+    io::{self, BufRead as _, BufReader, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::Path,
@@ -114,6 +114,22 @@ impl Connection {
 
     pub fn chunk(&mut self) -> Option<Vec<u8>> {
         read_chunk(&mut self.0).expect("a chunk")
+    }
+
+    /// Waits so long for the first byte of an answer, or for the end of the connection.
+    pub fn is_answered_within(&mut self, patience: Duration) -> bool {
+        self.0
+            .get_ref()
+            .tcp()
+            .set_read_timeout(Some(patience))
+            .unwrap();
+        let answered = self.0.fill_buf().is_ok();
+        self.0
+            .get_ref()
+            .tcp()
+            .set_read_timeout(Some(PATIENCE))
+            .unwrap();
+        answered
     }
 
     /// Reads until the peer closes, and tells how it does.
