@@ -1,16 +1,17 @@
 //! Connections to the one upstream, of either version of HTTP, and what can be done with one.
 
+use std::future::ready;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
 use axum::extract::Request;
-use futures_util::FutureExt;
-use futures_util::future::{self, Either};
 use http::header::{HOST, TRANSFER_ENCODING};
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Uri, Version};
 use http_body::Body as _;
+use hyper::body;
 use hyper::client::conn::{TrySendError, http1};
 use hyper_util::rt::TokioIo;
 
@@ -63,8 +64,12 @@ pub(super) struct Http1 {
 /// Waits for the answer to what was sent. Dropped before that, it closes the connection (HTTP/1.1) or
 /// resets the stream (HTTP/2), so that a body cut short never looks complete. Boxed, since it has room
 /// for the request, if that comes back.
-pub(super) type Sent =
-    Pin<Box<dyn Future<Output = Result<http::Response<Incoming>, SendError>> + Send>>;
+pub(super) enum Sent {
+    Http1(Waiting<body::Incoming, TrySendError<Request>>),
+    Http2(Waiting<http2::Body, SendError>),
+}
+
+type Waiting<B, E> = Pin<Box<dyn Future<Output = Result<http::Response<B>, E>> + Send>>;
 
 /// Why there is no answer.
 #[derive(Debug)]
@@ -147,11 +152,7 @@ impl Http1 {
             let chunked = HeaderValue::from_static("chunked");
             request.headers_mut().insert(TRANSFER_ENCODING, chunked);
         }
-        let answer = self.sender.try_send_request(request);
-        Box::pin(answer.map(|answer| match answer {
-            Ok(answer) => Ok(answer.map(Incoming::from)),
-            Err(error) => Err(error.into()),
-        }))
+        Sent::Http1(Box::pin(self.sender.try_send_request(request)))
     }
 }
 
@@ -187,9 +188,9 @@ impl Connection {
                 "the stream is used".into(),
             )),
         };
-        Box::pin(match sent {
-            Ok(answer) => Either::Left(answer.map(|answer| Ok(answer?.map(Incoming::from)))),
-            Err(error) => Either::Right(future::ready(Err(error))),
+        Sent::Http2(match sent {
+            Ok(answer) => Box::pin(answer),
+            Err(error) => Box::pin(ready(Err(error))),
         })
     }
 
@@ -208,6 +209,22 @@ impl Connection {
             Self::Http1(_) => {}
             Self::Http2(stream) => stream.connection.retire(),
         }
+    }
+}
+
+// === impl Sent ===
+
+impl Future for Sent {
+    type Output = Result<http::Response<Incoming>, SendError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Poll::Ready(match self.get_mut() {
+            Self::Http1(answer) => match ready!(answer.as_mut().poll(cx)) {
+                Ok(answer) => Ok(answer.map(Incoming::from)),
+                Err(error) => Err(error.into()),
+            },
+            Self::Http2(answer) => Ok(ready!(answer.as_mut().poll(cx))?.map(Incoming::from)),
+        })
     }
 }
 

@@ -36,7 +36,8 @@ pub(super) struct Download {
 /// A body as a connection brings it.
 pub(super) enum Incoming {
     Http1(Pieces),
-    Http2(http2::Body),
+    /// Boxed, since it is large, and answers are moved.
+    Http2(Box<http2::Body>),
 }
 
 /// The connection that a body comes over. It goes back to its pool when the exchange is over, and is
@@ -57,7 +58,7 @@ impl From<body::Incoming> for Incoming {
 
 impl From<http2::Body> for Incoming {
     fn from(body: http2::Body) -> Self {
-        Self::Http2(body)
+        Self::Http2(Box::new(body))
     }
 }
 
@@ -68,7 +69,7 @@ impl Body for Incoming {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Step>> {
         match self.get_mut() {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(BoxError::from),
-            Self::Http2(body) => Pin::new(body).poll_frame(cx).map_err(BoxError::from),
+            Self::Http2(body) => Pin::new(&mut **body).poll_frame(cx).map_err(BoxError::from),
         }
     }
 
