@@ -14,30 +14,38 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::CREATES;
 
 /// The queue of this process.
-pub(super) static QUEUE: Queue = Queue::new();
+pub(super) static QUEUE: Queue = Queue::new(MOST, PATIENCE);
 
 /// Lines that were dropped since the start, because the queue was full or could not be written.
 pub(super) static DROPPED: AtomicU64 = AtomicU64::new(0);
 
 /// Lines that wait to be written, within a bound.
 pub(super) struct Queue {
+    /// The most that waits or is being written, in bytes.
+    capacity: usize,
+    /// How long the line of a create waits for room.
+    patience: Duration,
     state: Mutex<State>,
-    /// Notified when there are lines.
+    /// Notified when the first line comes.
     filled: Condvar,
-    /// Notified when lines were written.
+    /// Notified when lines were written, if a thread waits for that.
     written: Condvar,
 }
 
 struct State {
     lines: Vec<u8>,
-    /// Whether some are being written.
-    is_writing: bool,
+    /// How many bytes the writer has taken and not written yet.
+    taken: usize,
     /// Lines that were dropped since the log told so.
     dropped: u64,
-    /// Whether lines were dropped and none was written since.
+    /// Whether the writer is about to log how many were dropped.
+    is_telling: bool,
+    /// Whether lines found no room, and none was written since.
     is_stuck: bool,
     /// Whether a line waited for room in vain, and none was written since.
     was_in_vain: bool,
+    /// How many threads wait for lines to be written.
+    waiting: usize,
 }
 
 /// Puts each line into the queue.
@@ -64,14 +72,18 @@ const MOMENT: Duration = Duration::from_millis(10);
 // === impl Queue ===
 
 impl Queue {
-    const fn new() -> Self {
+    const fn new(capacity: usize, patience: Duration) -> Self {
         Self {
+            capacity,
+            patience,
             state: Mutex::new(State {
                 lines: Vec::new(),
-                is_writing: false,
+                taken: 0,
                 dropped: 0,
+                is_telling: false,
                 is_stuck: false,
                 was_in_vain: false,
+                waiting: 0,
             }),
             filled: Condvar::new(),
             written: Condvar::new(),
@@ -84,10 +96,12 @@ impl Queue {
         thread.spawn(|| {
             let mut is_torn = false;
             loop {
-                let lost = self.write(&mut io::stderr(), &mut is_torn);
-                if lost > 0 {
-                    tracing::warn!(lost, "log lines were lost: standard error was stuck");
-                }
+                self.write(&mut io::stderr(), &mut is_torn, |lost| {
+                    tracing::warn!(
+                        lost,
+                        "log lines were lost: standard error did not take them"
+                    );
+                });
             }
         })?;
         Ok(())
@@ -95,56 +109,95 @@ impl Queue {
 
     /// Takes a line, or drops it.
     pub(super) fn push(&self, line: &[u8], is_patient: bool) {
+        let has_no_room = |state: &mut State| state.bytes() + line.len() > self.capacity;
         let mut state = self.lock();
-        if is_patient && !state.was_in_vain && !state.has_room(line) {
-            let waited = self
-                .written
-                .wait_timeout_while(state, PATIENCE, |state| !state.has_room(line));
-            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-            state.was_in_vain = !state.has_room(line);
+        if is_patient && !state.was_in_vain && has_no_room(&mut state) {
+            state = self.wait_while(state, self.patience, has_no_room);
+            state.was_in_vain = has_no_room(&mut state);
         }
-        if state.has_room(line) {
-            state.lines.extend_from_slice(line);
-            self.filled.notify_one();
-        } else {
+        if has_no_room(&mut state) {
             state.drop_lines(1);
+            state.is_stuck = true;
+            return;
         }
+        // To notify is a system call, whether somebody waits or not.
+        if state.bytes() == 0 {
+            self.filled.notify_one();
+        }
+        state.lines.extend_from_slice(line);
     }
 
     /// Waits until everything is written, for at most so long.
     pub(super) fn flush(&self, limit: Duration) {
-        let is_busy = |state: &mut State| state.is_writing || !state.lines.is_empty();
-        let _ = self.written.wait_timeout_while(self.lock(), limit, is_busy);
+        let is_busy = |state: &mut State| state.bytes() > 0 || state.is_telling;
+        drop(self.wait_while(self.lock(), limit, is_busy));
     }
 
-    /// Returns true if lines were dropped and none was written since.
+    /// Returns true if lines found no room and none was written since. Lines that fail do not count:
+    /// a proxy that is not ready has no requests, and so no line whose success could end it.
     pub(super) fn is_stuck(&self) -> bool {
         self.lock().is_stuck
     }
 
-    /// Waits for lines and writes them. Returns how many were lost before, once that can be told.
+    /// Waits for lines and writes them. Tells how many were lost before, once that line has room too.
     /// `is_torn` says that the last line before is not whole.
-    fn write(&self, to: &mut impl Write, is_torn: &mut bool) -> u64 {
+    fn write(&self, to: &mut impl Write, is_torn: &mut bool, tell: impl Fn(u64)) {
         let state = self
             .filled
             .wait_while(self.lock(), |state| state.lines.is_empty());
         let mut state = state.unwrap_or_else(PoisonError::into_inner);
         let lines = std::mem::take(&mut state.lines);
-        state.is_writing = true;
+        state.taken = lines.len();
         drop(state);
-        let unwritten = write_lines(to, &lines, is_torn);
-        let mut state = self.lock();
-        state.is_writing = false;
-        let mut lost = 0;
-        state.was_in_vain = false;
-        if unwritten.is_empty() {
-            state.is_stuck = false;
-            lost = std::mem::take(&mut state.dropped);
-        } else {
-            state.drop_lines(memchr_iter(b'\n', unwritten).count() as u64);
+        let mut rest = &lines[..];
+        while !rest.is_empty() {
+            let (piece, later) = rest.split_at(piece(rest));
+            let unwritten = write_piece(to, piece, is_torn);
+            let lost = self.wrote(piece.len(), memchr_iter(b'\n', unwritten).count() as u64);
+            if lost > 0 {
+                tell(lost);
+                let mut state = self.lock();
+                state.is_telling = false;
+                self.notify(&state);
+            }
+            rest = later;
         }
-        self.written.notify_all();
+    }
+
+    /// Makes room of so many bytes, of which so many lines could not be written. Returns how many
+    /// lost lines to tell of.
+    fn wrote(&self, bytes: usize, dropped: u64) -> u64 {
+        let mut state = self.lock();
+        state.taken -= bytes;
+        state.is_stuck = false;
+        state.was_in_vain = false;
+        state.drop_lines(dropped);
+        let mut lost = 0;
+        if dropped == 0 && state.bytes() <= self.capacity / 2 {
+            lost = std::mem::take(&mut state.dropped);
+            state.is_telling = lost > 0;
+        }
+        self.notify(&state);
         lost
+    }
+
+    fn wait_while<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        limit: Duration,
+        condition: impl FnMut(&mut State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        state.waiting += 1;
+        let waited = self.written.wait_timeout_while(state, limit, condition);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        state
+    }
+
+    fn notify(&self, state: &State) {
+        if state.waiting > 0 {
+            self.written.notify_all();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -152,44 +205,44 @@ impl Queue {
     }
 }
 
-/// Writes whole lines, as many at a time as a pipe takes in one piece. Returns what could not be written.
-fn write_lines<'a>(to: &mut impl Write, mut lines: &'a [u8], is_torn: &mut bool) -> &'a [u8] {
-    while !lines.is_empty() {
-        let most = &lines[..lines.len().min(PIECE)];
-        let end = memrchr(b'\n', most).or_else(|| memchr(b'\n', lines));
-        let end = end.map_or(lines.len(), |end| end + 1);
-        let (mut piece, rest) = lines.split_at(end);
-        if *is_torn && to.write_all(b"\n").is_err() {
-            return lines;
-        }
-        *is_torn = false;
-        while !piece.is_empty() {
-            match to.write(piece) {
-                Ok(written) if written > 0 => {
-                    piece = &piece[written..];
-                    *is_torn = !piece.is_empty();
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Another process has made it so. Its reader may be well.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(MOMENT),
-                Ok(_) | Err(_) => return &lines[end - piece.len()..],
-            }
-        }
-        lines = rest;
+/// Returns the length of the whole lines at the beginning that a pipe takes in one piece.
+fn piece(lines: &[u8]) -> usize {
+    let most = &lines[..lines.len().min(PIECE)];
+    let end = memrchr(b'\n', most).or_else(|| memchr(b'\n', lines));
+    end.map_or(lines.len(), |end| end + 1)
+}
+
+/// Writes whole lines. Returns what could not be written.
+fn write_piece<'a>(to: &mut impl Write, mut piece: &'a [u8], is_torn: &mut bool) -> &'a [u8] {
+    if *is_torn && to.write_all(b"\n").is_err() {
+        return piece;
     }
-    lines
+    *is_torn = false;
+    while !piece.is_empty() {
+        match to.write(piece) {
+            Ok(written) if written > 0 => {
+                *is_torn = piece[written - 1] != b'\n';
+                piece = &piece[written..];
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Another process has made it so. Its reader may be well.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(MOMENT),
+            Ok(_) | Err(_) => break,
+        }
+    }
+    piece
 }
 
 // === impl State ===
 
 impl State {
-    fn has_room(&self, line: &[u8]) -> bool {
-        self.lines.len() + line.len() <= MOST
+    /// Returns how many bytes wait or are being written.
+    fn bytes(&self) -> usize {
+        self.lines.len() + self.taken
     }
 
     fn drop_lines(&mut self, count: u64) {
         self.dropped += count;
-        self.is_stuck = true;
         DROPPED.fetch_add(count, Relaxed);
     }
 }
@@ -225,10 +278,19 @@ impl Write for Line {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    /// No test waits for so long.
+    const LONG: Duration = Duration::from_mins(1);
+    const SHORT: Duration = Duration::from_millis(1);
 
     /// Has room for so many bytes, and then fails.
     struct Broken(Vec<u8>, usize);
+
+    /// Does something at each write.
+    struct While<F>(F);
 
     impl Write for Broken {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -245,78 +307,129 @@ mod tests {
         }
     }
 
-    fn write(queue: &Queue, to: &mut impl Write) -> u64 {
-        queue.write(to, &mut false)
+    impl<F: FnMut(&[u8])> Write for While<F> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
     }
 
-    fn full() -> Queue {
-        let queue = Queue::new();
-        queue.push(&vec![b'\n'; MOST], false);
+    /// Writes what waits, and returns how many lost lines were told of.
+    fn write(queue: &Queue, to: &mut impl Write) -> u64 {
+        let told = Cell::new(0);
+        queue.write(to, &mut false, |lost| told.set(told.get() + lost));
+        told.get()
+    }
+
+    /// A queue without room, though one line waits only.
+    fn full(patience: Duration) -> Queue {
+        let queue = Queue::new(5, patience);
+        queue.push(b"full\n", false);
         assert!(!queue.is_stuck());
         queue
     }
 
     #[test]
     fn line_beyond_the_bound_is_dropped_and_counted_until_one_is_written() {
-        let queue = full();
+        let queue = full(SHORT);
         queue.push(b"read\n", false);
         assert!(queue.is_stuck());
         let mut written = Vec::new();
         assert_eq!(write(&queue, &mut written), 1);
-        assert_eq!((written.len(), queue.is_stuck()), (MOST, false));
+        assert_eq!((&*written, queue.is_stuck()), (&b"full\n"[..], false));
     }
 
     /// Also when others have just been dropped.
     #[test]
     fn line_of_a_create_waits_for_room() {
-        let queue = full();
+        let queue = full(LONG);
         queue.push(b"read\n", false);
         let mut written = Vec::new();
         thread::scope(|scope| {
-            let pushed = scope.spawn(|| queue.push(b"create\n", true));
-            // A machine that stalls for longer than a line waits must not fail the test.
-            while queue.lock().lines.len() == MOST && !queue.lock().was_in_vain {
-                write(&queue, &mut written);
+            scope.spawn(|| queue.push(b"paid\n", true));
+            while queue.lock().waiting == 0 {
+                thread::yield_now();
             }
-            pushed.join().unwrap();
-        });
-        let was_in_vain = queue.lock().was_in_vain;
-        if !was_in_vain {
             write(&queue, &mut written);
-            assert!(written.ends_with(b"create\n"));
-        }
+        });
+        write(&queue, &mut written);
+        assert_eq!(written, b"full\npaid\n");
+    }
+
+    /// The rest of a mebibyte may take a slow reader longer than a line waits.
+    #[test]
+    fn each_write_makes_room() {
+        let line = [&[b'x'; PIECE - 1][..], b"\n"].concat();
+        let queue = Queue::new(2 * PIECE, LONG);
+        queue.push(&line, false);
+        queue.push(&line, false);
+        let mut room = Vec::new();
+        let mut sink = While(|_: &[u8]| room.push(queue.capacity - queue.lock().bytes()));
+        write(&queue, &mut sink);
+        assert_eq!(room, [0, PIECE]);
     }
 
     #[test]
     fn no_line_waits_once_one_has_waited_in_vain() {
-        let queue = full();
-        queue.push(b"create\n", true);
+        let queue = full(SHORT);
+        queue.push(b"paid\n", true);
         assert!(queue.is_stuck());
         // Without a reader: each of these would wait.
-        for _ in 0..10_000 {
-            queue.push(b"create\n", true);
+        for _ in 0..100_000 {
+            queue.push(b"paid\n", true);
         }
-        assert_eq!(write(&queue, &mut Vec::new()), 10_001);
+        assert_eq!(write(&queue, &mut Vec::new()), 100_001);
+    }
+
+    /// Else the number would be lost with the line.
+    #[test]
+    fn lost_lines_are_told_once_there_is_room_for_that() {
+        let line = [&[b'x'; PIECE - 1][..], b"\n"].concat();
+        let queue = Queue::new(4 * PIECE, SHORT);
+        for _ in 0..7 {
+            queue.push(&line, false);
+        }
+        let room = Cell::new(0);
+        let mut sink = Vec::new();
+        queue.write(&mut sink, &mut false, |lost| {
+            assert_eq!(lost, 3);
+            room.set(queue.capacity - queue.lock().bytes());
+        });
+        assert_eq!(room.get(), queue.capacity / 2);
     }
 
     #[test]
-    fn line_that_cannot_be_written_is_counted() {
-        let queue = Queue::new();
+    fn lines_that_cannot_be_written_are_counted_and_do_not_count_as_stuck() {
+        let queue = Queue::new(100, LONG);
         queue.push(b"one\ntwo\nthree\n", false);
         let (mut broken, mut is_torn) = (Broken(Vec::new(), 6), false);
-        assert_eq!(queue.write(&mut broken, &mut is_torn), 0);
-        assert!(queue.is_stuck());
+        queue.write(&mut broken, &mut is_torn, |_| panic!("not yet"));
+        assert!(!queue.is_stuck());
         broken.1 = 100;
         queue.push(b"four\n", false);
-        assert_eq!(queue.write(&mut broken, &mut is_torn), 2);
+        let told = Cell::new(0);
+        queue.write(&mut broken, &mut is_torn, |lost| told.set(lost));
+        assert_eq!(told.get(), 2);
         // No line is glued to one that was torn.
-        let written = String::from_utf8(broken.0).unwrap();
-        assert_eq!((&*written, queue.is_stuck()), ("one\ntw\nfour\n", false));
+        assert_eq!(String::from_utf8(broken.0).unwrap(), "one\ntw\nfour\n");
     }
 
     #[test]
-    fn flush_ends_although_nothing_is_written() {
-        full().flush(Duration::from_millis(1));
-        Queue::new().flush(Duration::from_mins(1));
+    fn end_waits_for_all_lines_and_for_that_of_the_lost_ones() {
+        let queue = full(SHORT);
+        queue.flush(SHORT);
+        queue.push(b"read\n", false);
+        let is_over = Cell::new(false);
+        queue.write(&mut Vec::new(), &mut false, |_| {
+            let state = queue.lock();
+            is_over.set(state.bytes() == 0 && !state.is_telling);
+        });
+        assert!(!is_over.get());
+        queue.flush(LONG);
+        Queue::new(5, SHORT).flush(LONG);
     }
 }

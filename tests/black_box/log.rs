@@ -1,5 +1,7 @@
 //! A log that nobody reads holds up nothing, and what is lost of it is told.
 
+use serde_json::Value;
+
 use crate::support::{Gate, Proxy, Signal, Upstream, assert_has, eventually, get, post, started};
 
 /// Has a proxy write lines until no more fit anywhere: the pipe and the queue are full.
@@ -12,6 +14,15 @@ fn fill(proxy: &Proxy) {
         }
         proxy.admin("/health/ready").status() == 503
     });
+}
+
+fn lost(proxy: &Proxy) -> u64 {
+    let metrics = proxy.admin("/metrics");
+    let value = metrics
+        .text()
+        .lines()
+        .find_map(|line| line.strip_prefix("kling_proxy_log_lines_dropped_total "));
+    value.unwrap().parse().unwrap()
 }
 
 /// A proxy that logs every request, to a pipe that nobody reads before the gate is open.
@@ -37,12 +48,7 @@ fn log_that_nobody_reads_holds_up_no_request() {
         assert_eq!(client.send(post("/v1/x", "{}")).answer().status(), 200);
     }
     assert!(upstream.seen().requests.len() >= 300);
-    let metrics = proxy.admin("/metrics");
-    let lost = metrics
-        .text()
-        .lines()
-        .find_map(|line| line.strip_prefix("kling_proxy_log_lines_dropped_total "));
-    assert!(lost.unwrap().parse::<f64>().unwrap() >= 200.0, "{lost:?}");
+    assert!(lost(&proxy) >= 200);
 
     gate.open();
     eventually("the log is read", || {
@@ -51,7 +57,9 @@ fn log_that_nobody_reads_holds_up_no_request() {
     let told = proxy
         .stderr
         .find(|line| line.contains("log lines were lost"));
-    assert_has(&told.expect("a line"), &["WARN", r#""lost":"#]);
+    let told: Value = serde_json::from_str(&told.expect("a line")).unwrap();
+    assert_eq!(told["level"], "WARN");
+    assert_eq!(told["lost"], lost(&proxy));
 }
 
 /// R34.
@@ -77,4 +85,16 @@ fn line_of_a_create_is_written_before_the_process_ends() {
     let (code, log) = proxy.end();
     assert_eq!(code, Some(0));
     assert_has(&log, &[r#""answered""#, r#""shut down""#]);
+}
+
+/// Were it not ready, no request would come, and so no line whose success could make it ready.
+#[test]
+fn proxy_stays_ready_while_the_disk_of_its_log_is_full() {
+    let upstream = Upstream::ok();
+    let proxy = Proxy::to(&upstream).after("exec 2>/dev/full;").start();
+    assert_eq!(proxy.post("/v1/x", "{}").status(), 200);
+    eventually("the lines are counted", || lost(&proxy) >= 2);
+    assert_eq!(proxy.admin("/health/ready").status(), 200);
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.end().0, Some(0));
 }
