@@ -130,7 +130,7 @@ impl Replay {
     }
 
     /// Reads the beginning before anybody sends it: until the external id is known, or the body ends,
-    /// or [`AHEAD`] is read, or [`PATIENCE`] is over.
+    /// or 64 KiB are read, or 200 ms are over.
     ///
     /// # Errors
     ///

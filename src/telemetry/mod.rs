@@ -76,7 +76,7 @@ fn start_writing() {
     STARTED.call_once(|| drop(QUEUE.start()));
 }
 
-/// Waits until all lines are written, for at most [`LAST_LINES`]: the process is about to end.
+/// Waits until all lines are written, for at most a second: the process is about to end.
 pub fn finish() {
     QUEUE.flush(LAST_LINES);
 }
