@@ -169,8 +169,11 @@ impl PendingCreate {
         self.log(Some(status), None, ending.text());
     }
 
-    /// Logs a failure that its client does not learn.
+    /// Logs a failure that its client does not learn. If there is no task of it, it was cancelled.
     pub fn log_failure(&self, error: &Error, ending: Ending) {
+        if !self.is_being_sent() {
+            return self.log_cancelled();
+        }
         self.log(None, Some(error), ending.text());
     }
 

@@ -231,6 +231,11 @@ fn lock(source: &Mutex<Source>) -> MutexGuard<'_, Source> {
     source.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How much memory a frame takes that is read ahead, in bytes. A body may come in pieces of one byte.
+fn memory_of(frame: &Frame<Bytes>) -> usize {
+    size_of::<Frame<Bytes>>() + frame.data_ref().map_or(0, Bytes::len)
+}
+
 // === impl Source ===
 
 impl Source {
@@ -244,8 +249,7 @@ impl Source {
         let Some(frame) = self.ahead.pop_front() else {
             return self.poll_body(cx);
         };
-        let size = frame.data_ref().map_or(0, Bytes::len);
-        let reserved = size.min(self.reserved);
+        let reserved = memory_of(&frame).min(self.reserved);
         self.reserved -= reserved;
         self.keeper.give_back(reserved);
         Poll::Ready(Some(Ok(frame)))
@@ -299,7 +303,7 @@ impl Source {
         Poll::Pending
     }
 
-    /// Reads one more frame ahead and returns its size; `None` at the end of the body.
+    /// Reads one more frame ahead and returns the memory that it takes; `None` at the end of the body.
     fn poll_one_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<usize>, Error>> {
         if self.body_ended || self.body.is_end_stream() {
             return Poll::Ready(Ok(None));
@@ -309,9 +313,9 @@ impl Source {
             Some(Err(error)) => return Poll::Ready(Err(Error::of_body(error))),
             None => return Poll::Ready(Ok(None)),
         };
-        let size = frame.data_ref().map_or(0, Bytes::len);
+        let memory = memory_of(&frame);
         self.ahead.push_back(frame);
-        Poll::Ready(Ok(Some(size)))
+        Poll::Ready(Ok(Some(memory)))
     }
 
     fn is_end_stream(&self) -> bool {

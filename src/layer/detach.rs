@@ -353,14 +353,19 @@ impl Reading {
         let reading = async {
             while !self.is_over() {
                 if let Some(Err(_)) = poll_fn(|cx| self.poll_step(cx)).await {
-                    return;
+                    return false;
                 }
             }
+            true
         };
-        let _ = timeout(READ_ON, reading).await;
+        let is_whole = timeout(READ_ON, reading).await.unwrap_or(false);
         unfinished.disarm();
-        let whole = self.has_task() || self.ended;
-        self.log(if whole { self.ending } else { Ending::Unknown });
+        let is_known = is_whole || self.has_task();
+        self.log(if is_known {
+            self.ending
+        } else {
+            Ending::Unknown
+        });
     }
 
     /// Returns true if the rest of the body says nothing of the task.

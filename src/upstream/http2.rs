@@ -275,7 +275,7 @@ impl Upload {
             if !self.chunk.is_empty() {
                 let Some(capacity) = ready!(self.poll_capacity(cx)) else {
                     // The stream has ended: the response says how.
-                    self.finished = true;
+                    self.finish();
                     break;
                 };
                 let part = self.chunk.split_to(capacity.min(self.chunk.len()));
@@ -288,7 +288,7 @@ impl Upload {
                     Some(Ok(frame)) => self.chunk = frame.into_data().unwrap_or_default(),
                     Some(Err(_)) => {
                         self.stream.send_reset(Reason::CANCEL);
-                        self.finished = true;
+                        self.finish();
                         break;
                     }
                     None => self.ended = true,
@@ -315,12 +315,19 @@ impl Upload {
     fn send(&mut self, part: Bytes) {
         let is_last = self.ended && self.chunk.is_empty();
         self.progress.moved();
-        if self.stream.send_data(part, is_last).is_err() {
-            self.finished = true;
-        } else if is_last {
-            self.finished = true;
+        let sent = self.stream.send_data(part, is_last);
+        if sent.is_ok() && is_last {
             self.progress.finish();
         }
+        if sent.is_err() || is_last {
+            self.finish();
+        }
+    }
+
+    /// Lets go of the body: what is kept of it to be sent again counts in the memory of all requests.
+    fn finish(&mut self) {
+        self.finished = true;
+        self.body = axum::body::Body::empty();
     }
 }
 

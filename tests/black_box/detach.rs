@@ -309,6 +309,22 @@ fn answer_to_a_create_that_is_cut_off_is_told() {
     assert_eq!(line["level"], "WARN", "{line}");
 }
 
+/// Its client has left by then, so that this line is all there is.
+#[test]
+fn answer_to_a_create_that_is_cut_off_without_its_client_is_told() {
+    let (upstream, proxy) = started();
+    let start = "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"code\":0,\"data\":{";
+    let gate = Gate::default();
+    let wait = gate.clone();
+    upstream.script(move |_| vec![Step::Wait(wait.clone()), send(start), Step::Close]);
+    let create = post("/v1/x", r#"{"external_task_id":"my-7"}"#);
+    hang_up(&upstream, proxy.connect(), create);
+    gate.open();
+    let line = proxy.stderr.find(|line| line.contains("no whole answer"));
+    let line: Value = serde_json::from_str(&line.expect("a line")).unwrap();
+    assert_eq!(line["task.external_id"], "my-7", "{line}");
+}
+
 #[test]
 fn external_id_of_a_create_is_logged_before_it_is_sent() {
     let (upstream, proxy) = started();
