@@ -2,8 +2,6 @@
 
 use std::{
     fs,
-    os::unix::fs::symlink,
-    path::PathBuf,
     sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     thread,
 };
@@ -12,8 +10,8 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::time::Instant;
 
 use crate::support::{
-    Command, Connection, Credential, Message, Proxy, Signal, Upstream, claims, eventually, get,
-    request,
+    Connection, Credential, KeyFiles, Proxy, Signal, Upstream, Way, eventually, get, keys, pair,
+    request, shows,
 };
 
 const ROTATIONS: usize = 100;
@@ -22,89 +20,9 @@ const CLIENTS: usize = 4;
 /// Requests that show the new key before the oldest one is refused.
 const SETTLED: usize = 20;
 
-/// How the files of a pair are replaced.
-#[derive(Clone, Copy, Debug)]
-enum Way {
-    /// Each by a rename.
-    Rename,
-    /// Both at once, by a link to their folder, as Kubernetes has it.
-    Swap,
-}
-
-/// The folder of a pair.
-struct Files {
-    folder: PathBuf,
-    way: Way,
-}
-
-const NAMES: [&str; 2] = ["access_key", "secret_key"];
-
-/// The pair of a generation.
-fn keys(generation: usize) -> [&'static str; 2] {
-    ["access", "secret"].map(|half| &*format!("{half}-key-{generation}").leak())
-}
-
-fn pair(generation: usize) -> Credential {
-    let [access_key, secret_key] = keys(generation);
-    Credential::Pair(access_key, secret_key)
-}
-
-/// Whether a request shows the access key of a generation.
-fn shows(request: &Message, generation: usize) -> bool {
-    let authorization = request.header("authorization").unwrap();
-    claims(authorization)["iss"] == keys(generation)[0]
-}
-
-// === impl Files ===
-
-impl Files {
-    /// The files of generation 0, and a proxy that reads them.
-    fn start(way: Way, upstream: &Upstream) -> (Self, Proxy) {
-        let command = Command::new([]).upstream(upstream);
-        let folder = command.home().join("keys");
-        fs::create_dir(&folder).unwrap();
-        let files = Self { folder, way };
-        files.write(0);
-        if let Way::Swap = way {
-            for name in NAMES {
-                symlink(format!("..data/{name}"), files.folder.join(name)).unwrap();
-            }
-        }
-        let [access_key, secret_key] = NAMES.map(|name| files.folder.join(name));
-        let proxy = command
-            .env("KLING_ACCESS_KEY_FILE", access_key.to_str().unwrap())
-            .env("KLING_SECRET_KEY_FILE", secret_key.to_str().unwrap())
-            .start();
-        (files, proxy)
-    }
-
-    fn write(&self, generation: usize) {
-        match self.way {
-            Way::Rename => (0..2).for_each(|half| self.write_half(half, generation)),
-            Way::Swap => {
-                let folder = format!("..{generation}");
-                fs::create_dir(self.folder.join(&folder)).unwrap();
-                for (name, key) in NAMES.into_iter().zip(keys(generation)) {
-                    fs::write(self.folder.join(&folder).join(name), key).unwrap();
-                }
-                let link = self.folder.join("..data_tmp");
-                symlink(folder, &link).unwrap();
-                fs::rename(link, self.folder.join("..data")).unwrap();
-            }
-        }
-    }
-
-    /// One file of two.
-    fn write_half(&self, half: usize, generation: usize) {
-        let new = self.folder.join("new");
-        fs::write(&new, keys(generation)[half]).unwrap();
-        fs::rename(new, self.folder.join(NAMES[half])).unwrap();
-    }
-}
-
 fn rotate(way: Way) {
     let upstream = Upstream::expecting(pair(0));
-    let (files, proxy) = Files::start(way, &upstream);
+    let (files, proxy) = KeyFiles::start(way, &upstream);
     let (done, answers) = (AtomicBool::new(false), AtomicU64::new(0));
     let (address, begun) = (proxy.address, Instant::now());
     thread::scope(|scope| {
@@ -149,7 +67,7 @@ fn no_request_fails_while_keys_are_replaced_as_kubernetes_does() {
 #[test]
 fn swapped_files_are_noticed_without_a_signal() {
     let upstream = Upstream::expecting(pair(0));
-    let (files, proxy) = Files::start(Way::Swap, &upstream);
+    let (files, proxy) = KeyFiles::start(Way::Swap, &upstream);
     upstream.expect([pair(0), pair(1)]);
     files.write(1);
     eventually("the new key is shown", || {
@@ -161,7 +79,7 @@ fn swapped_files_are_noticed_without_a_signal() {
 #[test]
 fn pair_of_which_one_half_is_new_waits_for_the_other() {
     let upstream = Upstream::expecting(pair(0));
-    let (files, proxy) = Files::start(Way::Rename, &upstream);
+    let (files, proxy) = KeyFiles::start(Way::Rename, &upstream);
     let logged = |part: &'static str| {
         assert!(
             proxy.stderr.find(|line| line.contains(part)).is_some(),
@@ -183,7 +101,7 @@ fn pair_of_which_one_half_is_new_waits_for_the_other() {
 #[test]
 fn half_of_a_pair_that_stays_alone_is_taken() {
     let upstream = Upstream::expecting(pair(0));
-    let (files, proxy) = Files::start(Way::Rename, &upstream);
+    let (files, proxy) = KeyFiles::start(Way::Rename, &upstream);
     let [access_key, _] = keys(0);
     let [_, secret_key] = keys(1);
     upstream.expect([Credential::Pair(access_key, secret_key)]);

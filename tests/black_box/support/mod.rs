@@ -9,6 +9,7 @@ mod distance;
 mod frame;
 mod frame_upstream;
 mod http;
+mod key_files;
 mod namespace;
 mod process;
 mod tls;
@@ -26,6 +27,7 @@ pub use frame_upstream::{FrameUpstream, Id, Offer};
 pub use http::{
     Message, documented, get, gzip, is_cut_off, kling, parse_headers, post, reply, request,
 };
+pub use key_files::{KeyFiles, Way, keys, pair, shows};
 pub use namespace::in_namespace;
 pub use process::{Command, Finished, Proxy, unprivileged};
 pub use rustix::process::Signal;
