@@ -54,7 +54,7 @@ fn upstream_of_these_tests_accepts_one_valid_token_only() {
             let head = format!("GET / HTTP/1.1\r\n{head}\r\n\r\n");
             let verdict = pair.judge(&Message {
                 head,
-                body: Vec::new(),
+                ..Message::default()
             });
             assert_eq!(verdict.is_ok(), accepted, "{header} {claims}: {verdict:?}");
         }

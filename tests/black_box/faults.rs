@@ -170,7 +170,7 @@ impl Kling {
         let (books, late) = (Mutex::default(), Gate::default());
         let kling = Arc::new(Self { seed, books, late });
         let (first, whole) = (Arc::clone(&kling), Arc::clone(&kling));
-        upstream.interrupt(move |first_line| first.interrupt(first_line));
+        upstream.interrupt(move |_, first_line| first.interrupt(first_line));
         upstream.script(move |request| whole.answer(request));
         kling
     }

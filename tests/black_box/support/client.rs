@@ -30,10 +30,15 @@ enum Stream {
 
 impl Connection {
     pub fn to(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).expect("a listener");
+        Self::try_to(address).expect("a listener")
+    }
+
+    /// The error is that nobody listens.
+    pub fn try_to(address: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
-        Self(BufReader::new(Stream::Tcp(stream)))
+        Ok(Self(BufReader::new(Stream::Tcp(stream))))
     }
 
     /// Over TLS, to `localhost`; the error is that of the handshake.
@@ -88,9 +93,9 @@ impl Connection {
         }
     }
 
-    /// Says that no more will be sent.
+    /// Says that no more will be sent, unless the peer has closed.
     pub fn half_close(&mut self) {
-        self.0.get_mut().tcp().shutdown(Shutdown::Write).unwrap();
+        let _ = self.0.get_mut().tcp().shutdown(Shutdown::Write);
     }
 
     /// One whole answer, or how it ended.

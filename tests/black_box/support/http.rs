@@ -10,6 +10,8 @@ use serde_json::Value;
 pub struct Message {
     pub head: String,
     pub body: Vec<u8>,
+    /// Which connection of an upstream a request came over.
+    pub connection: usize,
 }
 
 // === impl Message ===
@@ -30,7 +32,7 @@ impl Message {
         let head = String::from_utf8(head).map_err(io::Error::other)?;
         Ok(Some(Self {
             head,
-            body: Vec::new(),
+            ..Self::default()
         }))
     }
 

@@ -8,14 +8,23 @@ use std::{
     net::{Shutdown, TcpListener, TcpStream},
     path::PathBuf,
     pin::pin,
-    sync::{Arc, Condvar, Mutex, MutexGuard},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread,
     time::Duration,
 };
 
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
-use hyper::{Request, Response, body::Incoming, server::conn::http2, service::service_fn};
+use futures_util::stream;
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    Request, Response,
+    body::{Frame, Incoming},
+    server::conn::http2,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use socket2::SockRef;
@@ -76,7 +85,7 @@ pub struct Upstream {
 }
 
 type Script = Arc<dyn Fn(&Message) -> Vec<Step> + Send + Sync>;
-type Interruption = Arc<dyn Fn(&str) -> Option<usize> + Send + Sync>;
+type Interruption = Arc<dyn Fn(usize, &str) -> Option<usize> + Send + Sync>;
 
 struct Shared {
     authority: String,
@@ -84,6 +93,8 @@ struct Shared {
     credentials: Mutex<Vec<Credential>>,
     script: Mutex<Script>,
     interruption: Mutex<Interruption>,
+    /// Connections so far, each of which has a number.
+    numbered: AtomicUsize,
     seen: Mutex<Seen>,
     changed: Condvar,
 }
@@ -175,9 +186,11 @@ impl Upstream {
         *self.shared.credentials.lock().unwrap() = credentials.into();
     }
 
-    /// From now on asks, by the first line of a request that has begun to arrive, whether to break
-    /// off the connection, and after how many more bytes. The line is empty for a new connection.
-    pub fn interrupt(&self, when: impl Fn(&str) -> Option<usize> + Send + Sync + 'static) {
+    /// From now on asks, by the number of a connection and the first line of a request that has begun
+    /// to arrive over it, whether to break off the connection, and after how many more bytes. The line
+    /// is empty for a new connection, which goes no further, not even to the TLS handshake, before
+    /// there is an answer.
+    pub fn interrupt(&self, when: impl Fn(usize, &str) -> Option<usize> + Send + Sync + 'static) {
         *self.shared.interruption.lock().unwrap() = Arc::new(when);
     }
 
@@ -241,7 +254,8 @@ impl Upstream {
             authority,
             credentials: Mutex::new(vec![credential]),
             script: Mutex::new(Arc::new(|_| Vec::new())),
-            interruption: Mutex::new(Arc::new(|_| None)),
+            interruption: Mutex::new(Arc::new(|_, _| None)),
+            numbered: AtomicUsize::new(0),
             seen: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -291,9 +305,13 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn interruption(&self, first_line: &str) -> Option<usize> {
+    fn interruption(&self, connection: usize, first_line: &str) -> Option<usize> {
         let when = Arc::clone(&self.interruption.lock().unwrap());
-        when(first_line)
+        when(connection, first_line)
+    }
+
+    fn number(&self) -> usize {
+        self.numbered.fetch_add(1, Relaxed)
     }
 
     fn steps(&self, request: Message) -> Vec<Step> {
@@ -309,29 +327,35 @@ impl Shared {
             shared.note(|seen| seen.connections += 1);
             thread::spawn(move || {
                 let socket = stream.try_clone().unwrap();
+                let number = shared.number();
                 // That the proxy went away is no complaint: tests look at what arrived.
-                let _ = if let Some(config) = tls {
+                let _ = if shared.interruption(number, "").is_some() {
+                    reset(&socket)
+                } else if let Some(config) = tls {
                     let session = ServerConnection::new(config).unwrap();
-                    shared.serve(StreamOwned::new(session, stream), &socket)
+                    shared.serve(StreamOwned::new(session, stream), &socket, number)
                 } else {
-                    shared.serve(stream, &socket)
+                    shared.serve(stream, &socket, number)
                 };
                 shared.note(|seen| seen.closed += 1);
             });
         }
     }
 
-    fn serve(&self, stream: impl Read + Write, socket: &TcpStream) -> io::Result<()> {
-        if self.interruption("").is_some() {
-            return reset(socket);
-        }
+    fn serve(
+        &self,
+        stream: impl Read + Write,
+        socket: &TcpStream,
+        connection: usize,
+    ) -> io::Result<()> {
         let mut wire = BufReader::new(Counted(stream, self));
         loop {
             let begun = String::from_utf8_lossy(wire.fill_buf()?).into_owned();
             if begun.is_empty() {
                 return Ok(());
             }
-            if let Some(more) = self.interruption(begun.lines().next().unwrap_or_default()) {
+            let first_line = begun.lines().next().unwrap_or_default();
+            if let Some(more) = self.interruption(connection, first_line) {
                 io::copy(&mut wire.by_ref().take(more as u64), &mut io::sink())?;
                 return reset(socket);
             }
@@ -339,6 +363,7 @@ impl Shared {
                 return Ok(());
             };
             request.read_body(&mut wire)?;
+            request.connection = connection;
             for step in self.steps(request) {
                 match step {
                     Step::Send(bytes) => wire.get_mut().0.write_all(&bytes)?,
@@ -359,34 +384,44 @@ impl Shared {
         let listener = tokio::net::TcpListener::from_std(listener).unwrap();
         let tls = TlsAcceptor::from(Arc::clone(config));
         while let Ok((stream, _)) = listener.accept().await {
-            let Ok(stream) = tls.accept(stream).await else {
-                continue;
-            };
-            self.note(|seen| seen.connections += 1);
-            if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
-                self.note(|seen| seen.shared += 1);
-                tokio::spawn(Arc::clone(&self).serve_http2(stream));
-            } else {
-                let (stream, session) = stream.into_inner();
-                let stream = stream.into_std().unwrap();
-                stream.set_nonblocking(false).unwrap();
-                let shared = Arc::clone(&self);
-                thread::spawn(move || {
-                    let socket = stream.try_clone().unwrap();
-                    let _ = shared.serve(StreamOwned::new(session, stream), &socket);
-                    shared.note(|seen| seen.closed += 1);
-                });
-            }
+            tokio::spawn(Arc::clone(&self).shake_hands(stream, tls.clone()));
         }
     }
 
-    async fn serve_http2(self: Arc<Self>, stream: TlsStream<tokio::net::TcpStream>) {
+    async fn shake_hands(self: Arc<Self>, stream: tokio::net::TcpStream, tls: TlsAcceptor) {
+        let (asked, connection) = (Arc::clone(&self), self.number());
+        let interruption = move || asked.interruption(connection, "");
+        if let Ok(Some(_)) = tokio::task::spawn_blocking(interruption).await {
+            return SockRef::from(&stream)
+                .set_linger(Some(Duration::ZERO))
+                .unwrap();
+        }
+        let Ok(stream) = tls.accept(stream).await else {
+            return;
+        };
+        self.note(|seen| seen.connections += 1);
+        if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+            self.note(|seen| seen.shared += 1);
+            self.serve_http2(stream, connection).await;
+        } else {
+            let (stream, session) = stream.into_inner();
+            let stream = stream.into_std().unwrap();
+            stream.set_nonblocking(false).unwrap();
+            thread::spawn(move || {
+                let socket = stream.try_clone().unwrap();
+                let _ = self.serve(StreamOwned::new(session, stream), &socket, connection);
+                self.note(|seen| seen.closed += 1);
+            });
+        }
+    }
+
+    async fn serve_http2(self: Arc<Self>, stream: TlsStream<tokio::net::TcpStream>, number: usize) {
         let ending = Arc::new(Ending::default());
         let told = Arc::clone(&ending);
         let shared = Arc::clone(&self);
         let service = service_fn(move |request| {
             let (shared, ending) = (Arc::clone(&shared), Arc::clone(&ending));
-            async move { shared.answer_http2(request, &ending).await }
+            async move { shared.answer_http2(request, number, &ending).await }
         });
         let connection = http2::Builder::new(TokioExecutor::new());
         let mut connection = pin!(connection.serve_connection(TokioIo::new(stream), service));
@@ -406,8 +441,9 @@ impl Shared {
     async fn answer_http2(
         self: Arc<Self>,
         request: Request<Incoming>,
+        connection: usize,
         ending: &Ending,
-    ) -> io::Result<Response<Full<Bytes>>> {
+    ) -> io::Result<Response<BoxBody<Bytes, io::Error>>> {
         let (parts, body) = request.into_parts();
         let target = parts.uri.path_and_query().unwrap();
         let authority = parts.uri.authority().unwrap();
@@ -416,13 +452,18 @@ impl Shared {
         for (name, value) in &parts.headers {
             write!(head, "{name}: {}\r\n", value.to_str().unwrap()).unwrap();
         }
-        if self.interruption(&first_line).is_some() {
+        if self.interruption(connection, &first_line).is_some() {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
         let body = body.collect().await.map_err(io::Error::other)?;
         let body = body.to_bytes().to_vec();
         let mut answer = Vec::new();
-        for step in self.steps(Message { head, body }) {
+        let request = Message {
+            head,
+            body,
+            connection,
+        };
+        for step in self.steps(request) {
             match step {
                 Step::Send(bytes) => answer.extend(bytes),
                 Step::Wait(gate) => tokio::task::spawn_blocking(move || gate.wait()).await?,
@@ -473,15 +514,26 @@ fn reset(socket: &TcpStream) -> io::Result<()> {
     SockRef::from(socket).set_linger(Some(Duration::ZERO))
 }
 
-/// An answer of HTTP/1 as one of HTTP/2.
-fn in_http2(mut answer: &[u8]) -> io::Result<Response<Full<Bytes>>> {
+/// An answer of HTTP/1 as one of HTTP/2. Its stream is reset where the body is shorter than it says.
+fn in_http2(mut answer: &[u8]) -> io::Result<Response<BoxBody<Bytes, io::Error>>> {
     let mut message = Message::read_head(&mut answer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
-    message.read_body(&mut answer)?;
+    let came = Bytes::copy_from_slice(answer);
+    let ended = message.read_body(&mut answer);
     let mut response = Response::builder().status(message.status());
     for (name, value) in message.headers() {
         response = response.header(name, value);
     }
-    response.body(message.body.into()).map_err(io::Error::other)
+    let body = match ended {
+        Ok(()) => {
+            let whole = Full::from(message.body);
+            whole.map_err(|never| match never {}).boxed()
+        }
+        Err(error) => {
+            let frames = [Ok(Frame::data(came)), Err(error)];
+            StreamBody::new(stream::iter(frames)).boxed()
+        }
+    };
+    response.body(body).map_err(io::Error::other)
 }
 
 /// A server for `localhost`, and the root that vouches for it.
