@@ -443,6 +443,18 @@ mod tests {
         assert_eq!(rest(third).await, Ok("abcdef".to_owned()));
     }
 
+    /// A connection on another thread may poll the body of an attempt that has failed.
+    #[tokio::test]
+    async fn older_attempt_that_begins_late_takes_nothing_from_the_latest() {
+        let first = Replay::new(chunks(&["ab", "cd"]), &keeper(10, 10), None);
+        let second = first.clone();
+        let (older, mut newer) = (first.into_body(), second.into_body());
+        let begun = newer.frame().await.unwrap().unwrap();
+        assert_eq!(begun.into_data().unwrap(), "ab");
+        assert!(older.collect().await.is_err());
+        assert_eq!(newer.collect().await.unwrap().to_bytes(), "cd");
+    }
+
     #[tokio::test]
     async fn over_a_bound_the_body_streams_on_but_only_once() {
         for (body, memory) in [(5, 10), (10, 5)] {
