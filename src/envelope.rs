@@ -71,7 +71,7 @@ pub fn read_beginning(beginning: &[u8]) -> Option<Envelope> {
 }
 
 /// A text, or the beginning of one, without its byte order mark.
-pub fn without_mark(text: &[u8]) -> &[u8] {
+fn without_mark(text: &[u8]) -> &[u8] {
     match text.strip_prefix(MARK) {
         Some(rest) => rest,
         // Cut off inside the mark.

@@ -85,8 +85,8 @@ impl PendingCreate {
         }
     }
 
-    /// Its first byte is about to be sent. The log has a line of it before, which is what is left if
-    /// the process is killed.
+    /// Its first byte is about to be sent. The line of it is in the queue of the log before, and mostly
+    /// written within a millisecond: it is what is left if the process is killed then.
     ///
     /// # Errors
     ///
@@ -99,14 +99,7 @@ impl PendingCreate {
         state.is_being_sent = true;
         if !std::mem::replace(&mut state.was_told, true) {
             drop(state);
-            tracing::info!(
-                target: CREATES,
-                request_id = self.request_id(),
-                client = self.client(),
-                url.path = &*printable(self.uri.path()),
-                task.external_id = self.external_id().as_deref(),
-                "sending"
-            );
+            self.log_step("sending");
         }
         Ok(())
     }
@@ -141,14 +134,7 @@ impl PendingCreate {
 
     /// Logs that it was cancelled.
     pub fn log_cancelled(&self) {
-        tracing::info!(
-            target: CREATES,
-            request_id = self.request_id(),
-            client = self.client(),
-            url.path = &*printable(self.uri.path()),
-            task.external_id = self.external_id().as_deref(),
-            "cancelled, no task was made: the client has left"
-        );
+        self.log_step("cancelled, no task was made: the client has left");
     }
 
     /// Logs that it was given up in this process: cancelled, or cut off while it was being sent.
@@ -175,6 +161,17 @@ impl PendingCreate {
             return self.log_cancelled();
         }
         self.log(None, Some(error), ending.text());
+    }
+
+    fn log_step(&self, text: &str) {
+        tracing::info!(
+            target: CREATES,
+            request_id = self.request_id(),
+            client = self.client(),
+            url.path = &*printable(self.uri.path()),
+            task.external_id = self.external_id().as_deref(),
+            "{text}"
+        );
     }
 
     fn log(&self, status: Option<StatusCode>, error: Option<&Error>, text: &str) {

@@ -69,7 +69,6 @@ struct Source {
     read: u64,
     /// The latest reader.
     turn: u64,
-    ended: bool,
     /// Whether what was read is not all there any more.
     lost: bool,
     keeper: Arc<Keeper>,
@@ -99,7 +98,6 @@ impl Replay {
                 kept: Vec::new(),
                 read: 0,
                 turn: 0,
-                ended: false,
                 lost: false,
                 keeper: Arc::clone(keeper),
             }))
@@ -181,9 +179,6 @@ impl http_body::Body for Replay {
             this.at += piece.len() as u64;
             return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
-        if source.ended {
-            return Poll::Ready(None);
-        }
         let step = ready!(source.poll_step(cx));
         Poll::Ready(match step {
             Some(Ok(frame)) => {
@@ -205,17 +200,14 @@ impl http_body::Body for Replay {
                 source.lose();
                 Some(Err("the body ended before its declared end".into()))
             }
-            None => {
-                source.ended = true;
-                None
-            }
+            None => None,
         })
     }
 
     fn is_end_stream(&self) -> bool {
         self.source.as_ref().is_none_or(|source| {
             let source = lock(source);
-            self.at == source.read && (source.ended || source.is_end_stream())
+            self.at == source.read && source.is_end_stream()
         })
     }
 

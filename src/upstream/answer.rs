@@ -131,19 +131,12 @@ impl<'a> Reader<'a> {
 
     /// Reads an error's body as far as the bounds allow.
     async fn read_error(&mut self) {
-        if !self.read_within(&mut Patience::of(ERROR_BODY)).await {
-            self.end = End::Cut;
-        }
-    }
-
-    /// Reads as far as the bounds allow. Tells whether that was possible in time.
-    async fn read_within(&mut self, patience: &mut Patience) -> bool {
+        let mut patience = Patience::of(ERROR_BODY);
         while !self.is_over() {
             if !patience.lasts(self.read()).await {
-                return false;
+                self.end = End::Cut;
             }
         }
-        true
     }
 
     async fn read(&mut self) {

@@ -404,7 +404,6 @@ async fn drive(
         _ = users.recv() => {}
     }
     state.unusable.store(true, Relaxed);
-    state.changed.notify_waiters();
     state.changed.notify_one();
 }
 

@@ -254,11 +254,9 @@ fn log_line_of_every_create_names_its_task() {
     }
 }
 
-/// It is let go after a moment, and read on while it passes.
-#[test]
-fn log_line_names_a_task_whose_answer_is_slow() {
-    let (upstream, proxy) = started();
-    let (first, last) = SUCCESS.split_at(SUCCESS.len() - 10);
+/// Has upstream answer with the beginning of [`SUCCESS`], and with the rest once the gate is open.
+fn answer_in_parts(upstream: &Upstream, at: usize) -> Gate {
+    let (first, last) = SUCCESS.split_at(at);
     let head = format!(
         "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{first}",
         SUCCESS.len()
@@ -266,6 +264,14 @@ fn log_line_names_a_task_whose_answer_is_slow() {
     let gate = Gate::default();
     let (wait, last) = (gate.clone(), last.to_owned());
     upstream.script(move |_| vec![send(&head), Step::Wait(wait.clone()), send(&last)]);
+    gate
+}
+
+/// It is let go after a moment, and read on while it passes.
+#[test]
+fn log_line_names_a_task_whose_answer_is_slow() {
+    let (upstream, proxy) = started();
+    let gate = answer_in_parts(&upstream, SUCCESS.len() - 10);
     let mut client = proxy.connect();
     client.send(post("/v1/x", "{}"));
     // Its head arrives before its end is sent.
@@ -278,14 +284,7 @@ fn log_line_names_a_task_whose_answer_is_slow() {
 #[test]
 fn log_names_a_task_whose_client_leaves_inside_of_the_answer() {
     let (upstream, proxy) = started();
-    let (first, last) = SUCCESS.split_at(30);
-    let head = format!(
-        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{first}",
-        SUCCESS.len()
-    );
-    let gate = Gate::default();
-    let (wait, last) = (gate.clone(), last.to_owned());
-    upstream.script(move |_| vec![send(&head), Step::Wait(wait.clone()), send(&last)]);
+    let gate = answer_in_parts(&upstream, 30);
     let mut client = proxy.connect();
     client.send(post("/v1/x", "{}"));
     assert_eq!(client.head().status(), 200);
