@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use axum::extract::Request;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use tokio::task::yield_now;
 
 use crate::effect::Effect;
 use crate::facts::{Facts, Inbound};
 use crate::headers;
-use crate::pending_create::PendingCreate;
+use crate::pending_create::{ClientLeft, PendingCreate};
 use crate::replay::{Keeper, Replay};
 
 /// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
@@ -30,8 +31,18 @@ pub struct Attempt {
     /// What is sent.
     pub request: Request,
     /// For a create: asked before its first byte is sent.
-    pub create: Option<Arc<PendingCreate>>,
+    pub create: Option<AttemptedCreate>,
 }
+
+/// A create that is about to be sent.
+pub struct AttemptedCreate {
+    pending: Arc<PendingCreate>,
+    body: Replay,
+}
+
+/// Turns of the event loop in which nothing more of a request has come before all of it that was sent
+/// counts as read: one for its rest, and one for the end of its connection.
+const QUIET_TURNS: u32 = 2;
 
 /// What every attempt has.
 struct Head {
@@ -103,14 +114,15 @@ impl Original {
         let headers = self
             .headers
             .unwrap_or_else(|| headers.iter().cloned().collect());
+        let create = self.create.map(|pending| AttemptedCreate {
+            pending,
+            body: self.body.clone(),
+        });
         let mut request = Request::new(self.body.into_body());
         request.method_mut().clone_from(method);
         request.uri_mut().clone_from(uri);
         *request.headers_mut() = headers;
-        Attempt {
-            request,
-            create: self.create,
-        }
+        Attempt { request, create }
     }
 }
 
@@ -124,5 +136,37 @@ impl Clone for Original {
             create: self.create.clone(),
             body: self.body.clone(),
         }
+    }
+}
+
+// === impl AttemptedCreate ===
+
+impl AttemptedCreate {
+    /// Asks, right before the first byte, whether its client still waits for it.
+    ///
+    /// That the client has left is noticed behind all that it sent before. So this lets the event loop
+    /// turn for as long as more of the body comes, which is read meanwhile ([`Replay::read_while`]). The
+    /// end of a connection to upstream is seen then, too.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientLeft`]: nothing of it may be sent.
+    pub async fn begin_sending(&self) -> Result<(), ClientLeft> {
+        let mut quiet = 0;
+        while quiet < QUIET_TURNS {
+            let before = self.body.arrived();
+            yield_now().await;
+            quiet = if self.body.arrived() > before {
+                0
+            } else {
+                quiet + 1
+            };
+        }
+        self.pending.begin_sending()
+    }
+
+    /// There is no task of what was sent.
+    pub fn not_created(&self) {
+        self.pending.not_created();
     }
 }

@@ -59,6 +59,8 @@ struct Source {
     ahead: VecDeque<Frame<Bytes>>,
     /// How much of that counts in the memory of all requests together.
     reserved: usize,
+    /// How many frames have come.
+    arrived: u64,
     /// Whether the body has nothing behind that.
     body_ended: bool,
     /// Looks for the external id of a create while its body passes, however little of it is kept.
@@ -93,6 +95,7 @@ impl Replay {
                 body,
                 ahead: VecDeque::new(),
                 reserved: 0,
+                arrived: 0,
                 body_ended: false,
                 names: create.map(|facts| (facts.clone(), TaskReader::of_request())),
                 kept: Vec::new(),
@@ -139,6 +142,12 @@ impl Replay {
         };
         let reading = poll_fn(|cx| lock(source).poll_ahead(cx));
         timeout(PATIENCE, reading).await.unwrap_or(Ok(()))
+    }
+
+    /// How many frames of the body have come, whoever read them; its end counts as one.
+    pub fn arrived(&self) -> u64 {
+        let source = self.source.as_ref();
+        source.map_or(0, |source| lock(source).arrived)
     }
 
     /// Reads on for as long as nobody sends the body and it fits in the bounds: a client that leaves is
@@ -252,6 +261,7 @@ impl Source {
             return Poll::Ready(None);
         }
         let step = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        self.arrived += 1;
         match &step {
             Some(Ok(frame)) => {
                 if let (Some((facts, reader)), Some(data)) = (&mut self.names, frame.data_ref()) {

@@ -33,7 +33,6 @@ use axum::response::Response;
 use futures_util::FutureExt;
 use http::header::{HOST, USER_AGENT};
 use http::{HeaderValue, Method, Version};
-use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 use tower::Service;
 
@@ -54,8 +53,7 @@ use crate::clock::Clock;
 use crate::error::{Answer, BoxError, Error, LateAnswer, Resend, chain};
 use crate::headers;
 use crate::metrics::Metrics;
-use crate::original::Attempt;
-use crate::pending_create::PendingCreate;
+use crate::original::{Attempt, AttemptedCreate};
 
 /// What we call ourselves where no client does.
 pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
@@ -95,7 +93,7 @@ struct Exchange {
     load: Load,
     progress: Arc<Progress>,
     /// For a create.
-    create: Option<Arc<PendingCreate>>,
+    create: Option<AttemptedCreate>,
 }
 
 /// What came of a request on one connection: an answer; or, if nothing of it was sent, the request
@@ -279,7 +277,10 @@ impl Exchange {
             };
             // HTTP/2 takes it away, and the next connection may speak HTTP/1.1.
             request.headers_mut().insert(HOST, self.way.pool.host());
-            self.begin_sending().await?;
+            if let Some(create) = &self.create {
+                let begun = create.begin_sending().await;
+                begun.map_err(|left| Error::Unreachable(left.into()))?;
+            }
             self.progress.restart();
             let sent = connection.send(*request, &self.progress);
             match self.wait(sent, (connection, home)).await? {
@@ -288,18 +289,6 @@ impl Exchange {
                 Err((_, error)) => return Err(Error::Unreachable(error)),
             }
         }
-    }
-
-    /// Asks, right before the first byte of a create, whether its client still waits for it.
-    async fn begin_sending(&self) -> Result<(), Error> {
-        let Some(create) = &self.create else {
-            return Ok(());
-        };
-        // One turn of the event loop, in which what has arrived is seen: that the client has left, or
-        // that upstream has closed this connection.
-        yield_now().await;
-        let begun = create.begin_sending();
-        begun.map_err(|left| Error::Unreachable(left.into()))
     }
 
     /// Waits for the answer to what was sent on a connection, which goes back to where it comes from.
