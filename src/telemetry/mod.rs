@@ -14,6 +14,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::reload::{self, Handle};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt};
+use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
 use self::line::JsonLine;
 use self::queue::{DROPPED, Lines, QUEUE};
@@ -97,8 +98,10 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// As much of a foreign text as is logged, in bytes.
 const LONGEST: usize = 1024;
 
-/// The beginning of a foreign text, without control characters: JSON leaves those of U+0080 to
-/// U+009F as they are, and some terminals obey them.
+/// The beginning of a foreign text, with everything escaped that is not seen where it is printed:
+/// control characters, of which JSON leaves U+0080 to U+009F as they are; line and paragraph
+/// separators, which some readers take for the end of a line; and format characters, which can turn a
+/// line around or hide a part of it.
 pub fn printable(text: &str) -> Cow<'_, str> {
     let end = text.floor_char_boundary(LONGEST);
     let (text, rest) = text.split_at(end);
@@ -107,12 +110,12 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     let plain = !text
         .bytes()
         .fold(false, |found, byte| found | special(byte));
-    if rest.is_empty() && (plain || !text.contains(char::is_control)) {
+    if rest.is_empty() && (plain || !text.contains(is_unseen)) {
         return text.into();
     }
     let mut escaped = String::with_capacity(text.len() + '…'.len_utf8());
     for c in text.chars() {
-        if c.is_control() {
+        if is_unseen(c) {
             escaped.extend(c.escape_unicode());
         } else {
             escaped.push(c);
@@ -124,5 +127,38 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     escaped.into()
 }
 
+/// Whether a character does something to a text, rather than being seen in it.
+fn is_unseen(c: char) -> bool {
+    use GeneralCategory::{Control, Format, LineSeparator, ParagraphSeparator};
+    matches!(
+        c.general_category(),
+        Control | Format | LineSeparator | ParagraphSeparator
+    )
+}
+
 /// The target of the log lines of creates.
 pub const CREATES: &str = "kling_proxy::creates";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_seen_in_a_text_is_escaped() {
+        for (text, printed) in [
+            ("a b~", "a b~"),
+            ("日本語 é e\u{301} हिन्दी 👍", "日本語 é e\u{301} हिन्दी 👍"),
+            ("a\r\n\0\u{7f}\u{9b}", r"a\u{d}\u{a}\u{0}\u{7f}\u{9b}"),
+            ("a\u{2028}b\u{2029}c", r"a\u{2028}b\u{2029}c"),
+            ("\u{202e}gnp.exe\u{202c}", r"\u{202e}gnp.exe\u{202c}"),
+            ("\u{2066}\u{2069}\u{61c}", r"\u{2066}\u{2069}\u{61c}"),
+            (
+                "\u{200b}\u{200d}\u{feff}\u{ad}",
+                r"\u{200b}\u{200d}\u{feff}\u{ad}",
+            ),
+            ("\u{e0041}", r"\u{e0041}"),
+        ] {
+            assert_eq!(printable(text), printed);
+        }
+    }
+}
