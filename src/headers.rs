@@ -1,14 +1,19 @@
 //! Which headers pass, in both directions.
 
 use http::header::{
-    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue,
-    TRANSFER_ENCODING,
+    ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap,
+    HeaderName, HeaderValue, TRANSFER_ENCODING, X_CONTENT_TYPE_OPTIONS,
 };
 
 use crate::accept_encoding;
 
 /// Where a client may show its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
+
+/// A type is what it says.
+const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
+/// A page has no origin, no scripts and no forms (Content Security Policy, `sandbox`).
+const NO_SCRIPTS: HeaderValue = HeaderValue::from_static("sandbox");
 
 /// Removes what must not reach upstream.
 pub fn strip_request(headers: &mut HeaderMap) {
@@ -26,9 +31,31 @@ pub fn strip_request(headers: &mut HeaderMap) {
     }
 }
 
-/// Removes what must not reach the client.
+/// Removes what must not reach the client, and keeps what is not JSON from running as a page of
+/// `localhost`: a browser takes its type as it is, and runs none of its scripts.
 pub fn strip_response(headers: &mut HeaderMap) {
-    strip(headers, |name, _| is_of_proxy(name));
+    let mut json = None;
+    strip(headers, |name, value| {
+        if *name == CONTENT_TYPE {
+            json = Some(json.is_none() && is_json(value));
+        }
+        is_of_proxy(name)
+    });
+    if json != Some(true) {
+        headers.insert(X_CONTENT_TYPE_OPTIONS, NO_SNIFF);
+        headers.insert(CONTENT_SECURITY_POLICY, NO_SCRIPTS);
+    }
+}
+
+/// Whether a `Content-Type` is that of JSON, or of a format made of it (RFC 6839, section 3.1).
+pub fn is_json(media_type: &HeaderValue) -> bool {
+    let value = media_type.as_bytes();
+    let end = value.iter().position(|b| *b == b';');
+    let essence = value[..end.unwrap_or(value.len())].trim_ascii();
+    essence.eq_ignore_ascii_case(b"application/json")
+        || essence
+            .last_chunk()
+            .is_some_and(|suffix: &[u8; 5]| suffix.eq_ignore_ascii_case(b"+json"))
 }
 
 /// Removes what is for one hop only, and what is forbidden.
@@ -108,7 +135,31 @@ fn is_override(name: &str) -> bool {
 /// What only this proxy may say to a client: its own headers, and which pages may read the answer.
 fn is_of_proxy(name: &HeaderName) -> bool {
     let text = name.as_str();
-    text.starts_with("kling-proxy-") || text.starts_with("access-control-")
+    text.starts_with("kling-proxy-") || text.starts_with("access-control-") || acts_on_origin(text)
+}
+
+/// Returns true for a header that acts on more than its own answer. A browser takes upstream's answer
+/// for one of `localhost`, and would keep the effect for every program of this machine that it finds
+/// under that name.
+fn acts_on_origin(name: &str) -> bool {
+    matches!(
+        name,
+        "accept-ch"
+            | "alt-svc"
+            | "clear-site-data"
+            | "critical-ch"
+            | "expect-ct"
+            | "nel"
+            | "origin-agent-cluster"
+            | "public-key-pins"
+            | "public-key-pins-report-only"
+            | "report-to"
+            | "reporting-endpoints"
+            | "service-worker-allowed"
+            | "set-cookie"
+            | "set-cookie2"
+            | "strict-transport-security"
+    )
 }
 
 #[cfg(test)]
@@ -167,16 +218,47 @@ mod tests {
     }
 
     #[test]
-    fn a_response_keeps_cookies_but_cannot_speak_for_the_proxy() {
+    fn a_response_cannot_speak_for_the_proxy_or_for_its_host() {
         let mut headers = headers(&[
+            ("etag", "a"),
             ("set-cookie", "a=b"),
+            ("strict-transport-security", "max-age=31536000"),
             ("kling-proxy-error", "none"),
             ("upgrade", "h2c"),
             ("transfer-encoding", "chunked"),
             ("content-length", "5"),
             ("date", "today"),
         ]);
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         strip_response(&mut headers);
-        assert_eq!(names(&headers), ["set-cookie", "date"]);
+        assert_eq!(names(&headers), ["etag", "content-type", "date"]);
+    }
+
+    #[test]
+    fn what_is_not_json_cannot_run_as_a_page() {
+        for (types, confined) in [
+            (&["application/json"][..], false),
+            (&["Application/JSON; charset=utf-8"], false),
+            (&["application/problem+json"], false),
+            (&["text/html"], true),
+            (&["text/html;a=application/json"], true),
+            (&["image/svg+xml"], true),
+            (&["application/json", "text/html"], true),
+            (&["application/json", "application/json"], true),
+            (&[], true),
+        ] {
+            let types: Vec<_> = types.iter().map(|value| ("content-type", *value)).collect();
+            let mut headers = headers(&types);
+            headers.append(CONTENT_SECURITY_POLICY, HeaderValue::from_static("a"));
+            strip_response(&mut headers);
+            let policies = headers.get_all(CONTENT_SECURITY_POLICY).iter();
+            let policies: Vec<_> = policies.collect();
+            let told = headers.contains_key(X_CONTENT_TYPE_OPTIONS);
+            assert_eq!(
+                (policies == [NO_SCRIPTS], told),
+                (confined, confined),
+                "{types:?}"
+            );
+        }
     }
 }

@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use super::download::Download;
 use super::text::Text;
 use crate::envelope::{self, Envelope, Peek};
+use crate::headers;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
 const BOUND: usize = 64 << 10;
@@ -197,16 +198,7 @@ impl Patience {
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
-    let Some(value) = headers.get(CONTENT_TYPE) else {
-        return false;
-    };
-    let value = value.as_bytes();
-    let end = value.iter().position(|b| *b == b';');
-    let essence = value[..end.unwrap_or(value.len())].trim_ascii();
-    essence.eq_ignore_ascii_case(b"application/json")
-        || essence
-            .last_chunk()
-            .is_some_and(|suffix: &[u8; 5]| suffix.eq_ignore_ascii_case(b"+json"))
+    headers.get(CONTENT_TYPE).is_some_and(headers::is_json)
 }
 
 /// How a text begins; nothing of what is not text.

@@ -164,6 +164,8 @@ impl Download {
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Step>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(step) => {
+                // What comes behind a body could not be told from headers that are dropped before it.
+                let step = step.filter(|step| !step.as_ref().is_ok_and(Frame::is_trailers));
                 self.moved = true;
                 self.end_lease(step.is_none());
                 Poll::Ready(step)

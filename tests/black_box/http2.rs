@@ -60,6 +60,25 @@ fn accepted(upstream: &FrameUpstream) -> Vec<String> {
         .collect()
 }
 
+/// R35.
+#[test]
+fn trailers_of_a_request_do_not_reach_upstream() {
+    let (upstream, proxy) = settled(Offer::default(), &[]);
+    let head = request(
+        "POST /v1/x",
+        "transfer-encoding: chunked\ntrailer: authorization",
+        "",
+    );
+    let body = b"5\r\nabcde\r\n0\r\nauthorization: Bearer x\r\n\r\n";
+    let mut client = sent(&proxy, [head.as_slice(), body].concat());
+    let id = upstream.whole(2);
+    upstream.answer(id, SUCCESS);
+    assert_eq!(client.answer().status(), 200);
+    let arrived = upstream.arrived();
+    assert_eq!(arrived.stream(id).body, b"abcde");
+    assert_eq!(arrived.streams.len(), 2, "{}", arrived.history);
+}
+
 /// A create that waits for the stream of another one is sent whenever that ends, be it after its own
 /// client was told that there was no answer.
 #[test]
