@@ -1,5 +1,8 @@
 //! Who may call the proxy, where a file of client tokens says so (`access.client_tokens_file`).
 
+use std::borrow::{Borrow, Cow};
+use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,13 +21,22 @@ use crate::headers::CLIENT_TOKEN;
 use crate::secret::Secret;
 use crate::secret_file::{self, SecretFileError};
 
-/// The tokens that are accepted.
+/// The tokens that are accepted. What a request costs here does not depend on how many there are.
 pub struct ClientTokens {
     clients: Vec<Client>,
+    /// Which client a token belongs to, by its digest.
+    by_digest: HashMap<Digest, usize>,
+    /// Which clients have a name.
+    by_name: HashMap<ClientName, Vec<usize>>,
+    /// Makes the digests, so that nobody outside knows where in the map a token leads.
+    digests: hmac::Key,
     clock: Arc<dyn Clock>,
     /// What their owner should know.
     pub warning: Option<String>,
 }
+
+/// HMAC-SHA256 of a token.
+type Digest = [u8; 32];
 
 /// What a line of the file says.
 #[derive(PartialEq, Eq)]
@@ -34,11 +46,17 @@ struct Client {
 }
 
 /// The name of a token, for logs and metrics.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClientName(Arc<str>);
 
 /// Shortest token accepted: less could be guessed.
 const SHORTEST: usize = 16;
+/// Longest token and longest JWT that is looked at, in bytes. A JWT of a Kling client has 200.
+const LONGEST: usize = 4096;
+/// As many tokens are tried for the key of a JWT.
+const MOST_KEYS: usize = 32;
+/// A client's JWT ends at most so many seconds from now. Kling's own clients make theirs for 1,800.
+const LONGEST_LIFE: i64 = 24 * 60 * 60;
 /// Longest name, in bytes: it is a label of metrics.
 const LONGEST_NAME: usize = 64;
 /// What a token without a name is called.
@@ -53,16 +71,37 @@ pub enum FileError {
     /// It has no token.
     #[error("it holds no token")]
     Empty,
-    /// A token is too short to be safe.
-    #[error("line {0}: a token has at least {SHORTEST} characters")]
-    Short(usize),
+    /// A token is too short to be safe, or too long to be one.
+    #[error("line {0}: a token has {SHORTEST} to {LONGEST} characters")]
+    Length(usize),
     /// A name would not be safe in a log.
     #[error("line {0}: a name has 1 to {LONGEST_NAME} letters, digits, `.`, `_` or `-`")]
     Name(usize),
+    /// The system has no randomness for the digests.
+    #[error("the system has no randomness")]
+    Randomness,
+}
+
+/// A JWT as an unchanged Kling client makes it.
+struct Jwt<'a> {
+    /// The issuer: what the client has for an AccessKey.
+    issuer: Option<String>,
+    /// From when on and until when it is valid, in seconds since the epoch.
+    valid: Range<i64>,
+    /// What is signed.
+    message: &'a [u8],
+    signature: Vec<u8>,
 }
 
 #[derive(Deserialize)]
-struct Times {
+struct Header<'a> {
+    #[serde(borrow)]
+    alg: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct Claims {
+    iss: Option<String>,
     exp: i64,
     nbf: i64,
 }
@@ -98,12 +137,25 @@ impl ClientTokens {
             name: ClientName(UNNAMED.into()),
             token: token.clone(),
         };
-        let tokens = Self {
-            clients: vec![client],
+        Ok((Self::new(vec![client], clock)?, token))
+    }
+
+    fn new(clients: Vec<Client>, clock: Arc<dyn Clock>) -> Result<Self, Unspecified> {
+        let digests = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())?;
+        let mut by_name: HashMap<_, Vec<_>> = HashMap::new();
+        let mut by_digest = HashMap::new();
+        for (index, client) in clients.iter().enumerate() {
+            by_digest.insert(digest(&digests, client.token.expose().as_bytes()), index);
+            by_name.entry(client.name.clone()).or_default().push(index);
+        }
+        Ok(Self {
+            clients,
+            by_digest,
+            by_name,
+            digests,
             clock,
             warning: None,
-        };
-        Ok((tokens, token))
+        })
     }
 
     /// Reads one token a line, `token` or `name:token`; empty lines and `#` comments do not count.
@@ -120,8 +172,8 @@ impl ClientTokens {
             let (name, token) = line
                 .split_once(':')
                 .map_or((UNNAMED, line), |(name, token)| (name.trim(), token.trim()));
-            if token.len() < SHORTEST {
-                return Err(FileError::Short(index + 1));
+            if !(SHORTEST..=LONGEST).contains(&token.len()) {
+                return Err(FileError::Length(index + 1));
             }
             clients.push(Client {
                 name: ClientName::new(name).ok_or(FileError::Name(index + 1))?,
@@ -129,14 +181,9 @@ impl ClientTokens {
             });
         }
         if clients.is_empty() {
-            Err(FileError::Empty)
-        } else {
-            Ok(Self {
-                clients,
-                clock,
-                warning: None,
-            })
+            return Err(FileError::Empty);
         }
+        Self::new(clients, clock).map_err(|Unspecified| FileError::Randomness)
     }
 
     /// Whose token the request shows: in `kling-proxy-token`, as a bearer, or as the secret key of a
@@ -154,35 +201,43 @@ impl ClientTokens {
         client.map(|client| client.name.clone())
     }
 
-    /// Compares with every token, each in constant time, also after one was found.
+    /// Whose token this is: found by its digest, and compared in constant time.
     fn named_by(&self, shown: &[u8]) -> Option<&Client> {
-        self.clients.iter().fold(None, |found, client| {
-            let same = client.token.expose().as_bytes().ct_eq(shown);
-            if same.into() { Some(client) } else { found }
-        })
+        if shown.len() > LONGEST {
+            return None;
+        }
+        let index = *self.by_digest.get(&digest(&self.digests, shown))?;
+        let client = self.clients.get(index)?;
+        let same = client.token.expose().as_bytes().ct_eq(shown);
+        bool::from(same).then_some(client)
     }
 
-    /// Whose token signs a JWT (HS256, `exp`, `nbf`) that is valid now.
+    /// Whose token signs a JWT that is valid now: one of those that have its issuer for a name, or else
+    /// one of the first.
     fn signer_of(&self, jwt: &[u8]) -> Option<&Client> {
-        let dot = jwt.iter().rposition(|b| *b == b'.')?;
-        let (message, signature) = (&jwt[..dot], &jwt[dot + 1..]);
-        let signature = URL_SAFE_NO_PAD.decode(signature).ok()?;
-        let signed = |client: &&Client| {
-            let key = hmac::Key::new(hmac::HMAC_SHA256, client.token.expose().as_bytes());
-            hmac::verify(&key, message, &signature).is_ok()
-        };
-        let client = self.clients.iter().find(signed)?;
-        self.is_now(&claims(message)?).then_some(client)
+        let jwt = Jwt::parse(jwt).filter(|jwt| self.is_now(&jwt.valid))?;
+        let named = jwt
+            .issuer
+            .as_deref()
+            .and_then(|name| self.by_name.get(name));
+        let signed = |client: &&Client| jwt.is_signed_by(&client.token);
+        match named {
+            Some(named) => {
+                let clients = named.iter().filter_map(|index| self.clients.get(*index));
+                clients.take(MOST_KEYS).find(signed)
+            }
+            None => self.clients.iter().take(MOST_KEYS).find(signed),
+        }
     }
 
-    fn is_now(&self, times: &Times) -> bool {
+    fn is_now(&self, valid: &Range<i64>) -> bool {
         let since_epoch = self
             .clock
             .now()
             .duration_since(std::time::UNIX_EPOCH)
             .unwrap_or_default();
         let now = i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX);
-        times.nbf <= now && now < times.exp
+        valid.contains(&now) && valid.end <= now.saturating_add(LONGEST_LIFE)
     }
 }
 
@@ -207,16 +262,54 @@ impl ClientName {
     }
 }
 
-/// `exp` and `nbf` of `header.claims`. The header needs no look: the signature was HS256.
-fn claims(message: &[u8]) -> Option<Times> {
-    let dot = message.iter().position(|b| *b == b'.')?;
-    let claims = URL_SAFE_NO_PAD.decode(&message[dot + 1..]).ok()?;
-    serde_json::from_slice(&claims).ok()
+impl Borrow<str> for ClientName {
+    fn borrow(&self) -> &str {
+        self.as_str()
+    }
+}
+
+// === impl Jwt ===
+
+impl<'a> Jwt<'a> {
+    /// Reads what is well formed and says that it is signed by HS256. Nobody vouches for it yet.
+    fn parse(text: &'a [u8]) -> Option<Self> {
+        if text.len() > LONGEST {
+            return None;
+        }
+        let mut dots = (0..text.len()).filter(|index| text[*index] == b'.');
+        let (first, second) = (dots.next()?, dots.next()?);
+        let part = |range: Range<usize>| URL_SAFE_NO_PAD.decode(&text[range]).ok();
+        let header = part(0..first)?;
+        let header: Header = serde_json::from_slice(&header).ok()?;
+        if header.alg != "HS256" {
+            return None;
+        }
+        let Claims { iss, exp, nbf } = serde_json::from_slice(&part(first + 1..second)?).ok()?;
+        Some(Self {
+            issuer: iss,
+            valid: nbf..exp,
+            message: &text[..second],
+            signature: part(second + 1..text.len())?,
+        })
+    }
+
+    fn is_signed_by(&self, token: &Secret) -> bool {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, token.expose().as_bytes());
+        hmac::verify(&key, self.message, &self.signature).is_ok()
+    }
+}
+
+fn digest(key: &hmac::Key, token: &[u8]) -> Digest {
+    let mut digest = Digest::default();
+    digest.copy_from_slice(hmac::sign(key, token).as_ref());
+    digest
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+    use tokio::time::Instant;
 
     use super::*;
 
@@ -236,8 +329,11 @@ mod tests {
     }
 
     fn jwt(key: &str, claims: &str) -> String {
-        let [head, claims] =
-            [r#"{"alg":"HS256","typ":"JWT"}"#, claims].map(|part| URL_SAFE_NO_PAD.encode(part));
+        jwt_with(r#"{"alg":"HS256","typ":"JWT"}"#, key, claims)
+    }
+
+    fn jwt_with(head: &str, key: &str, claims: &str) -> String {
+        let [head, claims] = [head, claims].map(|part| URL_SAFE_NO_PAD.encode(part));
         let message = format!("{head}.{claims}");
         let signature = hmac::sign(
             &hmac::Key::new(hmac::HMAC_SHA256, key.as_bytes()),
@@ -253,9 +349,9 @@ mod tests {
             ("# none\n\n", "it holds no token"),
             (
                 "0123456789abcdef\nshort",
-                "line 2: a token has at least 16 characters",
+                "line 2: a token has 16 to 4096 characters",
             ),
-            ("name:short", "line 1: a token has at least 16 characters"),
+            ("name:short", "line 1: a token has 16 to 4096 characters"),
             (
                 "a b:0123456789abcdef",
                 "line 1: a name has 1 to 64 letters, digits, `.`, `_` or `-`",
@@ -276,6 +372,11 @@ mod tests {
     #[test]
     fn a_token_is_shown_in_one_of_three_ways() {
         let good = format!(r#"{{"iss":"any","exp":{},"nbf":{}}}"#, NOW + 1, NOW);
+        let day = 24 * 60 * 60;
+        let long = format!(r#"{{"exp":{},"nbf":{NOW}}}"#, NOW + day);
+        let longer = format!(r#"{{"exp":{},"nbf":{NOW}}}"#, NOW + day + 1);
+        let padding = "x".repeat(LONGEST);
+        let padded = format!(r#"{{"iss":"{padding}","exp":{},"nbf":{NOW}}}"#, NOW + 1);
         let over = format!(r#"{{"iss":"any","exp":{NOW},"nbf":{}}}"#, NOW - 5);
         let early = format!(r#"{{"iss":"any","exp":{},"nbf":{}}}"#, NOW + 9, NOW + 1);
         for (name, value, admitted) in [
@@ -311,12 +412,94 @@ mod tests {
                 false,
             ),
             ("x-token", TOKEN.to_owned(), false),
+            (
+                "authorization",
+                format!("Bearer {}.x", jwt(TOKEN, &good)),
+                false,
+            ),
+            (
+                "authorization",
+                format!("Bearer {}", jwt(TOKEN, &long)),
+                true,
+            ),
+            (
+                "authorization",
+                format!("Bearer {}", jwt(TOKEN, &longer)),
+                false,
+            ),
+            (
+                "authorization",
+                format!("Bearer {}", jwt_with(r#"{"alg":"none"}"#, TOKEN, &good)),
+                false,
+            ),
+            (
+                "authorization",
+                format!("Bearer {}", jwt_with(r#"{"alg":"HS512"}"#, TOKEN, &good)),
+                false,
+            ),
+            (
+                "authorization",
+                format!("Bearer {}", jwt_with(r#"{"typ":"JWT"}"#, TOKEN, &good)),
+                false,
+            ),
+            (
+                "authorization",
+                format!("Bearer {}", jwt(TOKEN, &padded)),
+                false,
+            ),
         ] {
             let headers = HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
             let tokens = tokens(&format!("someone:{TOKEN}")).unwrap();
             let client = tokens.admit(&headers);
             let client = client.as_ref().map(ClientName::as_str);
             assert_eq!(client, admitted.then_some("someone"), "{name}: {value}");
+        }
+    }
+
+    /// R37.
+    #[test]
+    fn what_a_token_costs_does_not_depend_on_how_many_there_are() {
+        let line = |index| format!("client-{index}:token-of-client-{index}\n");
+        let claims =
+            |issuer: &str| format!(r#"{{"iss":"{issuer}","exp":{},"nbf":{NOW}}}"#, NOW + 9);
+        let shown = [
+            "nobody's token of any length".to_owned(),
+            jwt("nobody's token", &claims("nobody")),
+            jwt("nobody's token", &claims("client-3")),
+        ];
+        let shown = shown.map(|bearer| {
+            let bearer = format!("Bearer {bearer}").parse().unwrap();
+            HeaderMap::from_iter([(AUTHORIZATION, bearer)])
+        });
+        let cost = |clients: u32| {
+            let tokens = tokens(&(0..clients).map(line).collect::<String>()).unwrap();
+            let ask = |_| {
+                let begun = Instant::now();
+                for headers in &shown {
+                    assert_eq!(tokens.admit(headers), None);
+                }
+                begun.elapsed()
+            };
+            // The quickest of many is what it costs; what else the machine does only adds to that.
+            (0..50).map(ask).min().unwrap()
+        };
+        let (few, many) = (cost(50), cost(5_000));
+        assert!(many < 10 * few, "{few:?} for 50 tokens, {many:?} for 5,000");
+    }
+
+    #[test]
+    fn of_many_tokens_the_issuer_of_a_jwt_names_its_own() {
+        let line = |index| format!("client-{index}:token-of-client-{index}\n");
+        let tokens = tokens(&(0..5_000).map(line).collect::<String>()).unwrap();
+        for (issuer, signer, admitted) in [
+            ("client-4711", "token-of-client-4711", true),
+            ("client-4711", "token-of-client-4712", false),
+            ("an AccessKey", "token-of-client-31", true),
+            ("an AccessKey", "token-of-client-32", false),
+        ] {
+            let claims = format!(r#"{{"iss":"{issuer}","exp":{},"nbf":{NOW}}}"#, NOW + 9);
+            let signed = tokens.signer_of(jwt(signer, &claims).as_bytes());
+            assert_eq!(signed.is_some(), admitted, "{issuer}: {signer}");
         }
     }
 }

@@ -287,7 +287,7 @@ fn preflight_is_answered_here_and_only_for_an_allowed_origin() {
     assert_eq!(preflight("http://evil.test").refusal(), (403, 9002));
 }
 
-/// R15.
+/// R15, R38.
 #[test]
 fn only_listed_methods_and_paths_are_forwarded() {
     let (upstream, proxy) = started_with(&[
@@ -303,6 +303,19 @@ fn only_listed_methods_and_paths_are_forwarded() {
         ("GET /v1/videos/../images", Some((403, 9004))),
         ("GET /v1/videos/%2e%2e/images", Some((403, 9004))),
         ("GET /v1/videos/..%2fimages", Some((403, 9004))),
+        ("GET /v1/videos/text2video;a=b", None),
+        ("GET /v1/videos/..;/images", Some((403, 9004))),
+        ("GET /v1/videos/..;a=b/images", Some((403, 9004))),
+        ("GET /v1/videos/%252e%252e/images", Some((403, 9004))),
+        ("GET /v1/videos/%25252e%25252e/images", Some((403, 9004))),
+        ("GET /v1/videos/%c0%ae%c0%ae/images", Some((403, 9004))),
+        (
+            "GET /v1/videos/%ef%bc%8e%ef%bc%8e/images",
+            Some((403, 9004)),
+        ),
+        ("GET /v1/videos/%00", Some((403, 9004))),
+        ("GET /v1/videos/%0d%0a", Some((403, 9004))),
+        ("GET /v1/videos/%u002e%u002e/images", Some((403, 9004))),
     ] {
         let request = request(line, "", "");
         match outcome {
@@ -457,7 +470,14 @@ fn client_token_is_accepted_in_each_of_three_ways() {
     }
 }
 
-/// R28.
+/// The JWT of a client, signed well, whose header names another algorithm.
+fn signed_by(algorithm: &str) -> String {
+    let claims = json!({ "exp": now() + 1800, "nbf": now() - 5 });
+    let token = mint(&json!({ "alg": algorithm }), &claims, "first-token-01234");
+    format!("authorization: Bearer {token}")
+}
+
+/// R28, R37.
 #[test]
 fn client_without_a_token_of_ours_is_refused_and_not_told_why() {
     let upstream = Upstream::ok();
@@ -476,6 +496,11 @@ fn client_without_a_token_of_ours_is_refused_and_not_told_why() {
         UNSIGNED,
         &client_jwt([-3600, -60], "first-token-01234"),
         &client_jwt([3600, 7200], "first-token-01234"),
+        &client_jwt([-5, 25 * 3600], "first-token-01234"),
+        &signed_by("HS384"),
+        &signed_by("none"),
+        &format!("authorization: Bearer {}", "x".repeat(5_000)),
+        &format!("kling-proxy-token: {}", "x".repeat(5_000)),
     ] {
         let answer = refused(&upstream, &proxy, request("GET /v1/x", header, ""));
         assert_eq!(answer.refusal(), (401, 9003), "{header}");
