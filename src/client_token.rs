@@ -20,6 +20,7 @@ use crate::clock::Clock;
 use crate::headers::CLIENT_TOKEN;
 use crate::secret::Secret;
 use crate::secret_file::{self, SecretFileError};
+use crate::share::Share;
 
 /// The tokens that are accepted. What a request costs here does not depend on how many there are.
 pub struct ClientTokens {
@@ -38,11 +39,13 @@ pub struct ClientTokens {
 /// HMAC-SHA256 of a token.
 type Digest = [u8; 32];
 
-/// What a line of the file says.
-#[derive(PartialEq, Eq)]
-struct Client {
-    name: ClientName,
+/// Who may call.
+pub struct Client {
+    /// What it is called in logs and metrics; several may have one name.
+    pub name: ClientName,
     token: Secret,
+    /// What all clients of this name have in flight.
+    pub share: Arc<Share>,
 }
 
 /// The name of a token, for logs and metrics.
@@ -133,20 +136,24 @@ impl ClientTokens {
     pub fn random(clock: Arc<dyn Clock>) -> Result<(Self, Secret), Unspecified> {
         let bytes: [u8; 16] = rand::generate(&SystemRandom::new())?.expose();
         let token = Secret::from(format!("{:032x}", u128::from_be_bytes(bytes)));
-        let client = Client {
-            name: ClientName(UNNAMED.into()),
-            token: token.clone(),
-        };
+        let client = (ClientName(UNNAMED.into()), token.clone());
         Ok((Self::new(vec![client], clock)?, token))
     }
 
-    fn new(clients: Vec<Client>, clock: Arc<dyn Clock>) -> Result<Self, Unspecified> {
+    fn new(tokens: Vec<(ClientName, Secret)>, clock: Arc<dyn Clock>) -> Result<Self, Unspecified> {
         let digests = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())?;
-        let mut by_name: HashMap<_, Vec<_>> = HashMap::new();
+        let mut clients: Vec<Client> = Vec::new();
+        let mut by_name: HashMap<ClientName, Vec<usize>> = HashMap::new();
         let mut by_digest = HashMap::new();
-        for (index, client) in clients.iter().enumerate() {
-            by_digest.insert(digest(&digests, client.token.expose().as_bytes()), index);
-            by_name.entry(client.name.clone()).or_default().push(index);
+        for (index, (name, token)) in tokens.into_iter().enumerate() {
+            by_digest.insert(digest(&digests, token.expose().as_bytes()), index);
+            let namesakes = by_name.entry(name.clone()).or_default();
+            let share = match namesakes.first() {
+                Some(first) => Arc::clone(&clients[*first].share),
+                None => Arc::default(),
+            };
+            namesakes.push(index);
+            clients.push(Client { name, token, share });
         }
         Ok(Self {
             clients,
@@ -164,7 +171,7 @@ impl ClientTokens {
     ///
     /// [`FileError`] names the line.
     fn parse(text: &str, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
-        let mut clients = Vec::new();
+        let mut tokens = Vec::new();
         for (index, line) in text.lines().map(str::trim).enumerate() {
             if line.is_empty() || line.starts_with('#') {
                 continue;
@@ -175,30 +182,27 @@ impl ClientTokens {
             if !(SHORTEST..=LONGEST).contains(&token.len()) {
                 return Err(FileError::Length(index + 1));
             }
-            clients.push(Client {
-                name: ClientName::new(name).ok_or(FileError::Name(index + 1))?,
-                token: Secret::from(token.to_owned()),
-            });
+            let name = ClientName::new(name).ok_or(FileError::Name(index + 1))?;
+            tokens.push((name, Secret::from(token.to_owned())));
         }
-        if clients.is_empty() {
+        if tokens.is_empty() {
             return Err(FileError::Empty);
         }
-        Self::new(clients, clock).map_err(|Unspecified| FileError::Randomness)
+        Self::new(tokens, clock).map_err(|Unspecified| FileError::Randomness)
     }
 
     /// Whose token the request shows: in `kling-proxy-token`, as a bearer, or as the secret key of a
     /// JWT, which is what an unchanged Kling client sends.
-    pub fn admit(&self, headers: &HeaderMap) -> Option<ClientName> {
+    pub fn admit(&self, headers: &HeaderMap) -> Option<&Client> {
         let shown = headers.get(CLIENT_TOKEN).map(http::HeaderValue::as_bytes);
         let bearer = headers
             .get(AUTHORIZATION)
             .and_then(|value| value.as_bytes().split_at_checked("Bearer ".len()))
             .and_then(|(scheme, rest)| scheme.eq_ignore_ascii_case(b"Bearer ").then_some(rest));
-        let client = shown
+        shown
             .and_then(|shown| self.named_by(shown))
             .or_else(|| self.named_by(bearer?))
-            .or_else(|| self.signer_of(bearer?));
-        client.map(|client| client.name.clone())
+            .or_else(|| self.signer_of(bearer?))
     }
 
     /// Whose token this is: found by its digest, and compared in constant time.
@@ -243,7 +247,11 @@ impl ClientTokens {
 
 impl PartialEq for ClientTokens {
     fn eq(&self, other: &Self) -> bool {
-        self.clients == other.clients
+        let tokens = |clients: &'_ [Client]| -> Vec<_> {
+            let token = |client: &Client| (client.name.clone(), client.token.clone());
+            clients.iter().map(token).collect()
+        };
+        tokens(&self.clients) == tokens(&other.clients)
     }
 }
 
@@ -451,7 +459,7 @@ mod tests {
             let headers = HeaderMap::from_iter([(name.parse().unwrap(), value.parse().unwrap())]);
             let tokens = tokens(&format!("someone:{TOKEN}")).unwrap();
             let client = tokens.admit(&headers);
-            let client = client.as_ref().map(ClientName::as_str);
+            let client = client.map(|client| client.name.as_str());
             assert_eq!(client, admitted.then_some("someone"), "{name}: {value}");
         }
     }
@@ -476,7 +484,7 @@ mod tests {
             let ask = |_| {
                 let begun = Instant::now();
                 for headers in &shown {
-                    assert_eq!(tokens.admit(headers), None);
+                    assert!(tokens.admit(headers).is_none());
                 }
                 begun.elapsed()
             };

@@ -10,6 +10,7 @@ use crate::client_token::ClientName;
 use crate::error::Failure;
 use crate::metrics::{InFlight, Metrics};
 use crate::request_id::RequestId;
+use crate::share::Held;
 use crate::task::Task;
 
 /// The facts of one request. All clones are one.
@@ -24,6 +25,7 @@ struct Inner {
     begun: Instant,
     in_flight: InFlight,
     client: OnceLock<ClientName>,
+    share: OnceLock<Held>,
     attempts: AtomicU32,
     external_id: OnceLock<String>,
     task: OnceLock<Task>,
@@ -49,6 +51,7 @@ impl Facts {
             begun: Instant::now(),
             in_flight,
             client: OnceLock::new(),
+            share: OnceLock::new(),
             attempts: AtomicU32::new(0),
             external_id: OnceLock::new(),
             task: OnceLock::new(),
@@ -75,6 +78,12 @@ impl Facts {
     pub fn is_from(&self, client: ClientName) {
         // A request has one client; the first word stands.
         let _ = self.0.client.set(client);
+    }
+
+    /// The request has a place in its client's share.
+    pub fn holds(&self, place: Held) {
+        // The guard gives it one.
+        let _ = self.0.share.set(place);
     }
 
     /// The client's name, where clients have to show a token.

@@ -7,7 +7,7 @@ use http::header::{HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, TRANSFER_EN
 use http::{Method, Uri};
 use percent_encoding::percent_decode;
 
-use crate::client_token::{ClientName, ClientTokens};
+use crate::client_token::{Client, ClientTokens};
 use crate::error::Error;
 
 /// What may pass.
@@ -139,12 +139,12 @@ impl Rules {
     /// # Errors
     ///
     /// [`Error::ClientTokenInvalid`].
-    pub fn check_client(&self, headers: &HeaderMap) -> Result<Option<ClientName>, Error> {
+    pub fn check_client(&self, headers: &HeaderMap) -> Result<Option<&Client>, Error> {
         let Some(tokens) = &self.client_tokens else {
             return Ok(None);
         };
-        let name = tokens.admit(headers).ok_or(Error::ClientTokenInvalid)?;
-        Ok(Some(name))
+        let client = tokens.admit(headers).ok_or(Error::ClientTokenInvalid)?;
+        Ok(Some(client))
     }
 
     fn allows(&self, name: &str) -> bool {

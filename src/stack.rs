@@ -28,6 +28,7 @@ use crate::metrics::Metrics;
 use crate::original::Original;
 use crate::replay::{Bounds, Keeper};
 use crate::rules::Rules;
+use crate::share::Shares;
 use crate::token::{Credential, Tokens, Validity};
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
 
@@ -64,6 +65,8 @@ pub struct Shared {
     pub rules: Live<Rules>,
     /// What may pass on the admin listener.
     pub admin_rules: Live<Rules>,
+    /// What each client has in flight.
+    pub shares: Arc<Shares>,
     /// How errors look.
     pub errors: Live<Look>,
     /// What is sent again.
@@ -125,6 +128,7 @@ impl Shared {
             keeper: Arc::new(Keeper::new(replay, Arc::clone(&metrics))),
             admin_rules: Live::new(rules.for_admin()),
             rules: Live::new(rules),
+            shares: Arc::default(),
             errors: Live::new(errors),
             tokens,
             origin,
@@ -160,6 +164,7 @@ impl Shared {
             .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers what a shutdown gives up
             .layer(GuardLayer::new(
                 self.rules.clone(),
+                Arc::clone(&self.shares),
                 Arc::clone(&self.lifecycle),
                 metrics,
             )) // refuses before anything is spent
@@ -186,6 +191,7 @@ impl Shared {
             .layer(NormaliseLayer::new(self.errors.clone()))
             .layer(GuardLayer::new(
                 self.admin_rules.clone(),
+                Arc::default(), // it limits no requests
                 Arc::default(), // it serves to the end, to tell how that goes
                 Arc::clone(&self.metrics),
             ))

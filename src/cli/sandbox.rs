@@ -28,6 +28,7 @@ pub(super) fn run(
     let sandbox = Sandbox::new(settings.sandbox, address, Arc::new(SystemClock));
     let limits = Limits {
         connections: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
+        heads: Arc::default(),
         header_timeout: settings.limits.header_timeout,
         idle: settings.upstream.timeouts.idle,
     };

@@ -26,11 +26,13 @@ use crate::lifecycle::Lifecycle;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::rules::{Rules, check_framing, check_reserved, check_target};
+use crate::share::{NoPlace, Peer, Shares};
 
 /// Adds [`Guard`] to a service.
 #[derive(Clone)]
 pub struct GuardLayer {
     rules: Live<Rules>,
+    shares: Arc<Shares>,
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
 }
@@ -58,10 +60,17 @@ const ALLOW_PRIVATE_NETWORK: HeaderName =
 // === impl GuardLayer ===
 
 impl GuardLayer {
-    /// Refuses what breaks `rules`, and everything while the proxy drains.
-    pub fn new(rules: Live<Rules>, lifecycle: Arc<Lifecycle>, metrics: Arc<Metrics>) -> Self {
+    /// Refuses what breaks `rules` or is more than a client's share, and everything while the proxy
+    /// drains.
+    pub fn new(
+        rules: Live<Rules>,
+        shares: Arc<Shares>,
+        lifecycle: Arc<Lifecycle>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             rules,
+            shares,
             lifecycle,
             metrics,
         }
@@ -80,10 +89,12 @@ impl GuardLayer {
         check_framing(headers)?;
         rules.check_path(request.uri().path())?;
         check_reserved(request.uri().path())?;
+        let mut share = None;
         if let Some(client) = rules.check_client(headers)? {
-            self.metrics.admitted(client.as_str());
+            self.metrics.admitted(client.name.as_str());
+            share = Some(Arc::clone(&client.share));
             if let Some(facts) = facts {
-                facts.is_from(client);
+                facts.is_from(client.name.clone());
             }
         }
         let limit = rules.request_body.as_u64();
@@ -94,9 +105,15 @@ impl GuardLayer {
         if self.lifecycle.is_draining() {
             return Err(Error::Draining);
         }
-        // `trace` has counted this request already.
-        if self.metrics.in_flight() > rules.in_flight {
-            return Err(Error::Overloaded(rules.in_flight));
+        if let Some(facts) = facts {
+            let peer = request.extensions().get::<Peer>();
+            let share = share.or_else(|| Some(self.shares.of(*peer?)));
+            // `trace` has counted this request already.
+            let in_flight = self.metrics.in_flight();
+            let place = self.shares.take(share, in_flight, rules.in_flight);
+            if let Some(place) = place.map_err(|NoPlace| Error::Overloaded(rules.in_flight))? {
+                facts.holds(place);
+            }
         }
         Ok(Verdict::Pass)
     }

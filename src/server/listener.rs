@@ -14,10 +14,14 @@ use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Mutex, mpsc};
+use tokio::time::{Instant, Sleep, sleep};
 use tokio_rustls::server::TlsStream;
 
+use super::head::Head;
 use super::reset::Reset;
 use super::tls::Handshake;
+use crate::pace::Pace;
+use crate::share::Peer;
 
 /// How many connections wait in the kernel's queue.
 pub(super) const BACKLOG: i32 = 1024;
@@ -54,7 +58,19 @@ pub(super) enum Socket {
 /// A connection in its runtime. One type for all kinds, so that there is one copy of the HTTP code.
 pub(super) struct Stream {
     kind: Kind,
+    /// How long the peer may leave unread what is written to it.
+    idle: Duration,
     reset: Reset,
+    head: Head,
+    stall: Option<Box<Stall>>,
+}
+
+/// A peer that did not take what was written to it at once.
+struct Stall {
+    pace: Pace,
+    /// Since when it is waited for.
+    since: Option<Instant>,
+    limit: Pin<Box<Sleep>>,
 }
 
 enum Kind {
@@ -164,8 +180,9 @@ impl Acceptor {
 
 impl Socket {
     /// Hands it over to the current runtime, and makes sure of who we are where that takes TLS: as
-    /// long as the client likes. `idle` is how long its peer may leave unread what was written to it.
-    pub(super) async fn open(self, idle: Duration) -> io::Result<Stream> {
+    /// long as the client likes. `idle` is how long its peer may leave unread what was written to it;
+    /// it is reset when it is closed, if that is wanted by then; what comes is counted to its `head`.
+    pub(super) async fn open(self, idle: Duration, reset: Reset, head: Head) -> io::Result<Stream> {
         let tcp = |stream: net::TcpStream| {
             if let Err(error) = set_up(&stream, idle) {
                 tracing::debug!(%error, "cannot set up a connection");
@@ -180,20 +197,23 @@ impl Socket {
                 // Boxed, or each connection would have room for it.
                 Kind::Tls(Box::new(Box::pin(handshake.finish()).await?))
             }
-            // The kernel has no timeout here for a client that stops reading; who may open the
-            // socket is trusted that far.
             Self::Unix(stream) => Kind::Unix(UnixStream::from_std(stream)?),
             Self::Memory(stream) => Kind::Memory(stream),
         };
-        let reset = Reset::default();
-        Ok(Stream { kind, reset })
+        Ok(Stream {
+            kind,
+            idle,
+            reset,
+            head,
+            stall: None,
+        })
     }
 }
 
 fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
     // Without it a small answer may wait for the client's acknowledgement.
     stream.set_nodelay(true)?;
-    // hyper has no timeout for a client that stops reading; the kernel has (tcp(7)).
+    // Also for what is in the kernel's hands already (tcp(7)).
     #[cfg(target_os = "linux")]
     socket2::SockRef::from(stream).set_tcp_user_timeout(Some(idle))?;
     Ok(())
@@ -202,10 +222,34 @@ fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
 // === impl Stream ===
 
 impl Stream {
-    /// Resets the connection when it is closed, if that is wanted by then.
-    pub(super) fn resettable(mut self, reset: Reset) -> Self {
-        self.reset = reset;
-        self
+    /// Who connects, if that is not a program of our own user on this machine.
+    pub(super) fn peer(&self) -> Option<Peer> {
+        let tcp = |stream: &TcpStream| Peer::at(stream.peer_addr().ok()?.ip());
+        match &self.kind {
+            Kind::Tcp(stream) => tcp(stream),
+            Kind::Tls(stream) => tcp(stream.get_ref().0),
+            Kind::Unix(stream) => Peer::user(stream.peer_cred().ok()?.uid()),
+            Kind::Memory(_) => None,
+        }
+    }
+
+    /// What came of writing; an error if the peer has kept us waiting for too long. hyper has no
+    /// timeout for that.
+    fn written<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        outcome: Poll<io::Result<T>>,
+        bytes: impl FnOnce(&T) -> usize,
+    ) -> Poll<io::Result<T>> {
+        if let Poll::Ready(written) = &outcome {
+            let bytes = written.as_ref().map_or(0, bytes);
+            self.stall.take_if(|stall| stall.moved(bytes));
+            return outcome;
+        }
+        let stall = self.stall.get_or_insert_with(|| Box::new(Stall::new()));
+        ready!(stall.poll(cx, self.idle));
+        let error = "the client does not read its answer";
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, error)))
     }
 }
 
@@ -224,10 +268,41 @@ impl Drop for Stream {
     }
 }
 
+// === impl Stall ===
+
+impl Stall {
+    fn new() -> Self {
+        Self {
+            pace: Pace::default(),
+            since: None,
+            limit: Box::pin(sleep(Duration::ZERO)),
+        }
+    }
+
+    /// The peer has taken so many bytes. Returns whether it has made up for what it was waited for.
+    fn moved(&mut self, bytes: usize) -> bool {
+        if let Some(since) = self.since.take() {
+            self.pace.waited(since.elapsed());
+        }
+        self.pace.moved(bytes);
+        self.pace.is_kept()
+    }
+
+    /// Waits until the peer is given up.
+    fn poll(&mut self, cx: &mut Context<'_>, idle: Duration) -> Poll<()> {
+        if self.since.is_none() {
+            let now = Instant::now();
+            self.since = Some(now);
+            self.limit.as_mut().reset(now + self.pace.left(idle));
+        }
+        self.limit.as_mut().poll(cx)
+    }
+}
+
 /// Calls a method of the stream inside.
 macro_rules! inner {
     ($stream:ident.$method:ident($($argument:expr),*)) => {
-        match &mut $stream.get_mut().kind {
+        match &mut $stream.kind {
             Kind::Tcp(stream) => Pin::new(stream).$method($($argument),*),
             Kind::Tls(stream) => Pin::new(stream).$method($($argument),*),
             Kind::Unix(stream) => Pin::new(stream).$method($($argument),*),
@@ -238,29 +313,33 @@ macro_rules! inner {
 
 impl AsyncRead for Stream {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        inner!(self.poll_read(cx, into))
+        let before = into.filled().len();
+        ready!(inner!(self.poll_read(cx, into)))?;
+        Poll::Ready(self.head.received(into.filled().len() - before))
     }
 }
 
 impl AsyncWrite for Stream {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        inner!(self.poll_write(cx, bytes))
+        let outcome = inner!(self.poll_write(cx, bytes));
+        self.written(cx, outcome, |size| *size)
     }
 
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        inner!(self.poll_write_vectored(cx, slices))
+        let outcome = inner!(self.poll_write_vectored(cx, slices));
+        self.written(cx, outcome, |size| *size)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -272,14 +351,15 @@ impl AsyncWrite for Stream {
         }
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        inner!(self.poll_flush(cx))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let outcome = inner!(self.poll_flush(cx));
+        self.written(cx, outcome, |()| 0)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let reset = self.reset.clone();
-        ready!(inner!(self.poll_shutdown(cx)))?;
-        reset.shut_down();
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let outcome = inner!(self.poll_shutdown(cx));
+        ready!(self.written(cx, outcome, |()| 0))?;
+        self.reset.shut_down();
         Poll::Ready(Ok(()))
     }
 }

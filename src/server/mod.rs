@@ -1,6 +1,7 @@
 //! Accepts connections and serves them; given its sockets, its service and the word to stop.
 
 mod balance;
+mod head;
 mod listener;
 mod reset;
 mod socket_file;
@@ -26,7 +27,9 @@ use tower::Service;
 
 pub use self::balance::Worker;
 use self::balance::{Arrival, Crew};
-use self::listener::{Acceptor, Socket, Stream};
+use self::head::Head;
+pub use self::head::Heads;
+use self::listener::{Acceptor, Stream};
 pub use self::listener::{Listener, bind};
 use self::reset::Reset;
 pub use self::socket_file::{SocketFile, SocketFileError};
@@ -34,6 +37,9 @@ pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::error::BoxError;
 use crate::quiet::{Awaited, Pieces, Quiet};
 
+/// What a connection holds at most of what it reads and of what it writes, in bytes, each. More makes
+/// large bodies no faster, and is held for each client that does not read its answer.
+const LARGEST_BUFFER: usize = head::LARGEST;
 /// How long to wait before accepting again when that failed, mostly for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -42,6 +48,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Limits {
     /// One permit a connection, shared by all threads.
     pub connections: Arc<Semaphore>,
+    /// What heads that are not whole take, shared by all threads.
+    pub heads: Arc<Heads>,
     /// To receive a request head, and so how long a connection may be idle.
     pub header_timeout: Duration,
     /// How long a peer may leave what was written to it unread.
@@ -89,7 +97,9 @@ where
 
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout);
+        .header_read_timeout(limits.header_timeout)
+        .max_header_size(head::LARGEST)
+        .max_buf_size(LARGEST_BUFFER);
     // One for all connections of this thread: a clone for each request would cost more than the guard.
     let service = Arc::new(Mutex::new(service));
     let graceful = GracefulShutdown::new();
@@ -97,14 +107,9 @@ where
     let told = stop.clone();
     let serve = |arrival: Arrival| {
         let (service, crew) = (Arc::clone(&service), Arc::clone(&crew));
-        let reset = Reset::default();
-        let resettable = reset.clone();
-        let service = service_fn(move |request| {
-            crew.note(request.body());
-            answer(&service, request, &resettable)
-        });
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
+        let (reset, head) = (Reset::default(), Head::new(&limits.heads));
         async move {
             let Arrival {
                 socket,
@@ -112,10 +117,18 @@ where
                 permit,
             } = arrival;
             let _counted = (place, permit);
-            let Some(stream) = open(socket, header_timeout, idle, told).await else {
+            let opening = socket.open(idle, reset.clone(), head.clone());
+            let Some(stream) = open(opening, header_timeout, told).await else {
                 return;
             };
-            let stream = stream.resettable(reset);
+            let peer = stream.peer();
+            let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+                crew.note(request.body());
+                if let Some(peer) = peer {
+                    request.extensions_mut().insert(peer);
+                }
+                answer(&service, request, &reset, &head)
+            });
             let connection = http.serve_connection(Awaited::new(TokioIo::new(stream)), service);
             if let Err(error) = Quiet::new(watcher.watch(connection)).await {
                 tracing::debug!(%error, "connection ended early");
@@ -149,6 +162,7 @@ fn answer<S, B>(
     service: &Mutex<S>,
     request: hyper::Request<Incoming>,
     reset: &Reset,
+    head: &Head,
 ) -> impl Future<Output = Result<S::Response, S::Error>> + use<S, B>
 where
     S: Service<Request, Response = http::Response<B>>,
@@ -159,7 +173,8 @@ where
     let reset = old.then(|| reset.clone());
     // hyper drops the future unpolled if the client has sent all of its request and gone; what outlives
     // its client is begun by this call. Boxed, since not each connection has room for it.
-    let answer = Box::pin(call(service, request.map(boxed)));
+    let request = request.map(|body| boxed(body, head));
+    let answer = Box::pin(call(service, request));
     async move {
         let mut answer = answer.await?;
         if last {
@@ -179,12 +194,13 @@ fn call<S: Service<Request>>(service: &Mutex<S>, request: Request) -> S::Future 
     service.call(request)
 }
 
-/// A body that is there, or none.
-fn boxed(body: Incoming) -> axum::body::Body {
+/// A body that is there, or none. The head before it is whole.
+fn boxed(body: Incoming, head: &Head) -> axum::body::Body {
     if body.is_end_stream() {
+        head.end();
         axum::body::Body::empty()
     } else {
-        axum::body::Body::new(Pieces::from(body))
+        axum::body::Body::new(head.clone().followed_by(Pieces::from(body)))
     }
 }
 
@@ -215,14 +231,13 @@ async fn accept(listener: Acceptor, permits: Arc<Semaphore>, crew: Arc<Crew>) ->
 
 /// Gets a connection ready for requests. A silent client holds up nobody, not even who wants to stop.
 async fn open(
-    socket: Socket,
+    opening: impl Future<Output = io::Result<Stream>>,
     limit: Duration,
-    idle: Duration,
     mut stop: watch::Receiver<Stop>,
 ) -> Option<Stream> {
     let opened = tokio::select! {
         biased; // without TLS it is open at once
-        opened = timeout(limit, socket.open(idle)) => opened,
+        opened = timeout(limit, opening) => opened,
         _ = stop.wait_for(|stop| *stop > Stop::Never) => return None,
     };
     match opened {

@@ -24,6 +24,10 @@ use super::upload::Progress;
 use crate::error::{BoxError, Error};
 use crate::quiet::{Awaited, Quiet};
 
+/// What a connection of HTTP/1.1 holds at most of what it reads and of what it writes, in bytes, each:
+/// as much as that of a client.
+const LARGEST_BUFFER: usize = 64 << 10;
+
 /// Makes connections.
 #[derive(Clone)]
 pub(super) struct Connector {
@@ -137,7 +141,10 @@ impl Connector {
 impl Http1 {
     async fn handshake(io: Box<dyn super::dial::Stream>) -> Result<Self, BoxError> {
         let (io, flushed) = FlushTracker::new(io);
-        let (sender, connection) = http1::handshake(Awaited::new(TokioIo::new(io))).await?;
+        let mut http = http1::Builder::new();
+        http.max_buf_size(LARGEST_BUFFER);
+        let io = Awaited::new(TokioIo::new(io));
+        let (sender, connection) = http.handshake(io).await?;
         tokio::spawn(Quiet::new(connection));
         Ok(Self { sender, flushed })
     }

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use super::Timeouts;
 use super::pool::Busy;
 use crate::error::Error;
+use crate::pace::Pace;
 
 /// A body that records its progress.
 pub(super) struct Upload {
@@ -33,6 +34,8 @@ pub(super) struct Progress {
 struct State {
     turn: Turn,
     since: Instant,
+    /// How well the client keeps up.
+    pace: Pace,
     fault: Option<Error>,
     /// Nobody waits for the rest any more.
     abandoned: bool,
@@ -64,6 +67,7 @@ impl Upload {
         let state = State {
             turn,
             since: now,
+            pace: Pace::default(),
             fault: None,
             abandoned: false,
             windowed: false,
@@ -104,6 +108,10 @@ impl http_body::Body for Upload {
             return Poll::Ready(Some(Err(error)));
         }
         let polled = Pin::new(&mut this.body).poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &polled {
+            this.progress
+                .received(frame.data_ref().map_or(0, Bytes::len));
+        }
         match &polled {
             Poll::Pending => this.progress.enter(Turn::Client),
             Poll::Ready(None) => this.progress.body_ended(),
@@ -164,6 +172,16 @@ impl Progress {
         self.lock().windowed = true;
     }
 
+    /// The client has sent so many bytes.
+    fn received(&self, bytes: usize) {
+        let mut state = self.lock();
+        if state.turn == Turn::Client {
+            let waited = state.since.elapsed();
+            state.pace.waited(waited);
+        }
+        state.pace.moved(bytes);
+    }
+
     /// Some was handed over, or taken to be.
     pub(super) fn moved(&self) {
         self.enter(Turn::Upstream);
@@ -219,16 +237,19 @@ impl Progress {
     }
 
     fn deadline(&self, timeouts: Timeouts) -> (Instant, Error) {
-        let State { turn, since, .. } = *self.lock();
-        let (limit, overdue) = match turn {
-            Turn::Client => (timeouts.idle, Error::ClientTooSlow(timeouts.idle)),
+        let state = self.lock();
+        let (limit, overdue) = match state.turn {
+            Turn::Client => (
+                state.pace.left(timeouts.idle),
+                Error::ClientTooSlow(timeouts.idle),
+            ),
             Turn::Upstream => (timeouts.idle, Error::upstream_timeout(timeouts.idle)),
             Turn::Done => (
                 timeouts.response,
                 Error::upstream_timeout(timeouts.response),
             ),
         };
-        (since + limit, overdue)
+        (state.since + limit, overdue)
     }
 
     fn enter(&self, turn: Turn) {

@@ -530,6 +530,45 @@ fn request_over_the_limit_in_flight_is_refused_at_once() {
     assert_eq!(proxy.get("/v1/third").status(), 200);
 }
 
+/// R36.
+#[test]
+fn client_gets_no_more_than_half_while_another_wants_some() {
+    let upstream = Upstream::ok();
+    let proxy = with_client_tokens(&upstream)
+        .setting("limits.in_flight", "8")
+        .start();
+    let [first, second] = ["first", "second"].map(|name| {
+        let token = format!("kling-proxy-token: {name}-token-01234");
+        request("GET /v1/x", &token, "")
+    });
+    let begun = |request: &[u8]| {
+        let mut connection = proxy.connect();
+        connection.send(request);
+        connection
+    };
+    // Alone, it may have all.
+    let gate = upstream.hold();
+    let mut greedy: Vec<_> = (0..8).map(|_| begun(&first)).collect();
+    upstream.wait(|seen| seen.requests.len() == 8);
+    assert_eq!(begun(&second).answer().refusal(), (503, 9301));
+    // From then on it may have half.
+    gate.open();
+    for connection in &mut greedy {
+        assert_eq!(connection.answer().status(), 200);
+    }
+    let gate = upstream.hold();
+    let mut greedy: Vec<_> = (0..4).map(|_| begun(&first)).collect();
+    upstream.wait(|seen| seen.requests.len() == 12);
+    let refused = begun(&first).answer();
+    assert_eq!(refused.refusal(), (503, 9301));
+    let mut modest: Vec<_> = (0..4).map(|_| begun(&second)).collect();
+    upstream.wait(|seen| seen.requests.len() == 16);
+    gate.open();
+    for connection in greedy.iter_mut().chain(&mut modest) {
+        assert_eq!(connection.answer().status(), 200);
+    }
+}
+
 #[test]
 fn crowd_over_the_limit_in_flight_is_refused_while_those_within_it_wait() {
     let (upstream, proxy) = started_with(&[("limits.in_flight", "8")]);

@@ -6,7 +6,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::time::Instant;
 
 use crate::support::{
-    Proxy, SUCCESS, Signal, Step, Upstream, get, is_cut_off, kling, post, request, send,
+    PATIENCE, Proxy, SUCCESS, Signal, Step, Upstream, get, is_cut_off, kling, post, request, send,
     started_with,
 };
 
@@ -76,6 +76,73 @@ fn upload_that_falls_silent_is_refused_and_never_arrives_whole() {
     let answer = proxy.connect().send(head).send("abcde").answer();
     assert_eq!(answer.refusal(), (408, 9008));
     assert_eq!(upstream.first_lines(), [""; 0]);
+}
+
+/// R36.
+#[test]
+fn upload_that_trickles_is_refused_and_never_arrives_whole() {
+    let (upstream, proxy) = limited("upstream.idle_timeout");
+    let head = request("POST /v1/x", "content-length: 1000000", "");
+    let mut trickling = proxy.connect();
+    trickling.send(head);
+    let begun = Instant::now();
+    // No pause is as long as the timeout.
+    while !trickling.is_answered_within(Duration::from_millis(50)) {
+        assert!(begun.elapsed() < PATIENCE, "it goes on");
+        trickling.send("a");
+    }
+    assert_eq!(trickling.answer().refusal(), (408, 9008));
+    assert_eq!(upstream.first_lines(), [""; 0]);
+}
+
+/// R36.
+#[test]
+fn upload_that_is_slow_but_steady_arrives() {
+    let (upstream, proxy) = limited("upstream.idle_timeout");
+    let piece = "a".repeat(1_000);
+    let mut steady = proxy.connect();
+    steady.send(request("POST /v1/x", "content-length: 30000", ""));
+    let begun = Instant::now();
+    for _ in 0..30 {
+        steady.send(&piece);
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert!(
+        begun.elapsed() > Duration::from_secs(2),
+        "longer than the timeout"
+    );
+    assert_eq!(steady.answer().status(), 200);
+    assert_eq!(upstream.last().body.len(), 30_000);
+}
+
+/// R32.
+#[test]
+fn unfinished_heads_take_little_memory_and_give_it_back() {
+    raise_descriptor_limit();
+    let (_upstream, proxy) = limited("limits.header_timeout");
+    proxy.get("/v1/x");
+    let before = proxy.memory("VmRSS");
+    let start = format!(
+        "GET /v1/x HTTP/1.1\r\nhost: localhost\r\nx-a: {}",
+        "a".repeat(60_000)
+    );
+    let mut unfinished: Vec<_> = (0..1_000).map(|_| proxy.connect()).collect();
+    for connection in &mut unfinished {
+        connection.send(&start);
+    }
+    assert_eq!(proxy.get("/v1/x").status(), 200);
+    for connection in &mut unfinished {
+        let _ = connection.end();
+    }
+    let grown = proxy.memory("VmHWM") - before;
+    assert!(grown < 64 << 20, "grew by {grown} bytes");
+    // What was freed goes back to the system within a minute, while there is something to do.
+    let begun = Instant::now();
+    while proxy.memory("VmRSS") > before + (16 << 20) {
+        assert!(begun.elapsed() < Duration::from_mins(1), "not given back");
+        assert_eq!(proxy.get("/v1/x").status(), 200);
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

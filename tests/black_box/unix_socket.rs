@@ -15,8 +15,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use crate::support::{
-    Command, Connection, Proxy, SUCCESS, Signal, Upstream, assert_has, closed, eventually, get,
-    post,
+    Command, Connection, Proxy, SUCCESS, Signal, Step, Upstream, assert_has, closed, eventually,
+    get, post, send,
 };
 
 /// A path for a Unix socket in a folder of its own.
@@ -45,6 +45,19 @@ impl Place {
         let found = fs::symlink_metadata(&self.path);
         found.is_ok_and(|found| found.file_type().is_socket())
     }
+}
+
+/// R16.
+#[test]
+fn client_that_stops_reading_is_given_up() {
+    let (upstream, place) = (Upstream::ok(), Place::new());
+    let start = "HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n";
+    upstream.script(move |_| vec![send(start), send(vec![b'a'; 100_000_000]), Step::Hang]);
+    let command = place.proxy(&upstream);
+    let _proxy = command.setting("upstream.idle_timeout", "1s").start();
+    let mut idle = Connection::unix(&place.path);
+    idle.send(get("/video.mp4")).head();
+    upstream.wait(|seen| seen.closed == 1);
 }
 
 #[test]

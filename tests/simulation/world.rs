@@ -102,6 +102,7 @@ async fn simulate(world: World) {
     let creates = TaskTracker::new();
     let limits = Limits {
         connections: Arc::new(Semaphore::new(1_000)),
+        heads: Arc::default(),
         header_timeout: Duration::from_mins(1),
         idle: Duration::from_secs(30),
     };

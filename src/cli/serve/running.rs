@@ -108,6 +108,7 @@ impl Proxy {
         let mut others = JoinSet::new();
         let own = |connections| Limits {
             connections: Arc::new(Semaphore::new(connections)),
+            heads: Arc::default(),
             ..limits.clone()
         };
         if let Some((listener, sandbox)) = sandbox {

@@ -90,6 +90,7 @@ impl Proxy {
         let connections = usize::try_from(settings.limits.connections).unwrap_or(usize::MAX);
         let limits = Limits {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
+            heads: Arc::default(),
             header_timeout: settings.limits.header_timeout,
             idle: settings.upstream.timeouts.idle,
         };

@@ -1,0 +1,275 @@
+//! Keeps one client from taking all that may be in flight while others want some of it.
+//!
+//! A client is who shows the same name by its token. Without tokens it is an address beyond this
+//! machine, or another user of it; what this machine's programs send by loopback is one client.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::last::Last;
+
+/// What each client has in flight.
+pub struct Shares {
+    /// Requests of clients that are told apart by where they come from.
+    foreign: Arc<AtomicU64>,
+    /// Clients that are told apart by where they come from.
+    peers: Mutex<HashMap<Peer, Weak<Share>>>,
+    /// Who sent the last request.
+    latest: AtomicUsize,
+    /// When somebody else than before sent one.
+    change: Last,
+}
+
+/// What one client has in flight.
+#[derive(Default)]
+pub struct Share {
+    held: AtomicU64,
+    /// The sum of all that are told apart by where they come from.
+    foreign: Arc<AtomicU64>,
+}
+
+/// One request in a client's share, until it is dropped.
+pub struct Held(Arc<Share>);
+
+/// Whoever connects, where that is not a program of our own user on this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Peer {
+    /// An address, or of IPv6 a network, within which a machine may choose any.
+    Address(IpAddr),
+    /// A user of this machine, by the number.
+    User(u32),
+}
+
+/// Too many requests are in flight, of all clients or of one that has half of them.
+#[derive(Debug)]
+pub struct NoPlace;
+
+/// For so long after its request a client counts as one that wants its share.
+const WANTED: Duration = Duration::from_secs(10);
+/// From so many peers on those are forgotten that have nothing in flight.
+const MANY_PEERS: usize = 1024;
+
+// === impl Shares ===
+
+impl Shares {
+    /// Nothing is in flight.
+    pub fn new() -> Self {
+        Self {
+            foreign: Arc::default(),
+            peers: Mutex::default(),
+            latest: AtomicUsize::new(0),
+            change: Last::never(),
+        }
+    }
+
+    /// The share of whoever connects from there.
+    pub fn of(&self, peer: Peer) -> Arc<Share> {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(share) = peers.get(&peer).and_then(Weak::upgrade) {
+            return share;
+        }
+        if peers.len() >= MANY_PEERS {
+            peers.retain(|_, share| share.strong_count() > 0);
+        }
+        let share = Arc::new(Share {
+            held: AtomicU64::new(0),
+            foreign: Arc::clone(&self.foreign),
+        });
+        peers.insert(peer, Arc::downgrade(&share));
+        share
+    }
+
+    /// Takes a place in a client's share, `None` for this machine's own. `in_flight` are on their way,
+    /// this one included, of `limit`.
+    ///
+    /// # Errors
+    ///
+    /// [`NoPlace`].
+    pub fn take(
+        &self,
+        share: Option<Arc<Share>>,
+        in_flight: u64,
+        limit: u64,
+    ) -> Result<Option<Held>, NoPlace> {
+        let is_wanted = self.is_wanted(share.as_ref().map_or(1, |share| Arc::as_ptr(share).addr()));
+        let held = share.map(Held::new);
+        let own = match &held {
+            Some(Held(share)) => share.held.load(Relaxed),
+            None => in_flight.saturating_sub(self.foreign.load(Relaxed)),
+        };
+        if in_flight > limit || is_wanted && own > limit.div_ceil(2) {
+            return Err(NoPlace);
+        }
+        Ok(held)
+    }
+
+    /// Notes who asks. Returns whether others have asked not long ago.
+    fn is_wanted(&self, client: usize) -> bool {
+        let before = self.latest.load(Relaxed);
+        if before != client {
+            self.latest.store(client, Relaxed);
+            // The first client of all is no second one.
+            if before != 0 {
+                self.change.note(Instant::now());
+            }
+        }
+        self.change.ago().is_some_and(|ago| ago <= WANTED)
+    }
+}
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+// === impl Held ===
+
+impl Held {
+    fn new(share: Arc<Share>) -> Self {
+        share.held.fetch_add(1, Relaxed);
+        share.foreign.fetch_add(1, Relaxed);
+        Self(share)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Relaxed);
+        self.0.foreign.fetch_sub(1, Relaxed);
+    }
+}
+
+// === impl Peer ===
+
+impl Peer {
+    /// Who connects from an address; `None` if that is this machine.
+    pub fn at(address: IpAddr) -> Option<Self> {
+        let address = address.to_canonical();
+        if address.is_loopback() {
+            return None;
+        }
+        Some(Self::Address(match address {
+            IpAddr::V4(_) => address,
+            IpAddr::V6(address) => Ipv6Addr::from(u128::from(address) & NETWORK).into(),
+        }))
+    }
+
+    /// A user who connects by a Unix socket; `None` if it is our own, or root.
+    pub fn user(number: u32) -> Option<Self> {
+        let ours = [0, rustix::process::geteuid().as_raw()];
+        (!ours.contains(&number)).then_some(Self::User(number))
+    }
+}
+
+/// The part of an IPv6 address that names a network (RFC 4291, section 2.5.4).
+const NETWORK: u128 = u128::MAX << 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many requests of a client as find a place among 8.
+    struct World {
+        shares: Shares,
+        held: Vec<(usize, Option<Held>)>,
+        clients: [Option<Arc<Share>>; 3],
+    }
+
+    impl World {
+        fn new() -> Self {
+            let shares = Shares::new();
+            let peers = [1, 2].map(|user| Some(shares.of(Peer::User(user))));
+            let [first, second] = peers;
+            let clients = [None, first, second];
+            let held = Vec::new();
+            Self {
+                shares,
+                held,
+                clients,
+            }
+        }
+
+        fn ask(&mut self, client: usize, times: usize) -> usize {
+            let mut found = 0;
+            for _ in 0..times {
+                let in_flight = self.held.len() as u64 + 1;
+                let share = self.clients[client].clone();
+                if let Ok(held) = self.shares.take(share, in_flight, 8) {
+                    self.held.push((client, held));
+                    found += 1;
+                }
+            }
+            found
+        }
+
+        fn end(&mut self, client: usize, times: usize) {
+            for _ in 0..times {
+                let mut held = self.held.iter();
+                let index = held.position(|(holder, _)| *holder == client).unwrap();
+                self.held.remove(index);
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_alone_may_take_all_and_half_while_others_want_some() {
+        // This machine's own client is one like all others.
+        for [first, second] in [[1, 2], [0, 1], [1, 0]] {
+            let mut world = World::new();
+            assert_eq!(world.ask(first, 9), 8);
+            assert_eq!(world.ask(second, 1), 0);
+            world.end(first, 5);
+            assert_eq!(world.ask(first, 9), 1, "it has half");
+            assert_eq!(world.ask(second, 9), 4);
+            world.end(second, 4);
+            assert_eq!(world.ask(first, 9), 0, "others asked a moment ago");
+            world.shares.change.age(WANTED + Duration::from_secs(1));
+            assert_eq!(world.ask(first, 9), 4);
+        }
+    }
+
+    #[test]
+    fn a_limit_of_one_is_for_whoever_comes() {
+        let shares = Shares::new();
+        for _ in 0..3 {
+            for share in [None, Some(Arc::default())] {
+                assert!(shares.take(share, 1, 1).is_ok());
+            }
+        }
+    }
+
+    #[test]
+    fn peers_are_told_apart_by_where_they_come_from() {
+        let peer = |address: &str| Peer::at(address.parse().unwrap());
+        assert_eq!(peer("127.0.0.1"), None);
+        assert_eq!(peer("::1"), None);
+        assert_eq!(peer("::ffff:127.0.0.9"), None);
+        assert_eq!(peer("::ffff:192.0.2.1"), peer("192.0.2.1"));
+        assert_ne!(peer("192.0.2.1"), peer("192.0.2.2"));
+        assert_eq!(peer("2001:db8::1"), peer("2001:db8::2"));
+        assert_ne!(peer("2001:db8::1"), peer("2001:db8:0:1::1"));
+        assert_eq!(Peer::user(0), None);
+        let shares = Shares::new();
+        let [first, again, other] = ["192.0.2.1", "192.0.2.1", "192.0.2.2"]
+            .map(|address| shares.of(peer(address).unwrap()));
+        assert!(Arc::ptr_eq(&first, &again) && !Arc::ptr_eq(&first, &other));
+    }
+
+    #[test]
+    fn peers_that_have_nothing_in_flight_are_forgotten() {
+        let shares = Shares::new();
+        let kept = shares.of(Peer::User(0));
+        for user in 1..3_000 {
+            shares.of(Peer::User(user));
+        }
+        let peers = shares.peers.lock().unwrap().len();
+        assert!(peers <= MANY_PEERS, "{peers}");
+        assert!(Arc::ptr_eq(&kept, &shares.of(Peer::User(0))));
+    }
+}
