@@ -34,6 +34,7 @@ pub mod envelope;
 pub mod error;
 pub mod facts;
 pub mod headers;
+pub mod hop;
 pub mod json;
 pub mod last;
 pub mod layer;

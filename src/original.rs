@@ -9,6 +9,7 @@ use tokio::task::yield_now;
 use crate::effect::Effect;
 use crate::facts::{Facts, Inbound};
 use crate::headers;
+use crate::hop::Hop;
 use crate::pending_create::{ClientLeft, PendingCreate};
 use crate::replay::{Keeper, Replay};
 
@@ -55,12 +56,14 @@ struct Head {
 
 impl Original {
     /// Keeps of a request what may reach upstream; of its body what is read, for as long as `keeper`
-    /// lets it.
-    pub fn new(inbound: Inbound, keeper: &Arc<Keeper>) -> Self {
+    /// lets it. `hop` is told to an upstream on this machine.
+    pub fn new(inbound: Inbound, keeper: &Arc<Keeper>, hop: Option<&Hop>) -> Self {
         let Inbound { request, facts } = inbound;
         let effect = Effect::of(&request);
         let (mut head, body) = request.into_parts();
+        let hop = hop.map(|hop| hop.next(&head.headers));
         headers::strip_request(&mut head.headers);
+        head.headers.extend(hop);
         let headers = head.headers.iter();
         let kept = Head {
             method: head.method,

@@ -33,7 +33,8 @@ impl RequestId {
         self.0
     }
 
-    fn random() -> Self {
+    /// A new name, of 32 hexadecimal digits.
+    pub fn random() -> Self {
         const HEX: &[u8; 16] = b"0123456789abcdef";
         let mut bits = fastrand::u128(..);
         let digits = [(); 32].map(|()| {

@@ -14,6 +14,7 @@ use tower::{Service, ServiceBuilder, service_fn};
 use crate::admin::{self, Control};
 use crate::clock::Clock;
 use crate::facts::Inbound;
+use crate::hop::Hop;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::cors::CorsLayer;
 use crate::layer::detach::DetachLayer;
@@ -67,6 +68,8 @@ pub struct Shared {
     pub admin_rules: Live<Rules>,
     /// What each client has in flight.
     pub shares: Arc<Shares>,
+    /// What an upstream on this machine is told.
+    pub hop: Option<Arc<Hop>>,
     /// How errors look.
     pub errors: Live<Look>,
     /// What is sent again.
@@ -129,6 +132,7 @@ impl Shared {
             admin_rules: Live::new(rules.for_admin()),
             rules: Live::new(rules),
             shares: Arc::default(),
+            hop: Hop::to(&origin).map(Arc::new),
             errors: Live::new(errors),
             tokens,
             origin,
@@ -153,7 +157,7 @@ impl Shared {
     ) -> impl Service<Request, Response = http::Response<Counted>, Error = Infallible, Future: Send>
     + Send
     + use<> {
-        let keeper = Arc::clone(&self.keeper);
+        let (keeper, hop) = (Arc::clone(&self.keeper), self.hop.clone());
         // What each request takes hold of is the thread's own: two cores that count up and down in
         // one place wait for one another.
         let metrics = Arc::new(Metrics::clone(&self.metrics));
@@ -162,13 +166,14 @@ impl Shared {
             .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
             .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
             .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers what a shutdown gives up
-            .layer(GuardLayer::new(
-                self.rules.clone(),
-                Arc::clone(&self.shares),
-                Arc::clone(&self.lifecycle),
+            .layer(GuardLayer {
+                rules: self.rules.clone(),
+                shares: Arc::clone(&self.shares),
+                hop: hop.clone(),
+                lifecycle: Arc::clone(&self.lifecycle),
                 metrics,
-            )) // refuses before anything is spent
-            .map_request(move |inbound| Original::new(inbound, &keeper))
+            }) // refuses before anything is spent
+            .map_request(move |inbound| Original::new(inbound, &keeper, hop.as_deref()))
             .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.for_thread())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
@@ -189,12 +194,13 @@ impl Shared {
         let guarded = ServiceBuilder::new()
             .map_request(Inbound::from)
             .layer(NormaliseLayer::new(self.errors.clone()))
-            .layer(GuardLayer::new(
-                self.admin_rules.clone(),
-                Arc::default(), // it limits no requests
-                Arc::default(), // it serves to the end, to tell how that goes
-                Arc::clone(&self.metrics),
-            ))
+            .layer(GuardLayer {
+                rules: self.admin_rules.clone(),
+                shares: Arc::default(), // it limits no requests
+                hop: None,
+                lifecycle: Arc::default(), // it serves to the end, to tell how that goes
+                metrics: Arc::clone(&self.metrics),
+            })
             .service(service_fn(move |inbound: Inbound| {
                 ready(control.answer(&inbound.request))
             }));

@@ -159,7 +159,7 @@ mod tests {
                 *answer.headers_mut() = request.into_parts().0.headers;
                 Ok::<_, Error>(answer)
             }));
-        let request = Original::new(request.into(), &keeper);
+        let request = Original::new(request.into(), &keeper, None);
         let answer = stack.oneshot(request).await.map_err(|error| error.code())?;
         let text = |value: &HeaderValue| value.to_str().unwrap().to_owned();
         Ok(answer

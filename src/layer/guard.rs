@@ -21,6 +21,7 @@ use tower::{Layer, Service};
 
 use crate::error::{BoxError, Error};
 use crate::facts::Inbound;
+use crate::hop::Hop;
 use crate::layer::Refusable;
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
@@ -31,10 +32,16 @@ use crate::share::{NoPlace, Peer, Shares};
 /// Adds [`Guard`] to a service.
 #[derive(Clone)]
 pub struct GuardLayer {
-    rules: Live<Rules>,
-    shares: Arc<Shares>,
-    lifecycle: Arc<Lifecycle>,
-    metrics: Arc<Metrics>,
+    /// What is refused.
+    pub rules: Live<Rules>,
+    /// What each client has in flight.
+    pub shares: Arc<Shares>,
+    /// Who may be a part of a loop.
+    pub hop: Option<Arc<Hop>>,
+    /// Refuses everything while the proxy drains.
+    pub lifecycle: Arc<Lifecycle>,
+    /// Where refusals and clients are counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// Checks each request against the [`Rules`].
@@ -60,22 +67,6 @@ const ALLOW_PRIVATE_NETWORK: HeaderName =
 // === impl GuardLayer ===
 
 impl GuardLayer {
-    /// Refuses what breaks `rules` or is more than a client's share, and everything while the proxy
-    /// drains.
-    pub fn new(
-        rules: Live<Rules>,
-        shares: Arc<Shares>,
-        lifecycle: Arc<Lifecycle>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        Self {
-            rules,
-            shares,
-            lifecycle,
-            metrics,
-        }
-    }
-
     fn check(&self, rules: &Rules, inbound: &Inbound) -> Result<Verdict, Error> {
         let Inbound { request, facts } = inbound;
         let headers = request.headers();
@@ -87,6 +78,9 @@ impl GuardLayer {
         rules.check_method(request.method())?;
         check_target(request.uri(), headers)?;
         check_framing(headers)?;
+        if let Some(hop) = &self.hop {
+            hop.check(headers)?;
+        }
         rules.check_path(request.uri().path())?;
         check_reserved(request.uri().path())?;
         let mut share = None;

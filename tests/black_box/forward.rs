@@ -5,10 +5,10 @@ use crate::support::{
     send, started, started_with,
 };
 
-/// Headers of a request that upstream saw, less the two that are ours.
+/// Headers of a request that upstream saw, less the three that are ours.
 fn arrived(request: &Message) -> Vec<(String, &str)> {
     let mut headers = request.headers();
-    headers.retain(|(name, _)| name != "host" && name != "authorization");
+    headers.retain(|(name, _)| !["host", "authorization", "kling-proxy-hop"].contains(&&**name));
     headers
 }
 

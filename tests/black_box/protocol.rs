@@ -221,7 +221,7 @@ fn head_without_its_last_line_is_no_request() {
     assert_eq!(upstream.seen().connections, 0);
 }
 
-/// R16.
+/// R16, R32.
 #[test]
 fn head_over_the_limits_gets_a_bare_refusal_and_the_connection_is_closed() {
     let (upstream, proxy) = started();
@@ -229,7 +229,7 @@ fn head_over_the_limits_gets_a_bare_refusal_and_the_connection_is_closed() {
     for (bytes, status) in [
         // With the length and `Host` there are 101.
         (request("POST /v1/x", &lines(99), "a"), 431),
-        (get(&format!("/{}", "a".repeat(1 << 16))), 414),
+        (get(&format!("/{}", "a".repeat(1 << 16))), 431),
     ] {
         let answer = raw(proxy.address, [&bytes, SMUGGLED.as_bytes()].concat());
         let answer = String::from_utf8_lossy(&answer);
@@ -260,7 +260,7 @@ fn head_over_the_limits_gets_a_bare_refusal_and_the_connection_is_closed() {
 #[test]
 fn method_of_any_name_is_forwarded_unless_it_is_overlong() {
     let (upstream, proxy) = started();
-    for (length, refusal) in [(32, (200, 0)), (33, (405, 9005)), (100_000, (405, 9005))] {
+    for (length, refusal) in [(32, (200, 0)), (33, (405, 9005)), (60_000, (405, 9005))] {
         let line = format!("{} /v1/x", "M".repeat(length));
         let answer = proxy.send(request(&line, "", ""));
         assert_eq!(answer.refusal(), refusal, "{length} bytes");

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::TcpStream, time::Duration};
 use tokio::time::Instant;
 
 use crate::support::{
-    Connection, Gate, Proxy, SUCCESS, Signal, Step, Upstream, assert_has, eventually, get, kling,
-    post, reply, send, started, started_with,
+    Connection, Gate, Proxy, SUCCESS, Signal, Step, Upstream, assert_has, closed, eventually, get,
+    kling, post, reply, request, send, started, started_with,
 };
 
 /// Sends a request and waits until upstream has it.
@@ -288,6 +288,50 @@ fn metrics_count_requests_refusals_and_tokens() {
         let what = format!("{family} {label} = {value}");
         eventually(&what, || (now(family, label) - value).abs() < 0.1);
     }
+}
+
+#[test]
+fn loop_of_proxies_ends_at_its_first_turn() {
+    let (upstream, (socket, address)) = (Upstream::ok(), closed());
+    let to = |url: String| Proxy::to(&upstream).setting("upstream.url", url);
+    let second = to(format!("http://{address}")).start();
+    let first = to(format!("http://{}", second.address)).setting("listen.address", &address);
+    let first = first.start();
+    drop(socket);
+    for proxy in [&first, &second] {
+        let answer = proxy.post("/v1/videos/text2video", "{}");
+        assert_eq!(answer.refusal(), (400, 9000));
+        assert_has(answer.text(), &["leads back"]);
+    }
+    for proxy in [&first, &second] {
+        let posts = sum(&metrics(proxy), "kling_proxy_requests_total", "POST");
+        assert!((posts - 3.0).abs() < 0.1, "{posts}");
+    }
+    assert_eq!(upstream.seen().connections, 0);
+}
+
+#[test]
+fn upstream_on_this_machine_is_told_through_which_proxies_a_request_came() {
+    let (upstream, proxy) = started();
+    proxy.get("/v1/x");
+    let id = upstream
+        .last()
+        .header("kling-proxy-hop")
+        .unwrap()
+        .to_owned();
+    proxy.send(request(
+        "GET /v1/x",
+        "kling-proxy-hop: a, b\nkling-proxy-hop: c",
+        "",
+    ));
+    let last = upstream.last();
+    assert_eq!(
+        last.header("kling-proxy-hop"),
+        Some(&*format!("a, b, c, {id}"))
+    );
+    let again = request("POST /v1/x", &format!("kling-proxy-hop: a,{id}"), "{}");
+    assert_eq!(proxy.send(again).refusal(), (400, 9000));
+    assert_eq!(upstream.seen().requests.len(), 2);
 }
 
 #[test]
