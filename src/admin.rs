@@ -97,7 +97,10 @@ async fn live(State(shown): State<Shown>) -> Response {
 async fn ready(State(shown): State<Shown>) -> Response {
     let phase = shown.lifecycle.phase();
     if phase == Phase::Ready && telemetry::is_stuck() {
-        return unavailable(phase, "log lines are lost: nobody reads standard error");
+        return unavailable(
+            phase,
+            "log lines are lost: standard error does not take them",
+        );
     }
     health(phase, phase == Phase::Ready)
 }

@@ -160,7 +160,7 @@ impl Metrics {
                 &registry,
                 IntCounter::new(
                     "log_lines_dropped_total",
-                    "Log lines that were lost: standard error was stuck.",
+                    "Log lines that were lost: standard error did not take them.",
                 )?,
             )?,
             registry,

@@ -40,12 +40,21 @@ struct State {
     dropped: u64,
     /// Whether the writer is about to log how many were dropped.
     is_telling: bool,
-    /// Whether lines found no room, and none was written since.
-    is_stuck: bool,
-    /// Whether a line waited for room in vain, and none was written since.
-    was_in_vain: bool,
+    /// Why lines were lost, if none was written since.
+    trouble: Option<Trouble>,
     /// How many threads wait for lines to be written.
     waiting: usize,
+}
+
+/// Why lines are lost.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    /// There is no room.
+    Full,
+    /// There is no room, and a line waited for it in vain.
+    InVain,
+    /// They cannot be written.
+    Failing,
 }
 
 /// Puts each line into the queue.
@@ -62,6 +71,9 @@ const MOST: usize = 1 << 20;
 /// How long the line of a create waits for room. Once that was in vain, none waits before a line is
 /// written again.
 const PATIENCE: Duration = Duration::from_millis(100);
+
+/// How long after a failure a line that tells of it is written, if no other comes before.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// As much is written at once, in bytes: what a pipe takes in one piece, so that nobody else's output
 /// comes between (pipe(7)).
@@ -81,8 +93,7 @@ impl Queue {
                 taken: 0,
                 dropped: 0,
                 is_telling: false,
-                is_stuck: false,
-                was_in_vain: false,
+                trouble: None,
                 waiting: 0,
             }),
             filled: Condvar::new(),
@@ -111,13 +122,16 @@ impl Queue {
     pub(super) fn push(&self, line: &[u8], is_patient: bool) {
         let has_no_room = |state: &mut State| state.bytes() + line.len() > self.capacity;
         let mut state = self.lock();
-        if is_patient && !state.was_in_vain && has_no_room(&mut state) {
+        let mut trouble = Trouble::Full;
+        if is_patient && state.trouble != Some(Trouble::InVain) && has_no_room(&mut state) {
             state = self.wait_while(state, self.patience, has_no_room);
-            state.was_in_vain = has_no_room(&mut state);
+            trouble = Trouble::InVain;
         }
         if has_no_room(&mut state) {
             state.drop_lines(1);
-            state.is_stuck = true;
+            if state.trouble != Some(Trouble::InVain) {
+                state.trouble = Some(trouble);
+            }
             return;
         }
         // To notify is a system call, whether somebody waits or not.
@@ -133,19 +147,30 @@ impl Queue {
         drop(self.wait_while(self.lock(), limit, is_busy));
     }
 
-    /// Returns true if lines found no room and none was written since. Lines that fail do not count:
-    /// a proxy that is not ready has no requests, and so no line whose success could end it.
+    /// Returns true if lines were lost and none was written since.
     pub(super) fn is_stuck(&self) -> bool {
-        self.lock().is_stuck
+        self.lock().trouble.is_some()
     }
 
-    /// Waits for lines and writes them. Tells how many were lost before, once that line has room too.
-    /// `is_torn` says that the last line before is not whole.
+    /// Waits for lines and writes them. Tells how many were lost before, once that line has room too;
+    /// and while none can be written, since a proxy that is not ready may have no other line to try
+    /// that with. `is_torn` says that the last line before is not whole.
     fn write(&self, to: &mut impl Write, is_torn: &mut bool, tell: impl Fn(u64)) {
-        let state = self
-            .filled
-            .wait_while(self.lock(), |state| state.lines.is_empty());
-        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        let is_empty = |state: &mut State| state.lines.is_empty();
+        let state = self.lock();
+        let mut state = if state.trouble == Some(Trouble::Failing) {
+            let waited = self.filled.wait_timeout_while(state, RETRY, is_empty);
+            waited.unwrap_or_else(PoisonError::into_inner).0
+        } else {
+            let waited = self.filled.wait_while(state, is_empty);
+            waited.unwrap_or_else(PoisonError::into_inner)
+        };
+        if state.lines.is_empty() {
+            let lost = state.dropped;
+            drop(state);
+            tell(lost);
+            return;
+        }
         let lines = std::mem::take(&mut state.lines);
         state.taken = lines.len();
         drop(state);
@@ -169,8 +194,7 @@ impl Queue {
     fn wrote(&self, bytes: usize, dropped: u64) -> u64 {
         let mut state = self.lock();
         state.taken -= bytes;
-        state.is_stuck = false;
-        state.was_in_vain = false;
+        state.trouble = (dropped > 0).then_some(Trouble::Failing);
         state.drop_lines(dropped);
         let mut lost = 0;
         if dropped == 0 && state.bytes() <= self.capacity / 2 {
@@ -403,17 +427,20 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_cannot_be_written_are_counted_and_do_not_count_as_stuck() {
+    fn lines_that_cannot_be_written_are_counted_until_one_can() {
         let queue = Queue::new(100, LONG);
         queue.push(b"one\ntwo\nthree\n", false);
         let (mut broken, mut is_torn) = (Broken(Vec::new(), 6), false);
         queue.write(&mut broken, &mut is_torn, |_| panic!("not yet"));
-        assert!(!queue.is_stuck());
-        broken.1 = 100;
-        queue.push(b"four\n", false);
+        assert!(queue.is_stuck());
+        // No other line comes, so one is made of the failure.
         let told = Cell::new(0);
         queue.write(&mut broken, &mut is_torn, |lost| told.set(lost));
-        assert_eq!(told.get(), 2);
+        assert_eq!(told.take(), 2);
+        broken.1 = 100;
+        queue.push(b"four\n", false);
+        queue.write(&mut broken, &mut is_torn, |lost| told.set(lost));
+        assert_eq!((told.get(), queue.is_stuck()), (2, false));
         // No line is glued to one that was torn.
         assert_eq!(String::from_utf8(broken.0).unwrap(), "one\ntw\nfour\n");
     }

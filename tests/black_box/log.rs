@@ -1,6 +1,10 @@
 //! A log that nobody reads holds up nothing, and what is lost of it is told.
 
+use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt as _};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::support::{Gate, Proxy, Signal, Upstream, assert_has, eventually, get, post, started};
 
@@ -41,7 +45,7 @@ fn log_that_nobody_reads_holds_up_no_request() {
     let (upstream, proxy, gate) = unread();
     fill(&proxy);
     let ready = proxy.admin("/health/ready");
-    assert_has(ready.text(), &["nobody reads standard error"]);
+    assert_has(ready.text(), &["standard error does not take them"]);
     assert_eq!(proxy.admin("/health/live").status(), 200);
     let mut client = proxy.connect();
     for _ in 0..200 {
@@ -87,14 +91,37 @@ fn line_of_a_create_is_written_before_the_process_ends() {
     assert_has(&log, &[r#""answered""#, r#""shut down""#]);
 }
 
-/// Were it not ready, no request would come, and so no line whose success could make it ready.
+/// R34.
 #[test]
-fn proxy_stays_ready_while_the_disk_of_its_log_is_full() {
+fn log_whose_disk_is_full_or_whose_reader_has_gone_holds_up_nothing_and_is_told() {
     let upstream = Upstream::ok();
-    let proxy = Proxy::to(&upstream).after("exec 2>/dev/full;").start();
-    assert_eq!(proxy.post("/v1/x", "{}").status(), 200);
-    eventually("the lines are counted", || lost(&proxy) >= 2);
-    assert_eq!(proxy.admin("/health/ready").status(), 200);
-    proxy.signal(Signal::TERM);
-    assert_eq!(proxy.end().0, Some(0));
+    let folder = TempDir::new().unwrap();
+    let pipe = folder.path().join("log");
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let reader = || {
+        let mut options = OpenOptions::new();
+        let flags = OFlags::NONBLOCK.bits().cast_signed();
+        options.read(true).custom_flags(flags).open(&pipe).unwrap()
+    };
+    for log in ["/dev/full", pipe.to_str().unwrap()] {
+        let first = reader();
+        let command = Proxy::to(&upstream).after(&format!("exec 2>{log};"));
+        let proxy = command.start();
+        drop(first);
+        assert_eq!(proxy.post("/v1/x", "{}").status(), 200);
+        eventually("the lines are counted", || lost(&proxy) >= 2);
+        let ready = proxy.admin("/health/ready");
+        assert_eq!(ready.status(), 503);
+        assert_has(ready.text(), &["standard error does not take them"]);
+        assert_eq!(proxy.post("/v1/x", "{}").status(), 200);
+        if log != "/dev/full" {
+            // No request comes to a proxy that is not ready, so it has to find out on its own.
+            let _second = reader();
+            eventually("the log is read again", || {
+                proxy.admin("/health/ready").status() == 200
+            });
+        }
+        proxy.signal(Signal::TERM);
+        assert_eq!(proxy.end().0, Some(0));
+    }
 }
