@@ -13,6 +13,7 @@ mod cli;
 mod clock;
 mod credential_command;
 mod credentials;
+mod crowd;
 mod detach;
 mod docs;
 mod drain;

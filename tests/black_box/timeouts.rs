@@ -2,12 +2,11 @@
 
 use std::{net::TcpListener, thread, time::Duration};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::time::Instant;
 
 use crate::support::{
-    PATIENCE, Proxy, SUCCESS, Signal, Step, Upstream, get, is_cut_off, kling, post, request, send,
-    started_with,
+    PATIENCE, Proxy, SUCCESS, Signal, Step, Upstream, get, is_cut_off, kling, post,
+    raise_descriptor_limit, request, send, started_with,
 };
 
 /// A proxy with this limit that sends nothing twice, to an upstream that answers everything but `/silent`.
@@ -171,17 +170,6 @@ fn silent_dribbling_or_idle_client_is_disconnected() {
     let mut idle = proxy.connect();
     assert_eq!(idle.send(get("/")).answer().status(), 200);
     assert_eq!(idle.rest(), b"");
-}
-
-/// Each holds a connection of the test too, and a third of them one of upstream's: more than the
-/// usual soft limit of 1024 allows.
-fn raise_descriptor_limit() {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: maximum,
-        maximum,
-    };
-    setrlimit(Resource::Nofile, raised).unwrap();
 }
 
 /// R16.

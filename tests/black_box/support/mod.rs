@@ -18,6 +18,7 @@ mod upstream;
 
 use std::{env, net::SocketAddr, time::Duration};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Socket, Type};
 use tokio::time::Instant;
 
@@ -71,6 +72,17 @@ pub fn closed() -> (Socket, String) {
 /// A number from the environment, for longer or repeated runs.
 pub fn given(variable: &str) -> Option<u64> {
     Some(env::var(variable).ok()?.parse().expect("a number"))
+}
+
+/// Lets this process, and those that it starts, have as many descriptors as they may: a connection takes
+/// one at each end, and the usual soft limit is 1024.
+pub fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
 }
 
 /// Asks again until the answer is yes.
