@@ -29,6 +29,7 @@ pub(super) fn run(
     let limits = Limits {
         connections: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
         heads: Arc::default(),
+        evictor: None,
         header_timeout: settings.limits.header_timeout,
         idle: settings.upstream.timeouts.idle,
     };

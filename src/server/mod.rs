@@ -1,6 +1,7 @@
 //! Accepts connections and serves them; given its sockets, its service and the word to stop.
 
 mod balance;
+mod evictor;
 mod head;
 mod listener;
 mod reset;
@@ -21,12 +22,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{sleep, timeout};
 use tower::Service;
 
 pub use self::balance::Worker;
 use self::balance::{Arrival, Crew};
+pub use self::evictor::Evictor;
 use self::head::Head;
 pub use self::head::Heads;
 use self::listener::{Acceptor, Stream};
@@ -46,10 +48,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What a listener's connections may take.
 #[derive(Clone)]
 pub struct Limits {
-    /// One permit a connection, shared by all threads.
+    /// One permit a connection, shared by all threads. Over it new ones wait.
     pub connections: Arc<Semaphore>,
     /// What heads that are not whole take, shared by all threads.
     pub heads: Arc<Heads>,
+    /// Closes old connections, so that new ones need not wait.
+    pub evictor: Option<Arc<Evictor>>,
     /// To receive a request head, and so how long a connection may be idle.
     pub header_timeout: Duration,
     /// How long a peer may leave what was written to it unread.
@@ -91,8 +95,8 @@ where
     let Worker { crew, mut arrivals } = worker;
     let mut accepting = JoinSet::new();
     for listener in listeners {
-        let permits = Arc::clone(&limits.connections);
-        accepting.spawn(accept(listener.register()?, permits, Arc::clone(&crew)));
+        let (listener, limits) = (listener.register()?, limits.clone());
+        accepting.spawn(accept(listener, limits, Arc::clone(&crew)));
     }
 
     let mut http = http1::Builder::new();
@@ -140,8 +144,17 @@ where
             biased;
             // A sender that has gone is the word to stop too.
             _ = stop.wait_for(|stop| *stop > Stop::Never) => break,
-            Some(arrival) = arrivals.recv() => { connections.spawn(serve(arrival)); }
-            Some(_) = connections.join_next() => {}
+            Some(arrival) = arrivals.recv() => {
+                let connection = connections.spawn(serve(arrival));
+                if let Some(evictor) = &limits.evictor {
+                    evictor.begun(connection);
+                }
+            }
+            Some(_) = connections.join_next() => {
+                if let Some(evictor) = &limits.evictor {
+                    evictor.restock();
+                }
+            }
         }
     }
     accepting.shutdown().await;
@@ -212,15 +225,28 @@ fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
 
 /// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits
 /// here, and the others in the kernel's queue.
-async fn accept(listener: Acceptor, permits: Arc<Semaphore>, crew: Arc<Crew>) -> Option<()> {
+async fn accept(listener: Acceptor, limits: Limits, crew: Arc<Crew>) -> Option<()> {
+    let Limits {
+        connections,
+        evictor,
+        ..
+    } = limits;
     loop {
         match listener.accept().await {
             Ok(socket) => {
-                let permit = Arc::clone(&permits).acquire_owned().await.ok()?;
+                let permit = Arc::clone(&connections).acquire_owned().await.ok()?;
                 crew.assign(socket, permit).await?;
+                if evictor.is_some() {
+                    // So that it can answer what was sent already before the next ones close it.
+                    yield_now().await;
+                }
             }
             // It has ended while it waited.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(_) if evictor.as_ref().is_some_and(|evictor| evictor.make_room()) => {
+                // A connection that was told to end closes at its next turn.
+                yield_now().await;
+            }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 sleep(ACCEPT_PAUSE).await;

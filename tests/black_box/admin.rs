@@ -1,10 +1,19 @@
 //! The admin listener's own guard: what is not health or metrics is for this machine, and for no page.
 
+use std::{
+    net::TcpStream,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+};
+
 use crate::support::{
-    Command, Connection, Message, Proxy, Upstream, eventually, request, started, started_with,
+    Command, Connection, Message, Proxy, Upstream, eventually, get, post, request, started,
+    started_with,
 };
 
 const QUIT: &str = "POST /quit";
+/// Far more than the admin listener has room for.
+const SILENT: usize = 1000;
 
 /// What the admin listener answers to a request with these header lines.
 fn ask(proxy: &Proxy, line: &str, headers: &str) -> Message {
@@ -132,4 +141,85 @@ fn admin_answers_run_no_script() {
             "{line}"
         );
     }
+}
+
+/// R33.
+#[test]
+fn silent_connections_do_not_blind_the_admin_listener() {
+    let (_upstream, proxy) = started_with(&[("limits.header_timeout", "10m")]);
+    let admin = proxy.listener("admin");
+    let silent: Vec<_> = (0..SILENT).map(|_| Connection::to(admin)).collect();
+    for path in ["/health/live", "/health/ready", "/metrics"] {
+        assert_eq!(proxy.admin(path).status(), 200, "{path}");
+    }
+    drop(silent);
+}
+
+/// R33: who connects again and again takes the place of other silent ones, not that of a probe.
+#[test]
+fn silent_connections_that_come_again_do_not_starve_a_probe() {
+    let (_upstream, proxy) = started_with(&[("limits.header_timeout", "10m")]);
+    let admin = proxy.listener("admin");
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut silent = Vec::new();
+            while !is_over.load(Relaxed) {
+                // That it is refused is as good.
+                silent.extend(TcpStream::connect(admin));
+                if silent.len() > SILENT {
+                    silent.remove(0);
+                }
+            }
+        });
+        let is_live = || {
+            let probe = Connection::try_to(admin);
+            let answer = probe.and_then(|mut probe| probe.send(get("/health/live")).try_answer());
+            answer.is_ok_and(|answer| answer.status() == 200)
+        };
+        for probe in 0..5 {
+            eventually(&format!("probe {probe} is answered"), is_live);
+        }
+        is_over.store(true, Relaxed);
+    });
+}
+
+/// R33.
+#[test]
+fn admin_listener_answers_although_clients_hold_all_descriptors() {
+    let upstream = Upstream::ok();
+    let proxy = Proxy::to(&upstream).after("ulimit -n 64;").start();
+    let clients: Vec<_> = (0..100).map(|_| proxy.connect()).collect();
+    for path in ["/health/live", "/health/ready", "/metrics"] {
+        assert_eq!(proxy.admin(path).status(), 200, "{path}");
+    }
+    drop(clients);
+}
+
+/// R33: creates whose clients have gone hold a descriptor each, and no connection of a client bounds them.
+#[test]
+fn admin_listener_answers_although_upstream_holds_all_descriptors() {
+    let upstream = Upstream::ok();
+    let gate = upstream.hold();
+    let proxy = Proxy::to(&upstream)
+        .setting("retry.attempts", "1")
+        .after("ulimit -n 64;")
+        .start();
+    let none_left = |line: &str| line.contains("Too many open files");
+    let mut creates = 0;
+    while !proxy.stderr.has(none_left) {
+        let mut client = proxy.connect();
+        client.send(post("/v1/videos/text2video", "{}"));
+        eventually("the create is sent, or cannot be", || {
+            upstream.seen().requests.len() > creates || proxy.stderr.has(none_left)
+        });
+        creates += 1;
+    }
+    // They take what the clients have left that have gone.
+    let clients: Vec<_> = (0..20).map(|_| proxy.connect()).collect();
+    for path in ["/health/live", "/health/ready", "/metrics"] {
+        assert_eq!(proxy.admin(path).status(), 200, "{path}");
+    }
+    drop(clients);
+    gate.open();
 }

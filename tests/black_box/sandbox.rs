@@ -6,6 +6,10 @@ use serde_json::{Value, json};
 use crate::support::{Command, Connection, Message, Proxy, get, mint, now, request};
 
 const VIDEOS: &str = "/v1/videos/text2video";
+const IMAGE_TO_VIDEO: &str = "/v1/videos/image2video";
+/// The largest create that the tests send, in bytes.
+const LARGE: usize = 90 << 20;
+const API_KEY: &str = "api-sandboxKeyForTestsOnly000000";
 
 fn sandboxed() -> Command {
     Command::new(["serve", "--sandbox"]).setting("sandbox.task_time", "200ms")
@@ -162,6 +166,31 @@ fn external_task_id_is_unique_and_finds_its_task() {
         proxy.get(&format!("{VIDEOS}/nobodys")).refusal(),
         (400, 1201)
     );
+}
+
+/// A create with a picture, as large as that.
+fn large_create(key: &str) -> Vec<u8> {
+    let picture = "iVBORw0KGgo/".repeat(LARGE / 12);
+    let headers = format!("content-type: application/json\nauthorization: Bearer {key}");
+    let body = json!({ "image": picture, "prompt": "a cat" }).to_string();
+    request(&format!("POST {IMAGE_TO_VIDEO}"), &headers, body)
+}
+
+/// R33.
+#[test]
+fn work_of_the_sandbox_does_not_delay_the_admin_listener() {
+    let proxy = sandboxed().start();
+    let [admin_before, all_before] = proxy.cpu_times();
+    let mut client = Connection::to(proxy.listener("sandbox"));
+    let answer = client.send(large_create(API_KEY)).answer();
+    assert_eq!(answer.refusal(), (200, 0));
+    let [admin, all] = proxy.cpu_times();
+    let [admin, all] = [admin - admin_before, all - all_before];
+    assert!(
+        admin * 4 < all,
+        "{admin} of {all} ticks by the admin's thread"
+    );
+    assert_eq!(proxy.admin("/health/live").status(), 200);
 }
 
 /// A day of the sandbox's clock takes no day.

@@ -103,6 +103,7 @@ async fn simulate(world: World) {
     let limits = Limits {
         connections: Arc::new(Semaphore::new(1_000)),
         heads: Arc::default(),
+        evictor: None,
         header_timeout: Duration::from_mins(1),
         idle: Duration::from_secs(30),
     };

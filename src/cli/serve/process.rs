@@ -1,6 +1,7 @@
 //! What the process asks of its kernel before it holds a key.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::sync::Semaphore;
 
 /// No core file, and no `/proc/PID/environ` or memory for other processes of the same user: both
 /// hold keys. Programs that we start have neither.
@@ -30,8 +31,25 @@ pub(in crate::cli) fn hide_memory() {
 /// those that we start inherit what it is by then.
 pub(in crate::cli) fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    let current = maximum;
+    let current = Some(descriptor_limit());
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current, maximum }) {
         tracing::debug!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// How many connections get by with this part of the descriptors, such as a third.
+pub(super) fn share_of_descriptors(part: u64) -> usize {
+    let share = usize::try_from(descriptor_limit() / part).unwrap_or(usize::MAX);
+    share.min(Semaphore::MAX_PERMITS)
+}
+
+/// How many descriptors this process can have, once it has raised its limit.
+fn descriptor_limit() -> u64 {
+    let most = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    if cfg!(target_os = "macos") {
+        // It refuses more than `OPEN_MAX`, and so `unlimited` (setrlimit(2)).
+        most.min(10_240)
+    } else {
+        most
     }
 }

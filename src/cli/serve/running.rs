@@ -3,8 +3,8 @@
 //! Requests are served by a few threads with a runtime each: from its first byte on a connection, its
 //! requests and the connections that they use upstream stay on one of them, and none waits for
 //! another's lock. The thread that starts them keeps what is not a request: signals, the admin
-//! listener, the sandbox, and the connection that is ready for whichever of them has none. Changed
-//! files have a thread to wait on.
+//! listener, and the connection that is ready for whichever of them has none. The sandbox has a thread
+//! of its own, so that its work delays no answer of the admin listener, and so have changed files.
 
 use std::io;
 use std::pin::pin;
@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
-use tokio::sync::{Notify, Semaphore, mpsc, watch as latch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch as latch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use super::configuration::Configuration;
 use super::half::HalfNew;
 use super::listeners::Listeners;
+use super::process::share_of_descriptors;
 use super::reload::Reload;
 use super::set_up::Proxy;
 use super::systemd::Manager;
@@ -28,14 +29,16 @@ use crate::admin::Control;
 use crate::cli::{Exit, Failure, runtime};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
-use crate::server::{self, Limits, Listener, SocketFile, Stop, Worker};
+use crate::sandbox::Sandbox;
+use crate::server::{self, Evictor, Limits, Listener, SocketFile, Stop, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
 
 /// More would not make the Kling API faster, and each keeps connections of its own.
 const MOST_THREADS: usize = 4;
-/// The admin listener's own bound: probes and scrapers are few.
-const ADMIN_CONNECTIONS: usize = 64;
+/// The admin listener's own bound. Probes and scrapers are few; the more places there are, the longer
+/// has a probe to send its request while silent connections come without a pause.
+const ADMIN_CONNECTIONS: usize = 256;
 
 /// How long clients have to read the answers that they get at the end of the drain.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
@@ -102,8 +105,6 @@ impl Proxy {
         } = listeners;
 
         let quit = Arc::new(Notify::new());
-        let (stop, stopped) = latch::channel(Stop::Never);
-        let threads = start_threads(data, &shared, &limits, &stopped).map_err(failed)?;
         let (serving, never) = latch::channel(Stop::Never);
         let mut others = JoinSet::new();
         let own = |connections| Limits {
@@ -112,23 +113,21 @@ impl Proxy {
             ..limits.clone()
         };
         if let Some((listener, sandbox)) = sandbox {
-            let limits = own(Semaphore::MAX_PERMITS);
-            let (listeners, worker) = (vec![listener], Worker::alone());
-            others.spawn(server::run(
-                listeners,
-                worker,
-                sandbox,
-                limits,
-                never.clone(),
-            ));
+            let limits = own(share_of_descriptors(3));
+            let ended = start_sandbox(listener, sandbox, limits, never.clone()).map_err(failed)?;
+            others.spawn(ended);
         }
         if !admin.is_empty() {
             let local = admin.iter().all(Listener::is_local);
             let control = local.then(|| Control {
                 quit: configuration.settings.admin.quit.then(|| quit.clone()),
             });
-            let (router, limits) = (shared.admin(control), own(ADMIN_CONNECTIONS));
-            let worker = Worker::alone();
+            let most = share_of_descriptors(8).min(ADMIN_CONNECTIONS);
+            let limits = Limits {
+                evictor: Some(Arc::new(Evictor::new(most))),
+                ..own(Semaphore::MAX_PERMITS)
+            };
+            let (router, worker) = (shared.admin(control), Worker::alone());
             others.spawn(server::run(admin, worker, router, limits, never));
         }
         keep_warm(&shared, configuration.settings.upstream.warmth);
@@ -137,7 +136,7 @@ impl Proxy {
         let manager = Arc::new(manager);
         let reload = Reload {
             configuration,
-            shared,
+            shared: shared.clone(),
             certificate,
             exposed,
             manager: Arc::clone(&manager),
@@ -145,6 +144,9 @@ impl Proxy {
             half_new: HalfNew::default(),
         };
         reload.start(hang_up).map_err(failed)?;
+        // At last: from now on clients may take all descriptors.
+        let (stop, stopped) = latch::channel(Stop::Never);
+        let threads = start_threads(data, &shared, &limits, &stopped).map_err(failed)?;
         lifecycle.enter(Phase::Ready);
         manager.ready();
         Ok(Running {
@@ -280,6 +282,26 @@ fn keep_warm(shared: &Shared, Warmth { probe, keep }: Warmth) {
     });
 }
 
+/// Serves the sandbox by a thread of its own. The future waits for its end.
+fn start_sandbox(
+    listener: Listener,
+    sandbox: Sandbox,
+    limits: Limits,
+    stop: latch::Receiver<Stop>,
+) -> io::Result<impl Future<Output = io::Result<usize>> + use<>> {
+    let runtime = runtime()?;
+    let (sender, ended) = oneshot::channel();
+    thread::Builder::new()
+        .name("sandbox".to_owned())
+        .spawn(move || {
+            let (listeners, worker) = (vec![listener], Worker::alone());
+            let served = server::run(listeners, worker, sandbox, limits, stop);
+            // Nobody listens any more at the end of the process.
+            let _ = sender.send(runtime.block_on(served));
+        })?;
+    Ok(async { ended.await.map_err(io::Error::other)? })
+}
+
 /// Starts the threads that serve requests. The channel closes when all have ended.
 fn start_threads(
     mut listeners: Vec<Listener>,
@@ -290,12 +312,13 @@ fn start_threads(
     let (sender, ended) = mpsc::unbounded_channel();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let crew = Worker::crew(cores.min(MOST_THREADS));
-    for (index, worker) in crew.into_iter().enumerate() {
+    let runtimes = crew.iter().map(|_| runtime());
+    let runtimes = runtimes.collect::<io::Result<Vec<_>>>()?;
+    for (index, (worker, runtime)) in crew.into_iter().zip(runtimes).enumerate() {
         // The first one gets all.
         let listeners = std::mem::take(&mut listeners);
         let (shared, limits, stopped) = (shared.clone(), limits.clone(), stopped.clone());
         let sender = sender.clone();
-        let runtime = runtime()?;
         thread::Builder::new()
             .name(format!("requests-{index}"))
             .spawn(move || {

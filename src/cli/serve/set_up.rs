@@ -91,6 +91,7 @@ impl Proxy {
         let limits = Limits {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
             heads: Arc::default(),
+            evictor: None,
             header_timeout: settings.limits.header_timeout,
             idle: settings.upstream.timeouts.idle,
         };

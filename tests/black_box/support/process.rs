@@ -328,6 +328,18 @@ impl Proxy {
         format!("/proc/{}/{name}", self.child.id()).into()
     }
 
+    /// CPU time in ticks (proc(5)): that of its first thread, and that of all.
+    pub fn cpu_times(&self) -> [u64; 2] {
+        let own = format!("task/{}/stat", self.child.id());
+        [&own, "stat"].map(|file| {
+            let stat = self.proc(file);
+            let (_, fields) = stat.rsplit_once(')').unwrap();
+            let fields: Vec<_> = fields.split_whitespace().collect();
+            let ticks = |index: usize| fields[index].parse::<u64>().unwrap();
+            ticks(11) + ticks(12)
+        })
+    }
+
     /// A line of `/proc/PID/status` in bytes, such as `VmRSS` or `VmHWM`.
     pub fn memory(&self, line: &str) -> usize {
         let status = self.proc("status");
@@ -389,6 +401,13 @@ impl Lines {
             }
         }
         None
+    }
+
+    /// Returns true if such a line has come.
+    pub fn has(&self, wanted: impl Fn(&str) -> bool) -> bool {
+        let mut seen = self.seen.borrow_mut();
+        seen.extend(self.coming.try_iter());
+        seen.iter().any(|line| wanted(line))
     }
 
     /// All lines, once the process has closed the pipe.
