@@ -4,8 +4,11 @@ use std::convert::Infallible;
 use std::future::ready;
 use std::sync::Arc;
 
-use axum::Router;
 use axum::extract::Request;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Router};
+use futures_util::FutureExt;
+use futures_util::future::Either;
 use tokio_util::task::TaskTracker;
 use tower::retry::RetryLayer;
 use tower::util::MapResponseLayer;
@@ -13,6 +16,7 @@ use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::admin::{self, Control};
 use crate::clock::Clock;
+use crate::error::Error;
 use crate::facts::Inbound;
 use crate::hop::Hop;
 use crate::layer::authenticate::AuthenticateLayer;
@@ -29,6 +33,7 @@ use crate::metrics::Metrics;
 use crate::original::Original;
 use crate::replay::{Bounds, Keeper};
 use crate::rules::Rules;
+use crate::sandbox::{self, Sandbox};
 use crate::share::Shares;
 use crate::token::{Credential, Tokens, Validity};
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
@@ -206,4 +211,45 @@ impl Shared {
             }));
         open.fallback_service(guarded).layer(harmless)
     }
+}
+
+/// What the sandbox serves where it listens alone: all but its files, which pages show, is behind the
+/// guard that the proxy has.
+pub fn sandbox(
+    sandbox: Sandbox,
+    rules: Rules,
+    errors: Look,
+    metrics: Metrics,
+) -> impl Service<Request, Response = Response, Error = sandbox::Reset, Future: Send> + Send {
+    let rules = Live::new(rules);
+    let [mut files, mut all_else] = [sandbox.clone(), sandbox];
+    let mut guarded = ServiceBuilder::new()
+        .map_request(Inbound::from)
+        .layer(CorsLayer::new(rules.clone()))
+        .layer(NormaliseLayer::new(Live::new(errors)))
+        .layer(GuardLayer {
+            rules,
+            shares: Arc::default(),
+            hop: None,
+            lifecycle: Arc::default(),
+            metrics: Arc::new(metrics),
+        })
+        .service(service_fn(move |inbound: Inbound| {
+            let answer = all_else.call(inbound.request);
+            // The layers pass on errors of ours only.
+            let kept = |reset: sandbox::Reset| Extension(reset).into_response();
+            answer.map(move |answer| Ok::<_, Error>(answer.unwrap_or_else(kept)))
+        }));
+    service_fn(move |request: Request| {
+        if sandbox::is_for_file(&request) {
+            return Either::Left(files.call(request));
+        }
+        let answer = guarded.call(request);
+        Either::Right(answer.map(|Ok::<_, Infallible>(mut answer)| {
+            match answer.extensions_mut().remove::<sandbox::Reset>() {
+                Some(reset) => Err(reset),
+                None => Ok(answer),
+            }
+        }))
+    })
 }

@@ -9,8 +9,12 @@ use tokio::sync::{Semaphore, watch};
 use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
+use crate::metrics::Metrics;
+use crate::rules::Rules;
 use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
 use crate::server::{self, Limits, Listener, Stop, Worker};
+use crate::settings::{Problem, Settings};
+use crate::stack;
 use crate::telemetry;
 
 pub(super) fn run(
@@ -19,13 +23,17 @@ pub(super) fn run(
     environment: &[(OsString, OsString)],
 ) -> Result<(), Failure> {
     let (settings, _) = args.load(environment)?;
-    telemetry::init(settings.log.format, settings.log.filter);
+    refuse_exposed(address, &settings)?;
+    telemetry::init(settings.log.format, settings.log.filter.clone());
     let failed = |error: std::io::Error| Failure::because(Exit::Failed, &error);
     let listener = server::bind(address).map_err(|error| {
         Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}"))
     })?;
     let address = listener.local_addr().map_err(failed)?;
+    let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
+    let rules = rules(&settings);
     let sandbox = Sandbox::new(settings.sandbox, address, Arc::new(SystemClock));
+    let sandbox = stack::sandbox(sandbox, rules, settings.errors, metrics);
     let limits = Limits {
         connections: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
         heads: Arc::default(),
@@ -48,4 +56,31 @@ pub(super) fn run(
         }
         Ok(())
     })
+}
+
+/// A listener beyond this machine is asked for in words, as those of the proxy are. Client tokens do not
+/// stand in for that: the sandbox asks for none.
+fn refuse_exposed(address: SocketAddr, settings: &Settings) -> Result<(), Failure> {
+    if address.ip().is_loopback() || settings.listen.unsafe_allow_remote {
+        return Ok(());
+    }
+    let reason = format!(
+        "{address} can be reached from other machines, and the sandbox's keys are known to all: \
+         set listen.unsafe_allow_remote = true if whoever can connect may use it"
+    );
+    let problem = Problem::new("--address", reason);
+    Err(Failure::new(Exit::Settings, problem.to_string()))
+}
+
+/// The rules of the proxy about hosts and pages. All else is the sandbox's own to judge, as it is Kling's.
+fn rules(settings: &Settings) -> Rules {
+    Rules {
+        allowed_hosts: settings.access.allowed_hosts.clone(),
+        allowed_origins: settings.access.allowed_origins.clone(),
+        allowed_methods: Vec::new(),
+        allowed_paths: Vec::new(),
+        client_tokens: None,
+        request_body: settings.limits.request_body,
+        in_flight: u64::MAX,
+    }
 }

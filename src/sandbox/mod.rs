@@ -4,11 +4,12 @@
 //! credentials by literals of its own. Tasks succeed with time and point at playable results. Words in a request
 //! ask for faults, such as `sandbox:1303`, `sandbox:failed`, `sandbox:slow=5s`, `sandbox:html` and `sandbox:reset`.
 //!
-//! A request goes from `routes` by way of `order` to `tasks`, and comes back as a `report` of a task.
+//! A request goes from `routes` by way of `body` and `order` to `tasks`, and comes back as a `report` of a task.
 
 mod answers;
 mod authorization;
 mod billing;
+mod body;
 mod families;
 mod files;
 mod ids;
@@ -36,7 +37,7 @@ use std::time::{Duration, SystemTime};
 use axum::Router;
 use axum::body::Body;
 use axum::http::header::{DATE, HeaderValue};
-use axum::http::{Request, Response, Uri};
+use axum::http::{Method, Request, Response, Uri};
 use tower::{Service, ServiceExt};
 
 use crate::clock::Clock;
@@ -143,6 +144,13 @@ impl Service<Request<Body>> for Sandbox {
             Ok(response)
         })
     }
+}
+
+/// Returns true if a request is for the file of a result, which any page may show, as it may show Kling's.
+pub fn is_for_file(request: &Request<Body>) -> bool {
+    let file = request.uri().path().strip_prefix(files::RESULTS);
+    let is_read = [Method::GET, Method::HEAD].contains(request.method());
+    is_read && file.is_some_and(|file| file.starts_with('/'))
 }
 
 /// Drops empty segments, which real clients send: `…/kolors-virtual-try-on//<id>`, `…/image2video/`.

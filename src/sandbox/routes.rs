@@ -5,15 +5,15 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::body::Body;
+use axum::extract::{Path, Query, Request, State};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{get, post};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
+use super::body::read;
 use super::families::{self, Family, Output, Serves};
 use super::files::{self, RESULTS};
 use super::listing::{self, Listing};
@@ -24,13 +24,9 @@ use super::trigger::Ending;
 use super::{Account, authorization, billing, presets};
 
 type Answer = Result<Reply, Refusal>;
-type Body = Result<Bytes, BytesRejection>;
 type Parameters = Query<HashMap<String, String>>;
 type FamilyState = State<(Arc<Account>, &'static Family)>;
 type ListingState = State<(Arc<Account>, &'static Listing)>;
-
-/// Ten images in Base64 come to 133 MB.
-const LARGEST_BODY: usize = 256 << 20;
 
 const PAGES: RangeInclusive<usize> = 1..=1000;
 const PAGE_SIZE: usize = 30;
@@ -66,7 +62,6 @@ pub(super) fn router(account: Arc<Account>) -> Router {
     api.fallback(async || Refusal::documented(1203))
         .method_not_allowed_fallback(async || Refusal::documented(1202))
         .layer(middleware::from_fn_with_state(account, authorize))
-        .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .route(&format!("{RESULTS}/{{until}}/{{name}}"), results)
         .route("/", get(()))
 }
@@ -90,9 +85,7 @@ async fn create(
     if model.is_some_and(|model| !family.models.contains(&model.as_str())) {
         return Err(Refusal::documented(1203));
     }
-    let body = read(body)?;
-    let mut order = Order::parse(family, &body)?;
-    drop(body);
+    let mut order = Order::parse(family, &read(body).await?)?;
     if let Some(model) = model {
         let model = json!(model);
         order.echo.insert("model_name".to_owned(), model);
@@ -161,7 +154,7 @@ async fn delete(State((account, family)): FamilyState, body: Body) -> Answer {
     let Serves::Deletes(name) = family.serves else {
         return Err(Refusal::documented(1203));
     };
-    let body = order::object(&read(body)?)?;
+    let body = order::object(&read(body).await?)?;
     let id = match &body[name] {
         Value::String(id) if !id.is_empty() => id.clone(),
         Value::Number(id) => id.to_string(),
@@ -191,7 +184,7 @@ async fn tasks_by_ids(
 }
 
 async fn tasks_by_cursor(State((account, listing)): ListingState, body: Body) -> Answer {
-    let body = order::object(&read(body)?)?;
+    let body = order::object(&read(body).await?)?;
     let (tasks, now) = (account.tasks(), Instant::now());
     let page = listing.page(&tasks, &body, account.now(), now)?;
     let reports = page
@@ -207,7 +200,7 @@ async fn tasks_by_cursor(State((account, listing)): ListingState, body: Body) ->
 }
 
 async fn ledger(State((account, listing)): ListingState, body: Body) -> Answer {
-    let body = order::object(&read(body)?)?;
+    let body = order::object(&read(body).await?)?;
     let tasks = account.tasks();
     let page = listing.page(&tasks, &body, account.now(), Instant::now())?;
     Ok(Reply::Success(billing::ledger(&page)))
@@ -223,10 +216,6 @@ async fn result(
     Path((until, name)): Path<(u64, String)>,
 ) -> Result<Response, Refusal> {
     files::serve(until, &name, account.now().as_secs())
-}
-
-fn read(body: Body) -> Result<Bytes, Refusal> {
-    body.map_err(|rejection| Refusal::parameter(rejection.body_text()))
 }
 
 /// An optional number of the query, within what is documented.

@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Command, Connection, Message, Proxy, get, mint, now, request};
+use crate::support::{Command, Connection, Message, Proxy, assert_has, get, mint, now, request};
 
 const VIDEOS: &str = "/v1/videos/text2video";
 const IMAGE_TO_VIDEO: &str = "/v1/videos/image2video";
@@ -191,6 +191,203 @@ fn work_of_the_sandbox_does_not_delay_the_admin_listener() {
         "{admin} of {all} ticks by the admin's thread"
     );
     assert_eq!(proxy.admin("/health/live").status(), 200);
+}
+
+/// R51: nothing is kept of a create but what its task is made of.
+#[test]
+fn large_create_takes_at_most_twice_its_size_in_memory() {
+    let picture = "iVBORw0KGgo/".repeat(LARGE / 12);
+    let create = |picture: &str| format!(r#"{{"image":"{picture}","prompt":"a cat"}}"#);
+    for (name, body, code) in [
+        ("plain", create(&picture), 0),
+        ("escaped", create(&picture.replace('/', "\\/")), 0),
+        (
+            "a list",
+            format!(r#"{{"image_list":[{}0]}}"#, "0,".repeat(LARGE / 20)),
+            1200,
+        ),
+        ("no JSON", picture.clone(), 1200),
+    ] {
+        let (alone, [.., key]) = alone();
+        for (way, proxy) in [("alone", alone), ("embedded", sandboxed().start())] {
+            let before = proxy.memory("VmHWM");
+            let headers = format!("content-type: application/json\nauthorization: Bearer {key}");
+            let answer = proxy.send(request(&format!("POST {IMAGE_TO_VIDEO}"), &headers, &body));
+            assert_eq!(answer.json()["code"], code, "{name}, {way}");
+            let growth = proxy.memory("VmHWM") - before;
+            assert!(
+                growth <= 2 * body.len(),
+                "{name}, {way}: grew by {growth} bytes"
+            );
+        }
+    }
+}
+
+/// R1, R3, R51: a page whose name was pointed at the sandbox gets nothing from it, and no other page does.
+#[test]
+fn sandbox_alone_refuses_foreign_hosts_and_pages() {
+    let (sandbox, [.., key]) = alone();
+    let port = sandbox.address.port();
+    for (headers, refusal) in [
+        ("host: localhost".to_owned(), (200, 0)),
+        (format!("host: 127.0.0.1:{port}"), (200, 0)),
+        ("host: [::1]".to_owned(), (200, 0)),
+        (
+            "host: localhost\nsec-fetch-site: same-origin".to_owned(),
+            (200, 0),
+        ),
+        ("host: evil.test".to_owned(), (421, 9001)),
+        (format!("host: localhost.evil.test:{port}"), (421, 9001)),
+        ("host: 127.0.0.1.nip.io".to_owned(), (421, 9001)),
+        ("host: 0.0.0.0".to_owned(), (421, 9001)),
+        ("host:".to_owned(), (421, 9001)),
+        (String::new(), (421, 9001)),
+        ("host: localhost\nhost: evil.test".to_owned(), (421, 9001)),
+        (
+            "host: localhost\norigin: http://evil.test".to_owned(),
+            (403, 9002),
+        ),
+        ("host: localhost\norigin: null".to_owned(), (403, 9002)),
+        (
+            "host: localhost\nsec-fetch-site: cross-site".to_owned(),
+            (403, 9002),
+        ),
+        (
+            "host: localhost\nsec-fetch-site: same-site".to_owned(),
+            (403, 9002),
+        ),
+    ] {
+        let lines = format!("{headers}\nauthorization: Bearer {key}");
+        let answer = sandbox.send(bare(&format!("GET {VIDEOS}"), &lines, ""));
+        assert_eq!(answer.refusal(), refusal, "{headers}");
+        assert!(!answer.head.contains("access-control-"), "{}", answer.head);
+        // The body never comes.
+        let lines = format!("{lines}\ncontent-length: 1000000");
+        let mut create = sandbox.connect();
+        create.send(bare(&format!("POST {VIDEOS}"), &lines, ""));
+        if refusal.0 != 200 {
+            assert_eq!(create.answer().refusal(), refusal, "{headers}");
+        }
+    }
+    let preflight =
+        "host: localhost\norigin: http://evil.test\naccess-control-request-method: POST";
+    let answer = sandbox.send(bare(&format!("OPTIONS {VIDEOS}"), preflight, ""));
+    assert_eq!(answer.refusal(), (403, 9002));
+    let list = request(
+        &format!("GET {VIDEOS}"),
+        &format!("authorization: Bearer {key}"),
+        "",
+    );
+    assert_eq!(
+        sandbox.send(list).json()["data"],
+        json!([]),
+        "no task was made"
+    );
+}
+
+/// R3, R51.
+#[test]
+fn sandbox_alone_answers_hosts_and_pages_that_the_settings_allow() {
+    let sandbox = Command::new(["sandbox", "--address", "127.0.0.1:0"])
+        .setting("access.allowed_hosts", r#"["kling.test"]"#)
+        .setting("access.allowed_origins", r#"["http://app.test"]"#)
+        .listening("sandbox");
+    let lines =
+        format!("host: kling.test\norigin: http://app.test\nauthorization: Bearer {API_KEY}");
+    let answer = sandbox.send(bare(&format!("GET {VIDEOS}"), &lines, ""));
+    assert_eq!(answer.refusal(), (200, 0));
+    assert_eq!(
+        answer.header("access-control-allow-origin"),
+        Some("http://app.test")
+    );
+    let preflight =
+        "host: kling.test\norigin: http://app.test\naccess-control-request-method: POST";
+    assert_eq!(
+        sandbox
+            .send(bare(&format!("OPTIONS {VIDEOS}"), preflight, ""))
+            .status(),
+        204
+    );
+    assert_eq!(
+        sandbox.get(VIDEOS).refusal(),
+        (421, 9001),
+        "localhost is not listed"
+    );
+}
+
+/// Behind its guard too.
+#[test]
+fn sandbox_alone_drops_a_connection_if_it_is_asked_to() {
+    let (sandbox, [.., key]) = alone();
+    let headers = format!("content-type: application/json\nauthorization: Bearer {key}");
+    let create = request(
+        &format!("POST {VIDEOS}"),
+        &headers,
+        r#"{"prompt":"sandbox:reset"}"#,
+    );
+    assert_eq!(sandbox.connect().send(create).rest(), b"");
+}
+
+/// As Kling's, the files are for the pages that show them.
+#[test]
+fn page_shows_results_of_a_sandbox_alone() {
+    let (sandbox, [.., key]) = alone();
+    let authorization = format!("content-type: application/json\nauthorization: Bearer {key}");
+    let body = json!({ "image": "AA", "video_id": "1" }).to_string();
+    let created = sandbox.send(request(
+        "POST /v1/videos/image-recognize",
+        &authorization,
+        body,
+    ));
+    let url = created.json();
+    let url = url.pointer("/data/task_result/images/0/url");
+    let (_, path) = url
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .split_once("/results/")
+        .expect("a result");
+    let from_page = "host: localhost\nsec-fetch-site: cross-site\nsec-fetch-mode: no-cors";
+    let answer = sandbox.send(bare(&format!("GET /results/{path}"), from_page, ""));
+    assert_eq!(answer.status(), 200);
+    let answer = sandbox.send(bare(&format!("POST /results/{path}"), from_page, ""));
+    assert_eq!(answer.refusal(), (403, 9002));
+}
+
+/// R5, R51.
+#[test]
+fn sandbox_alone_listens_beyond_loopback_only_if_it_is_told_to() {
+    let everywhere = || Command::new(["sandbox", "--address", "0.0.0.0:0"]);
+    let finished = everywhere().run();
+    assert_eq!(finished.code, Some(78), "{finished:?}");
+    assert_has(
+        &finished.stderr,
+        &["--address", "listen.unsafe_allow_remote"],
+    );
+    // No client token is asked for, so none protects it.
+    let tokens = Command::new(["sandbox", "--address", "0.0.0.0:0"]);
+    let file = tokens.file("tokens", "a-client-token-of-some-length");
+    let finished = tokens
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .run();
+    assert_eq!(finished.code, Some(78), "{finished:?}");
+    let sandbox = everywhere()
+        .setting("listen.unsafe_allow_remote", "true")
+        .listening("sandbox");
+    let port = sandbox.address.port();
+    let address = ([127, 0, 0, 1], port).into();
+    let list = request(
+        &format!("GET {VIDEOS}"),
+        &format!("authorization: Bearer {API_KEY}"),
+        "",
+    );
+    assert_eq!(Connection::to(address).send(list).answer().status(), 200);
+}
+
+/// A request with these lines of headers, and no others.
+fn bare(line: &str, headers: &str, body: &str) -> String {
+    let lines = headers.lines().filter(|line| !line.is_empty());
+    let headers: String = lines.flat_map(|line| [line, "\r\n"]).collect();
+    format!("{line} HTTP/1.1\r\n{headers}\r\n{body}")
 }
 
 /// A day of the sandbox's clock takes no day.
