@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, watch};
 
+use super::serve::{limit_connections, raise_descriptor_limit};
 use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
@@ -34,8 +35,10 @@ pub(super) fn run(
     let rules = rules(&settings);
     let sandbox = Sandbox::new(settings.sandbox, address, Arc::new(SystemClock));
     let sandbox = stack::sandbox(sandbox, rules, settings.errors, metrics);
+    raise_descriptor_limit();
+    let connections = limit_connections(settings.limits.connections, 1);
     let limits = Limits {
-        connections: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
+        connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
         heads: Arc::default(),
         evictor: None,
         header_timeout: settings.limits.header_timeout,

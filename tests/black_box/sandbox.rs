@@ -3,7 +3,9 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Command, Connection, Message, Proxy, assert_has, get, mint, now, request};
+use crate::support::{
+    Command, Connection, Message, Proxy, Signal, assert_has, get, mint, now, request,
+};
 
 const VIDEOS: &str = "/v1/videos/text2video";
 const IMAGE_TO_VIDEO: &str = "/v1/videos/image2video";
@@ -326,6 +328,29 @@ fn sandbox_alone_drops_a_connection_if_it_is_asked_to() {
         r#"{"prompt":"sandbox:reset"}"#,
     );
     assert_eq!(sandbox.connect().send(create).rest(), b"");
+}
+
+/// R33, R51.
+#[test]
+fn sandbox_alone_takes_as_many_connections_as_it_has_descriptors_for() {
+    let sandbox = Command::new(["sandbox", "--address", "127.0.0.1:0"])
+        .after("ulimit -S -n 64; ulimit -H -n 256;")
+        .listening("sandbox");
+    let warning = sandbox
+        .stderr
+        .find(|line| line.contains("limits.connections"));
+    assert_has(&warning.expect("a warning"), &["WARN", "256", "128"]);
+    let mut clients: Vec<_> = (0..200).map(|_| sandbox.connect()).collect();
+    for client in &mut clients[..128] {
+        assert_eq!(client.send(get("/")).answer().status(), 200);
+    }
+    clients.drain(..128);
+    for client in &mut clients {
+        assert_eq!(client.send(get("/")).answer().status(), 200);
+    }
+    sandbox.signal(Signal::TERM);
+    let (_, log) = sandbox.end();
+    assert!(!log.contains("Too many open files"), "{log}");
 }
 
 /// As Kling's, the files are for the pages that show them.

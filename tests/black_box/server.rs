@@ -207,6 +207,53 @@ fn connection_over_the_limit_waits_for_its_turn() {
     );
 }
 
+/// R33: half of 256 descriptors are for clients, and each of those may take one towards upstream.
+#[test]
+fn no_more_clients_are_taken_than_there_are_descriptors_for_and_the_log_says_so() {
+    const FITTING: usize = 64;
+    let upstream = Upstream::ok();
+    let gate = upstream.hold();
+    let proxy = Proxy::to(&upstream).after("ulimit -n 256;").start();
+    let warning = proxy
+        .stderr
+        .find(|line| line.contains("limits.connections"));
+    let parts = ["WARN", "10000", "20384", "256", "64", "LimitNOFILE"];
+    assert_has(&warning.expect("a warning"), &parts);
+    let mut clients: Vec<_> = (0..2 * FITTING).map(|_| proxy.connect()).collect();
+    for client in &mut clients {
+        client.send(get("/v1/x"));
+    }
+    upstream.wait(|seen| seen.requests.len() == FITTING);
+    assert_eq!(proxy.admin("/health/live").status(), 200);
+    gate.open();
+    // Those that are served make room for the others.
+    for mut client in clients {
+        assert_eq!(client.answer().status(), 200);
+    }
+    proxy.signal(Signal::TERM);
+    let (_, log) = proxy.end();
+    assert!(!log.contains("Too many open files"), "{log}");
+}
+
+#[test]
+fn nothing_is_said_of_descriptors_where_there_are_enough() {
+    let upstream = Upstream::ok();
+    // The soft limit is raised to the hard one.
+    for limit in ["ulimit -n 256;", "ulimit -S -n 64; ulimit -H -n 256;"] {
+        let proxy = Proxy::to(&upstream)
+            .setting("limits.connections", "64")
+            .after(limit)
+            .start();
+        let mut clients: Vec<_> = (0..64).map(|_| proxy.connect()).collect();
+        for client in &mut clients {
+            assert_eq!(client.send(get("/v1/x")).answer().status(), 200, "{limit}");
+        }
+        proxy.signal(Signal::TERM);
+        let (_, log) = proxy.end();
+        assert!(!log.contains("open files"), "{limit}: {log}");
+    }
+}
+
 #[test]
 fn healthy_proxy_says_so_on_the_admin_listener_whatever_the_host() {
     let (upstream, proxy) = started();

@@ -15,7 +15,8 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use self::signals::Signals;
 use super::serve::{
-    Configuration, Listeners, Manager, Proxy, Running, hide_memory, raise_descriptor_limit,
+    Configuration, EACH_WITH_SANDBOX, Listeners, Manager, Proxy, Running, fitting_connections,
+    hide_memory, raise_descriptor_limit,
 };
 use super::{Exit, Failure, SettingsArgs, runtime};
 use crate::client_token::ClientTokens;
@@ -46,6 +47,9 @@ pub(super) fn run(
     settings.access.client_tokens_file = None;
     settings.access.allowed_hosts = vec![address.ip().to_string(), "localhost".to_owned()];
     settings.shutdown.delay = Duration::ZERO;
+    // Without a warning: one command makes no more, and standard error is its own.
+    let fitting = fitting_connections(EACH_WITH_SANDBOX);
+    settings.limits.connections = settings.limits.connections.min(fitting);
     let configuration = Configuration {
         args,
         environment: environment.to_owned(),

@@ -3,6 +3,13 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 
+/// Descriptors that a connection of a client may take: one on each side of the proxy.
+pub(in crate::cli) const EACH: u64 = 2;
+/// The same where the embedded sandbox is the other side, in this process too.
+pub(in crate::cli) const EACH_WITH_SANDBOX: u64 = 3;
+/// Descriptors for all that is no client: the admin listener, threads, files, name resolution.
+const RESERVED: u64 = 384;
+
 /// No core file, and no `/proc/PID/environ` or memory for other processes of the same user: both
 /// hold keys. Programs that we start have neither.
 #[cfg(target_os = "linux")]
@@ -37,9 +44,31 @@ pub(in crate::cli) fn raise_descriptor_limit() {
     }
 }
 
-/// How many connections get by with this part of the descriptors, such as a third.
-pub(super) fn share_of_descriptors(part: u64) -> usize {
-    let share = usize::try_from(descriptor_limit() / part).unwrap_or(usize::MAX);
+/// `limits.connections`, or fewer where there are not enough descriptors, with a warning.
+pub(in crate::cli) fn limit_connections(wanted: u64, each: u64) -> usize {
+    let fitting = fitting_connections(each);
+    if wanted > fitting {
+        let needed = wanted.saturating_mul(each).saturating_add(RESERVED);
+        let limit = descriptor_limit();
+        tracing::warn!(
+            "limits.connections: {wanted} connections may need {needed} open files, and this process may have \
+             {limit}: it takes {fitting} connections at once, and others wait. Raise the hard limit of open files \
+             (LimitNOFILE of systemd, --ulimit of a container), or lower limits.connections"
+        );
+    }
+    usize::try_from(wanted.min(fitting)).unwrap_or(usize::MAX)
+}
+
+/// How many connections there are enough descriptors for, if each takes so many. Where there are few,
+/// connections get half of them.
+pub(in crate::cli) fn fitting_connections(each: u64) -> u64 {
+    let limit = descriptor_limit();
+    ((limit - RESERVED.min(limit / 2)) / each).max(1)
+}
+
+/// How many connections get by with a share of the descriptors: with a third, if `divisor` is 3.
+pub(super) fn share_of_descriptors(divisor: u64) -> usize {
+    let share = usize::try_from(descriptor_limit() / divisor).unwrap_or(usize::MAX);
     share.min(Semaphore::MAX_PERMITS)
 }
 

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 
 use super::configuration::Configuration;
 use super::listeners::{Listeners, bind};
+use super::process::{EACH, EACH_WITH_SANDBOX, limit_connections};
 use crate::cli::{Exit, Failure, find_credential};
 use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
@@ -87,7 +88,11 @@ impl Proxy {
             .tokens
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
-        let connections = usize::try_from(settings.limits.connections).unwrap_or(usize::MAX);
+        let each = match sandbox {
+            Some(_) => EACH_WITH_SANDBOX,
+            None => EACH,
+        };
+        let connections = limit_connections(settings.limits.connections, each);
         let limits = Limits {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
             heads: Arc::default(),
