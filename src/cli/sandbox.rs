@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, watch};
 
-use super::serve::{limit_connections, raise_descriptor_limit};
+use super::serve::{NO_UPSTREAM, limit_connections, raise_descriptor_limit};
 use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
@@ -36,7 +36,7 @@ pub(super) fn run(
     let sandbox = Sandbox::new(settings.sandbox, address, Arc::new(SystemClock));
     let sandbox = stack::sandbox(sandbox, rules, settings.errors, metrics);
     raise_descriptor_limit();
-    let connections = limit_connections(settings.limits.connections, 1);
+    let connections = limit_connections(&settings.limits, NO_UPSTREAM);
     let limits = Limits {
         connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
         heads: Arc::default(),

@@ -217,7 +217,7 @@ fn no_more_clients_are_taken_than_there_are_descriptors_for_and_the_log_says_so(
     let warning = proxy
         .stderr
         .find(|line| line.contains("limits.connections"));
-    let parts = ["WARN", "10000", "20384", "256", "64", "LimitNOFILE"];
+    let parts = ["WARN", "10000", "12432", "256", "64", "LimitNOFILE"];
     assert_has(&warning.expect("a warning"), &parts);
     let mut clients: Vec<_> = (0..2 * FITTING).map(|_| proxy.connect()).collect();
     for client in &mut clients {

@@ -15,7 +15,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use self::signals::Signals;
 use super::serve::{
-    Configuration, EACH_WITH_SANDBOX, Listeners, Manager, Proxy, Running, fitting_connections,
+    Configuration, EMBEDDED_SANDBOX, Listeners, Manager, Proxy, Running, fitting_connections,
     hide_memory, raise_descriptor_limit,
 };
 use super::{Exit, Failure, SettingsArgs, runtime};
@@ -48,7 +48,7 @@ pub(super) fn run(
     settings.access.allowed_hosts = vec![address.ip().to_string(), "localhost".to_owned()];
     settings.shutdown.delay = Duration::ZERO;
     // Without a warning: one command makes no more, and standard error is its own.
-    let fitting = fitting_connections(EACH_WITH_SANDBOX);
+    let fitting = fitting_connections(&settings.limits, EMBEDDED_SANDBOX);
     settings.limits.connections = settings.limits.connections.min(fitting);
     let configuration = Configuration {
         args,

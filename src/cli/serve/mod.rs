@@ -16,7 +16,8 @@ use tokio::time::Instant;
 pub(super) use self::configuration::Configuration;
 pub(super) use self::listeners::Listeners;
 pub(super) use self::process::{
-    EACH_WITH_SANDBOX, fitting_connections, hide_memory, limit_connections, raise_descriptor_limit,
+    EMBEDDED_SANDBOX, NO_UPSTREAM, fitting_connections, hide_memory, limit_connections,
+    raise_descriptor_limit,
 };
 pub(super) use self::running::Running;
 pub(super) use self::set_up::Proxy;

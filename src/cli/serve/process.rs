@@ -3,10 +3,16 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 
-/// Descriptors that a connection of a client may take: one on each side of the proxy.
-pub(in crate::cli) const EACH: u64 = 2;
-/// The same where the embedded sandbox is the other side, in this process too.
-pub(in crate::cli) const EACH_WITH_SANDBOX: u64 = 3;
+use crate::settings;
+
+/// Descriptors that a connection to upstream takes in this process.
+pub(in crate::cli) const FAR_UPSTREAM: u64 = 1;
+/// The same where the embedded sandbox is the other end.
+pub(in crate::cli) const EMBEDDED_SANDBOX: u64 = 2;
+/// The same for the sandbox alone, which has no upstream.
+pub(in crate::cli) const NO_UPSTREAM: u64 = 0;
+/// Connections to upstream that are kept beside those in use: 256 by each of 4 threads.
+const KEPT: u64 = 1024;
 /// Descriptors for all that is no client: the admin listener, threads, files, name resolution.
 const RESERVED: u64 = 384;
 
@@ -45,10 +51,11 @@ pub(in crate::cli) fn raise_descriptor_limit() {
 }
 
 /// `limits.connections`, or fewer where there are not enough descriptors, with a warning.
-pub(in crate::cli) fn limit_connections(wanted: u64, each: u64) -> usize {
-    let fitting = fitting_connections(each);
+pub(in crate::cli) fn limit_connections(limits: &settings::Limits, upstream: u64) -> usize {
+    let (wanted, fitting) = (limits.connections, fitting_connections(limits, upstream));
     if wanted > fitting {
-        let needed = wanted.saturating_mul(each).saturating_add(RESERVED);
+        let to_upstream = upstream * wanted.min(limits.in_flight.saturating_add(KEPT));
+        let needed = wanted.saturating_add(to_upstream).saturating_add(RESERVED);
         let limit = descriptor_limit();
         tracing::warn!(
             "limits.connections: {wanted} connections may need {needed} open files, and this process may have \
@@ -59,11 +66,14 @@ pub(in crate::cli) fn limit_connections(wanted: u64, each: u64) -> usize {
     usize::try_from(wanted.min(fitting)).unwrap_or(usize::MAX)
 }
 
-/// How many connections there are enough descriptors for, if each takes so many. Where there are few,
-/// connections get half of them.
-pub(in crate::cli) fn fitting_connections(each: u64) -> u64 {
+/// How many connections of clients there are enough descriptors for. Each may need one to upstream, but
+/// all together no more than requests may be in flight. Where there are few, connections get half of them.
+pub(in crate::cli) fn fitting_connections(limits: &settings::Limits, upstream: u64) -> u64 {
     let limit = descriptor_limit();
-    ((limit - RESERVED.min(limit / 2)) / each).max(1)
+    let left = limit - RESERVED.min(limit / 2);
+    let to_upstream = upstream.saturating_mul(limits.in_flight.saturating_add(KEPT));
+    let fitting = (left / (1 + upstream)).max(left.saturating_sub(to_upstream));
+    fitting.max(1)
 }
 
 /// How many connections get by with a share of the descriptors: with a third, if `divisor` is 3.

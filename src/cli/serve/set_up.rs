@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 
 use super::configuration::Configuration;
 use super::listeners::{Listeners, bind};
-use super::process::{EACH, EACH_WITH_SANDBOX, limit_connections};
+use super::process::{EMBEDDED_SANDBOX, FAR_UPSTREAM, limit_connections};
 use crate::cli::{Exit, Failure, find_credential};
 use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
@@ -88,11 +88,11 @@ impl Proxy {
             .tokens
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
-        let each = match sandbox {
-            Some(_) => EACH_WITH_SANDBOX,
-            None => EACH,
+        let upstream = match sandbox {
+            Some(_) => EMBEDDED_SANDBOX,
+            None => FAR_UPSTREAM,
         };
-        let connections = limit_connections(settings.limits.connections, each);
+        let connections = limit_connections(&settings.limits, upstream);
         let limits = Limits {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
             heads: Arc::default(),
