@@ -135,11 +135,10 @@ fn unfinished_heads_take_little_memory_and_give_it_back() {
     }
     let grown = proxy.memory("VmHWM") - before;
     assert!(grown < 64 << 20, "grew by {grown} bytes");
-    // What was freed goes back to the system within a minute, while there is something to do.
+    // What was freed goes back to the system within a minute, also while there is nothing to do.
     let begun = Instant::now();
     while proxy.memory("VmRSS") > before + (16 << 20) {
         assert!(begun.elapsed() < Duration::from_mins(1), "not given back");
-        assert_eq!(proxy.get("/v1/x").status(), 200);
         thread::sleep(Duration::from_millis(50));
     }
 }
