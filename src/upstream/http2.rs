@@ -31,9 +31,15 @@ use crate::error::BoxError;
 
 /// How often a silent peer is asked whether it is still there, and how long it has to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-/// Receive windows: a result file moves at full speed over a long way.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
+/// As much of an answer as upstream may send before its client takes it, in bytes. At 200 ms from here
+/// to upstream and back that lets 2.5 MB a second pass.
+const STREAM_WINDOW: u32 = 512 << 10;
+/// Most streams of a connection at once: what most servers allow. More requests go over another one.
+const MOST_STREAMS: u32 = 128;
+/// All streams have their whole window at once. So clients that do not read take nothing from others, and
+/// what waits for them is at most 64 MiB a connection, and `limits.in_flight` times [`STREAM_WINDOW`]
+/// in all.
+const CONNECTION_WINDOW: u32 = MOST_STREAMS * STREAM_WINDOW;
 /// As much of the connection's window as one upload asks for at a time, in bytes. What is asked for is
 /// kept from the others.
 const RESERVATION: usize = 64 << 10;
@@ -50,7 +56,7 @@ pub(super) struct Sender {
 
 /// What the connection's task and its users share.
 struct State {
-    /// How many streams upstream allows at once; 0 until it has said so.
+    /// How many streams there may be at once; 0 until upstream has said how many it allows.
     limit: AtomicUsize,
     /// Notified when the limit changes, and at the end.
     changed: Notify,
@@ -159,7 +165,7 @@ impl Sender {
         self.flushed.is_complete()
     }
 
-    /// How many streams upstream allows at once.
+    /// How many streams there may be at once.
     pub(super) fn limit(&self) -> usize {
         self.state.limit.load(Relaxed)
     }
@@ -425,7 +431,9 @@ async fn keep_alive(pings: Option<PingPong>, state: &State, while_idle: bool) {
 // === impl State ===
 
 impl State {
+    /// Upstream allows so many streams.
     fn set_limit(&self, limit: usize) {
+        let limit = limit.min(MOST_STREAMS as usize);
         if self.limit.swap(limit, Relaxed) != limit {
             self.changed.notify_one();
         }

@@ -22,6 +22,9 @@ use crate::error::BoxError;
 const LONGEST_IDLE: Duration = Duration::from_mins(1);
 /// One that is to stay ready is replaced after this.
 const RENEWAL: Duration = Duration::from_secs(40);
+/// That upstream refuses HTTP/1.1 is forgotten after this: one of its servers may have been wrong, or
+/// somebody on the way, since nobody vouches for an alert of TLS.
+const REFUSAL: Duration = Duration::from_mins(10);
 /// What a connection of another thread may take to get ready: that thread's turn.
 const TURN: Duration = Duration::from_millis(10);
 /// Most idle connections that a thread keeps.
@@ -77,8 +80,8 @@ struct Kept {
     origin: Arc<Origin>,
     /// Whether the last connection took too few requests for others to wait for it.
     one_at_a_time: bool,
-    /// Whether it refuses that.
-    http2_only: bool,
+    /// When upstream refused HTTP/1.1.
+    http1_refused: Option<SystemTime>,
     /// When there was no connection last, but a spare one.
     missed: Option<SystemTime>,
     /// Whether one is being made for later.
@@ -179,11 +182,13 @@ impl Pool {
 
     /// One of HTTP/1.1, where that is better, and possible.
     async fn connect_http1(&self, load: Load) -> Result<Option<Http1>, BoxError> {
-        if load == Load::Many || self.lock().http2_only {
+        if load == Load::Many || self.lock().is_http2_only() {
             return Ok(None);
         }
         let connected = self.connector.connect_http1().await?;
-        self.lock().http2_only = connected.is_none();
+        let mut kept = self.lock();
+        kept.http1_refused = connected.is_none().then(|| kept.clock.now());
+        drop(kept);
         Ok(connected)
     }
 
@@ -204,6 +209,7 @@ impl Pool {
         let connection = match connected {
             Connected::Http1(connection) => {
                 kept.one_at_a_time = true;
+                kept.http1_refused = None;
                 Connection::Http1(connection)
             }
             Connected::Http2(connection) => {
@@ -294,15 +300,22 @@ impl Kept {
             shared: Vec::new(),
             origin,
             one_at_a_time: false,
-            http2_only: false,
+            http1_refused: None,
             missed: None,
             preparing: false,
         }
     }
 
+    /// Whether upstream refuses HTTP/1.1.
+    fn is_http2_only(&self) -> bool {
+        let now = self.clock.now();
+        self.http1_refused
+            .is_some_and(|since| is_within(REFUSAL, since, now))
+    }
+
     /// A free stream of a connection of HTTP/2.
     fn shared(&mut self, load: Load) -> Option<Connection> {
-        if load == Load::Large && !self.http2_only {
+        if load == Load::Large && !self.is_http2_only() {
             return None;
         }
         let now = self.clock.now();
@@ -343,10 +356,13 @@ impl Kept {
     }
 }
 
-/// By the wall clock: others stand still while a laptop sleeps. One that went back says nothing.
 fn is_young(since: SystemTime, now: SystemTime) -> bool {
-    now.duration_since(since)
-        .is_ok_and(|idle| idle < LONGEST_IDLE)
+    is_within(LONGEST_IDLE, since, now)
+}
+
+/// By the wall clock: others stand still while a laptop sleeps. One that went back says nothing.
+fn is_within(limit: Duration, since: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(since).is_ok_and(|ago| ago < limit)
 }
 
 #[cfg(test)]
@@ -354,10 +370,12 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::time::UNIX_EPOCH;
 
+    use tokio::io::duplex;
     use tokio::net::{TcpListener, TcpStream};
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::upstream::dial::{Dial, Dialing, NoHttp1, Transport, Versions};
     use crate::upstream::{Network, client_config};
 
     /// A clock that shows so many seconds.
@@ -420,5 +438,66 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert!(pool.checkout(Load::Few).is_some());
+    }
+
+    /// Refuses HTTP/1.1, and chooses it all the same where it may choose. Counts the refusals.
+    #[derive(Default)]
+    struct Moody(AtomicU64);
+
+    impl Dial for Moody {
+        fn dial(&self, versions: Versions) -> Dialing<'_> {
+            Box::pin(async move {
+                if versions == Versions::Http1 {
+                    self.0.fetch_add(1, Relaxed);
+                    return Err(NoHttp1("an alert".into()).into());
+                }
+                Ok(Transport {
+                    io: Box::new(duplex(1_024).0),
+                    is_http2: false,
+                })
+            })
+        }
+    }
+
+    fn moody() -> (Arc<Hand>, Arc<Moody>, Pool) {
+        let (clock, upstream) = (Arc::<Hand>::default(), Arc::<Moody>::default());
+        let origin = "https://kling.test".parse().unwrap();
+        let connector = Connector::new(Arc::<Moody>::clone(&upstream), &origin);
+        let pool = Pool::new(
+            connector,
+            Duration::from_secs(20),
+            Arc::<Hand>::clone(&clock),
+        );
+        (clock, upstream, pool)
+    }
+
+    /// R39.
+    #[tokio::test]
+    async fn refusal_of_http_1_is_forgotten_after_ten_minutes() {
+        let (clock, upstream, pool) = moody();
+        clock.0.store(1_000, Relaxed);
+        for (second, refusals, why) in [
+            (1_000, 1, "not known yet"),
+            (1_001, 1, "known"),
+            (1_599, 1, "known"),
+            (1_600, 2, "ten minutes later"),
+            (1_601, 2, "known again"),
+            (1_000, 3, "the clock went back"),
+        ] {
+            clock.0.store(second, Relaxed);
+            assert!(pool.connect_http1(Load::Few).await.unwrap().is_none());
+            assert_eq!(upstream.0.load(Relaxed), refusals, "{second}: {why}");
+        }
+    }
+
+    /// R39.
+    #[tokio::test]
+    async fn refusal_of_http_1_is_forgotten_when_upstream_chooses_it() {
+        let (_, upstream, pool) = moody();
+        for refusals in 1..=3 {
+            let connected = pool.connect(Load::Few).await.unwrap();
+            assert!(matches!(connected, Connection::Http1(_)));
+            assert_eq!(upstream.0.load(Relaxed), refusals);
+        }
     }
 }

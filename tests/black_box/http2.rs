@@ -5,8 +5,8 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::support::{
-    CANCEL, Command, Connection, FrameUpstream, INTERNAL_ERROR, Id, Message, NO_ERROR, Offer,
-    Proxy, REFUSED_STREAM, SUCCESS, get, is_cut_off, post, request,
+    Arrived, CANCEL, Command, Connection, FrameUpstream, INTERNAL_ERROR, Id, Message, NO_ERROR,
+    Offer, Proxy, REFUSED_STREAM, SUCCESS, get, is_cut_off, post, request,
 };
 
 /// The task that [`SUCCESS`] names.
@@ -349,6 +349,34 @@ fn answer_whose_stream_is_reset_is_cut_off() {
         }
     }
     assert_eq!(whole, [""; 0], "passed as whole answers");
+}
+
+/// R39. What clients do not read stays in the windows of their streams; nothing of it may be missing in
+/// the window of the connection.
+#[test]
+fn answers_that_nobody_reads_hold_up_no_other_on_their_connection() {
+    const STALLED: usize = 10;
+    let (upstream, proxy) = settled(Offer::default(), &[]);
+    let mut stalled = Vec::new();
+    for count in 2..2 + STALLED {
+        let mut client = sent(&proxy, get("/video.mp4"));
+        let id = upstream.whole(count);
+        upstream.begin_answer(id, &[("content-type", "video/mp4")], "a");
+        client.head();
+        stalled.push((client, id));
+    }
+    for (_, id) in &stalled {
+        assert_eq!(id.connection, 0);
+        upstream.pour(*id);
+    }
+    let mut client = sent(&proxy, get("/v1/x"));
+    let id = upstream.whole(2 + STALLED);
+    assert_eq!(id.connection, 0);
+    let Arrived { connections, .. } = upstream.arrived();
+    let room = connections[0].room;
+    assert!(room > 64 << 10, "{room} bytes are left for all others");
+    upstream.answer(id, SUCCESS);
+    assert_eq!(client.answer().text(), SUCCESS);
 }
 
 /// The task that it names is paid for, and the client knows nothing of it.

@@ -104,6 +104,21 @@ impl Frame {
         Self::new(WINDOW_UPDATE, 0, stream, more.to_be_bytes().to_vec())
     }
 
+    /// How much more room the peer gives (`WINDOW_UPDATE`).
+    pub fn increment(&self) -> u32 {
+        let increment = self.payload.first_chunk().expect("an increment");
+        u32::from_be_bytes(*increment)
+    }
+
+    /// What SETTINGS says of one setting.
+    pub fn setting(&self, wanted: u16) -> Option<u32> {
+        let (pairs, _) = self.payload.as_chunks::<6>();
+        let mut pairs = pairs
+            .iter()
+            .map(|[a, b, value @ ..]| (u16::from_be_bytes([*a, *b]), u32::from_be_bytes(*value)));
+        pairs.find_map(|(key, value)| (key == wanted).then_some(value))
+    }
+
     /// Asks the peer to send the same back (section 6.7).
     pub fn ping() -> Self {
         Self::new(PING, 0, 0, vec![0; 8])

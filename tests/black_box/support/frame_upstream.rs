@@ -52,6 +52,10 @@ pub struct Connection {
     /// The proxy has acknowledged the offer, and keeps to it from now on.
     pub settled: bool,
     pub closed: bool,
+    /// Bytes of answers that the proxy has room for, on all streams together.
+    pub room: i64,
+    /// The same on a new stream.
+    initial: i64,
     /// How often the proxy answered our PING.
     pongs: usize,
 }
@@ -66,6 +70,8 @@ pub struct Stream {
     pub whole: Option<Instant>,
     /// The code with which the proxy reset it.
     pub reset: Option<u32>,
+    /// Bytes of its answer that the proxy has room for.
+    pub room: i64,
     /// We refused it, by `RST_STREAM` or GOAWAY.
     refused: bool,
     /// We reset it with whatever code.
@@ -102,6 +108,11 @@ struct Wire {
     socket: TcpStream,
     session: Mutex<ServerConnection>,
 }
+
+/// As much of an answer as one frame has: the most that RFC 9113 wants every peer to take, in bytes.
+const DATA_SIZE: i64 = 16 << 10;
+/// What every connection has room for at its start (RFC 9113, section 6.9.2), in bytes.
+const FIRST_ROOM: i64 = 65_535;
 
 /// Reads what a wire brings, decrypted.
 struct Incoming {
@@ -141,6 +152,21 @@ impl Arrived {
         if let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == id) {
             change(stream);
         }
+    }
+
+    /// The proxy gave room for more bytes of answers: on a stream, or, by number 0, on the connection.
+    fn take_room(&mut self, (connection, stream): (usize, u32), more: i64) {
+        if stream == 0 {
+            self.connections[connection].room += more;
+        }
+        self.change(Id { connection, stream }, |stream| stream.room += more);
+    }
+
+    /// Bytes of an answer are sent.
+    fn use_room(&mut self, (connection, stream): (usize, u32), bytes: u32) {
+        let bytes = i64::from(bytes);
+        self.connections[connection].room -= bytes;
+        self.change(Id { connection, stream }, |stream| stream.room -= bytes);
     }
 
     /// Streams of a connection that neither side has ended.
@@ -269,6 +295,25 @@ impl FrameUpstream {
         self.shared.send(id.connection, &frames);
     }
 
+    /// Goes on with the body of an answer for as long as the proxy gives room for more of it.
+    #[track_caller]
+    pub fn pour(&self, id: Id) {
+        loop {
+            let arrived = self.arrived();
+            let Connection { room, closed, .. } = arrived.connections[id.connection];
+            let room = room.min(arrived.stream(id).room).min(DATA_SIZE);
+            if room == 0 || closed {
+                return;
+            }
+            let data = vec![b'a'; usize::try_from(room).expect("the proxy's window is kept")];
+            let frame = Frame::data(id.stream, &data, false);
+            self.shared.send(id.connection, &[frame]);
+            if room < DATA_SIZE {
+                self.catch_up(id.connection);
+            }
+        }
+    }
+
     /// Resets a stream with this code. Only `REFUSED_STREAM` says that it was not carried out.
     pub fn reset(&self, id: Id, code: u32) {
         let what = format!("we reset stream {} with code {code}", id.stream);
@@ -352,6 +397,11 @@ impl Shared {
 
     /// Sends all frames together. That the proxy went away is no failure: tests look at what arrived.
     fn send(&self, connection: usize, frames: &[Frame]) {
+        let mut arrived = self.arrived();
+        for frame in frames.iter().filter(|frame| frame.kind == frame::DATA) {
+            arrived.use_room((connection, frame.stream), frame.size());
+        }
+        drop(arrived);
         let bytes: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
         let wire = Arc::clone(&self.wires()[connection]);
         let _ = wire.write(&bytes);
@@ -367,7 +417,11 @@ impl Shared {
         wires.push(Arc::clone(&wire));
         // In the same order.
         self.note(connection, "opened", |arrived| {
-            arrived.connections.push(Connection::default());
+            arrived.connections.push(Connection {
+                room: FIRST_ROOM,
+                initial: FIRST_ROOM,
+                ..Connection::default()
+            });
         });
         drop(wires);
         let ended = self.converse(connection, wire);
@@ -425,6 +479,7 @@ impl Shared {
                 body: Vec::new(),
                 whole: head.ends_stream().then(Instant::now),
                 reset: None,
+                room: arrived.connections[connection].initial,
                 refused,
                 broken: false,
                 answered: false,
@@ -468,7 +523,17 @@ impl Shared {
             frame::PING if frame.is_ack() => self.note(connection, "PING returned", |arrived| {
                 arrived.connections[connection].pongs += 1;
             }),
-            frame::SETTINGS | frame::PING => self.send(connection, &[frame.ack()]),
+            frame::SETTINGS => {
+                if let Some(room) = frame.setting(frame::INITIAL_WINDOW_SIZE) {
+                    self.arrived().connections[connection].initial = room.into();
+                }
+                self.send(connection, &[frame.ack()]);
+            }
+            frame::PING => self.send(connection, &[frame.ack()]),
+            frame::WINDOW_UPDATE => {
+                let room = frame.increment().into();
+                self.arrived().take_room((connection, stream), room);
+            }
             frame::GOAWAY => self.note(connection, "GOAWAY", |_| ()),
             _ => {}
         }

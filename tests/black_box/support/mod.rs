@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 pub use client::{Connection, raw};
 pub use frame::{CANCEL, INTERNAL_ERROR, NO_ERROR, REFUSED_STREAM};
-pub use frame_upstream::{FrameUpstream, Id, Offer};
+pub use frame_upstream::{Arrived, FrameUpstream, Id, Offer};
 pub use http::{
     Message, documented, get, gzip, is_cut_off, kling, parse_headers, post, reply, request,
 };
