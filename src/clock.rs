@@ -6,7 +6,17 @@ use std::time::SystemTime;
 pub trait Clock: Send + Sync + 'static {
     /// The time now. It may jump either way: machines sleep, and clocks are corrected.
     fn now(&self) -> SystemTime;
+
+    /// Which correction the time has that [`now`](Self::now) tells.
+    fn correction(&self) -> Correction {
+        Correction::default()
+    }
 }
+
+/// Names what a clock is corrected by. A clock that is set anew gets another name, so that what was made
+/// by the time before is told from what is made by the time now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Correction(pub u32);
 
 /// The clock of this machine.
 #[derive(Clone, Copy, Debug)]

@@ -104,7 +104,7 @@ impl Metrics {
         let duration = registered(&registry, Histogram::with_opts(buckets)?)?;
         let clock_offset = Gauge::new(
             "clock_offset_seconds",
-            "How far upstream's clock is ahead of this machine's.",
+            "How far ahead of this machine's the clock is that tokens are made by: upstream's, as far as it is known.",
         )?;
         let build = Opts::new("build_info", "The running version.");
         let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;

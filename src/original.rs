@@ -6,6 +6,7 @@ use axum::extract::Request;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use tokio::task::yield_now;
 
+use crate::clock::Correction;
 use crate::effect::Effect;
 use crate::facts::{Facts, Inbound};
 use crate::headers;
@@ -33,6 +34,8 @@ pub struct Attempt {
     pub request: Request,
     /// For a create: asked before its first byte is sent.
     pub create: Option<AttemptedCreate>,
+    /// The correction of the clock that its token was minted by, if it has one.
+    pub minted_by: Option<Correction>,
 }
 
 /// A create that is about to be sent.
@@ -107,7 +110,7 @@ impl Original {
         self.create = Some(create);
     }
 
-    /// One attempt to send it.
+    /// One attempt to send it, without a token.
     pub fn attempt(self) -> Attempt {
         let Head {
             method,
@@ -125,7 +128,11 @@ impl Original {
         request.method_mut().clone_from(method);
         request.uri_mut().clone_from(uri);
         *request.headers_mut() = headers;
-        Attempt { request, create }
+        Attempt {
+            request,
+            create,
+            minted_by: None,
+        }
     }
 }
 

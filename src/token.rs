@@ -18,7 +18,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Correction};
 use crate::metrics::Metrics;
 use crate::secret::Secret;
 
@@ -88,9 +88,18 @@ pub enum MintError {
     NotAHeader,
 }
 
-/// An `Authorization` value and the time it is good for.
+/// An `Authorization` value to send, marked sensitive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Authorization {
+    /// The value.
+    pub value: HeaderValue,
+    /// The correction of the clock that the token was minted by; `None` for an API key.
+    pub minted_by: Option<Correction>,
+}
+
+/// What is shown to upstream, and the time it is good for.
 struct Bearer {
-    value: HeaderValue,
+    authorization: Authorization,
     /// `None` for an API key, which has no end.
     bounds: Option<Bounds>,
 }
@@ -142,10 +151,16 @@ impl Credential {
         validity: Validity,
         now: SystemTime,
     ) -> Result<HeaderValue, MintError> {
-        Ok(self.bearer(validity, now)?.value)
+        let bearer = self.bearer(validity, now, Correction::default())?;
+        Ok(bearer.authorization.value)
     }
 
-    fn bearer(&self, validity: Validity, now: SystemTime) -> Result<Bearer, MintError> {
+    fn bearer(
+        &self,
+        validity: Validity,
+        now: SystemTime,
+        correction: Correction,
+    ) -> Result<Bearer, MintError> {
         let (token, bounds) = match self {
             Self::Pair {
                 access_key,
@@ -167,7 +182,14 @@ impl Credential {
         let text = Bytes::from_owner(text);
         let mut value = HeaderValue::from_maybe_shared(text).map_err(|_| MintError::NotAHeader)?;
         value.set_sensitive(true);
-        Ok(Bearer { value, bounds })
+        let authorization = Authorization {
+            value,
+            minted_by: bounds.map(|_| correction),
+        };
+        Ok(Bearer {
+            authorization,
+            bounds,
+        })
     }
 }
 
@@ -208,35 +230,41 @@ impl Tokens {
         }
     }
 
-    /// The `Authorization` value to send now, marked sensitive.
+    /// What to send now.
     ///
     /// Validity is judged by the wall clock here, at use, because a machine that slept has missed
-    /// every timer. One caller replaces a token that nears its end; the others go on with it.
+    /// every timer. What the clock was set to before counts no more. One caller replaces a token that nears its end; the others go on with it.
     ///
     /// # Errors
     ///
     /// [`MintError`]: there is no token that is valid now and none could be made.
-    pub fn bearer(&self) -> Result<HeaderValue, MintError> {
+    pub fn bearer(&self) -> Result<Authorization, MintError> {
+        // In this order: a token is rather said to be by the correction before than by the next one.
+        let correction = self.clock.correction();
         let now = self.clock.now();
         let current = self.current.load();
-        let usable = match current.as_deref() {
-            Some(bearer) if bearer.is_fresh(now) => return Ok(bearer.value.clone()),
+        let current = current.as_deref().filter(|bearer| bearer.is_by(correction));
+        let usable = match current {
+            Some(bearer) if bearer.is_fresh(now) => return Ok(bearer.authorization.clone()),
             Some(bearer) if bearer.is_valid(now) => Some(bearer),
             _ => None,
         };
         let source = match (self.source.try_lock(), usable) {
             (Ok(source), _) => source,
-            (Err(TryLockError::WouldBlock), Some(bearer)) => return Ok(bearer.value.clone()),
+            (Err(TryLockError::WouldBlock), Some(bearer)) => {
+                return Ok(bearer.authorization.clone());
+            }
             (Err(TryLockError::WouldBlock), None) => self.lock(),
             (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
         };
         // Another caller may have minted while this one waited.
         if let Some(bearer) = self.current.load().as_deref()
+            && bearer.is_by(correction)
             && bearer.is_fresh(now)
         {
-            return Ok(bearer.value.clone());
+            return Ok(bearer.authorization.clone());
         }
-        self.mint(&source, now)
+        self.mint(&source, now, correction)
     }
 
     /// Takes another credential from now on, and drops the token of the old one. Tells whether it
@@ -280,17 +308,26 @@ impl Tokens {
         self.current.store(None);
     }
 
-    fn mint(&self, source: &Source, now: SystemTime) -> Result<HeaderValue, MintError> {
-        let minted = source.credential.bearer(source.validity, now);
+    fn mint(
+        &self,
+        source: &Source,
+        now: SystemTime,
+        correction: Correction,
+    ) -> Result<Authorization, MintError> {
+        let Source {
+            credential,
+            validity,
+        } = source;
+        let minted = credential.bearer(*validity, now, correction);
         self.metrics.token_minted(minted.is_ok());
         let bearer = minted?;
         if let Some(Bounds { exp, .. }) = bearer.bounds {
             self.metrics.token_expires(exp);
             tracing::debug!(exp, "token minted");
         }
-        let value = bearer.value.clone();
+        let authorization = bearer.authorization.clone();
         self.current.store(Some(Arc::new(bearer)));
-        Ok(value)
+        Ok(authorization)
     }
 
     fn lock(&self) -> MutexGuard<'_, Source> {
@@ -301,6 +338,12 @@ impl Tokens {
 // === impl Bearer ===
 
 impl Bearer {
+    /// Whether the clock was set to what it is set to now when this was made.
+    fn is_by(&self, correction: Correction) -> bool {
+        let minted_by = self.authorization.minted_by;
+        minted_by.is_none_or(|minted_by| minted_by == correction)
+    }
+
     fn is_valid(&self, now: SystemTime) -> bool {
         let now = unix_seconds(now);
         self.bounds
@@ -362,7 +405,7 @@ impl JwtSigner for Hs256 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
     use base64::Engine;
     use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -376,11 +419,16 @@ mod tests {
         refresh_before: Duration::from_mins(5),
     };
 
-    struct Hand(AtomicU64);
+    #[derive(Default)]
+    struct Hand(AtomicU64, AtomicU32);
 
     impl Clock for Hand {
         fn now(&self) -> SystemTime {
             UNIX_EPOCH + Duration::from_secs(self.0.load(Relaxed))
+        }
+
+        fn correction(&self) -> Correction {
+            Correction(self.1.load(Relaxed))
         }
     }
 
@@ -394,7 +442,7 @@ mod tests {
     }
 
     fn tokens(credential: Credential) -> (Arc<Hand>, Tokens) {
-        let clock = Arc::new(Hand(AtomicU64::new(NOW)));
+        let clock = Arc::new(Hand(AtomicU64::new(NOW), AtomicU32::default()));
         let metrics = Arc::new(Metrics::new().unwrap());
         (
             Arc::clone(&clock),
@@ -412,7 +460,7 @@ mod tests {
     #[test]
     fn header_and_claims_are_exactly_those_of_the_vendor() {
         let (_, tokens) = tokens(pair("secret"));
-        let [header, claims] = parts(&tokens.bearer().unwrap());
+        let [header, claims] = parts(&tokens.bearer().unwrap().value);
         assert_eq!(header, r#"{"typ":"JWT","alg":"HS256"}"#);
         assert_eq!(
             claims,
@@ -436,6 +484,18 @@ mod tests {
             assert_eq!(tokens.bearer().unwrap(), first);
             clock.0.store(now, Relaxed);
             assert_eq!(tokens.bearer().unwrap() == first, same, "{why}");
+        }
+    }
+
+    /// R40.
+    #[test]
+    fn a_token_by_another_correction_of_the_clock_is_replaced_and_says_so() {
+        let (clock, tokens) = tokens(pair("secret"));
+        for correction in [0, 1, 1, 2] {
+            clock.1.store(correction, Relaxed);
+            // It would still be good, by the time that the clock shows.
+            let token = tokens.bearer().unwrap();
+            assert_eq!(token.minted_by, Some(Correction(correction)));
         }
     }
 
@@ -472,10 +532,10 @@ mod tests {
     #[test]
     fn an_api_key_is_sent_as_it_is_and_nothing_shows_it() {
         let (_, tokens) = tokens(Credential::ApiKey(Secret::from("api-key".to_owned())));
-        let bearer = tokens.bearer().unwrap();
+        let Authorization { value, minted_by } = tokens.bearer().unwrap();
         assert_eq!(
-            (bearer.as_bytes(), format!("{bearer:?}")),
-            (&b"Bearer api-key"[..], "Sensitive".to_owned())
+            (value.as_bytes(), format!("{value:?}"), minted_by),
+            (&b"Bearer api-key"[..], "Sensitive".to_owned(), None)
         );
     }
 }

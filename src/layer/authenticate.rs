@@ -13,7 +13,7 @@ use tower::{Layer, Service};
 use crate::error::Error;
 use crate::layer::Refusable;
 use crate::original::{Attempt, Original};
-use crate::token::Tokens;
+use crate::token::{Authorization, Tokens};
 
 /// Adds [`Authenticate`] to a service.
 #[derive(Clone)]
@@ -81,8 +81,8 @@ where
     }
 
     fn call(&mut self, original: Original) -> Self::Future {
-        let bearer = match self.means.tokens.bearer() {
-            Ok(bearer) => bearer,
+        let Authorization { value, minted_by } = match self.means.tokens.bearer() {
+            Ok(authorization) => authorization,
             Err(error) => return Either::Left(future::ready(Err(Error::Credentials(error)))),
         };
         if let Some(facts) = original.facts() {
@@ -90,9 +90,10 @@ where
         }
         // Stripped before they are set: `Connection: authorization` must not name ours.
         let mut attempt = original.attempt();
+        attempt.minted_by = minted_by;
         let headers = attempt.request.headers_mut();
         headers.insert(HOST, self.means.host.clone());
-        headers.insert(AUTHORIZATION, bearer);
+        headers.insert(AUTHORIZATION, value);
         Either::Right(Authenticated {
             inner: self.inner.call(attempt),
             means: Arc::clone(&self.means),

@@ -29,6 +29,8 @@ const EXCERPT: usize = 512;
 
 /// What an answer is.
 pub(super) enum Verdict {
+    /// Kling says that it did what was asked. It passes.
+    Done,
     /// It passes.
     Success,
     /// An error, whose body says this.
@@ -49,7 +51,8 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     let mut reader = Reader::of(answer);
     let mut patience = Patience::of(HOLD);
     match reader.peek(&mut patience).await {
-        Peek::Code(0) | Peek::NoEnvelope | Peek::Undecided => {}
+        Peek::Code(0) => return Verdict::Done,
+        Peek::NoEnvelope | Peek::Undecided => {}
         Peek::Code(_) => {
             Box::pin(reader.read_error()).await;
             if let Some(envelope) = reader.envelope() {

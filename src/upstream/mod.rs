@@ -49,7 +49,7 @@ use self::download::{Download, Lease};
 use self::pool::{Load, Pool};
 use self::spare::Spare;
 use self::upload::{Progress, Upload};
-use crate::clock::Clock;
+use crate::clock::{Clock, Correction};
 use crate::error::{Answer, BoxError, Error, LateAnswer, Resend, chain};
 use crate::headers;
 use crate::metrics::Metrics;
@@ -147,6 +147,7 @@ impl Upstream {
         let attempt = Attempt {
             request,
             create: None,
+            minted_by: None,
         };
         match Arc::clone(&self.0).forward(attempt).await {
             Err(error) if error.answer().is_none() => {
@@ -174,7 +175,11 @@ impl Way {
         self: Arc<Self>,
         attempt: Attempt,
     ) -> impl Future<Output = Result<Response, Error>> + use<> {
-        let Attempt { request, create } = attempt;
+        let Attempt {
+            request,
+            create,
+            minted_by,
+        } = attempt;
         let now = Instant::now();
         self.spare.note(now);
         let (load, busy) = self.pool.begin(request.body());
@@ -200,8 +205,9 @@ impl Way {
             let outcome = match exchange.answer(first).await {
                 Ok(mut answer) => {
                     let verdict = answer::judge(&mut answer).await;
+                    let is_done = matches!(verdict, Verdict::Done);
                     let outcome = pass(answer, verdict);
-                    exchange.way.learn(&outcome, exchange.progress.since());
+                    exchange.learn(&outcome, is_done, minted_by);
                     outcome
                 }
                 // The client's fault is the cause; what upstream made of it only follows from that.
@@ -213,24 +219,6 @@ impl Way {
                 create.not_created();
             }
             outcome
-        }
-    }
-
-    /// Has the clock learn from what upstream answered, which had the request since `asked`.
-    fn learn(&self, answer: &Result<Response, Error>, asked: Instant) {
-        let Some(clock) = &self.learner else {
-            return;
-        };
-        match answer {
-            Ok(answer) => clock.learn(answer.headers(), asked),
-            Err(error) => {
-                let Some(answer) = error.answer() else { return };
-                if error.resend() == Resend::NewToken {
-                    clock.relearn(&answer.head.headers, asked);
-                } else {
-                    clock.learn(&answer.head.headers, asked);
-                }
-            }
         }
     }
 
@@ -287,6 +275,38 @@ impl Exchange {
                 Ok(answer) => return Ok(answer),
                 Err((unsent, _)) if kept => request = unsent,
                 Err((_, error)) => return Err(Error::Unreachable(error)),
+            }
+        }
+    }
+
+    /// Has the clock learn from what upstream answered to a token that was minted by this correction, if
+    /// it was shown one.
+    fn learn(
+        &self,
+        answer: &Result<Response, Error>,
+        is_done: bool,
+        minted_by: Option<Correction>,
+    ) {
+        let Some(clock) = &self.way.learner else {
+            return;
+        };
+        let asked = self.progress.since();
+        match answer {
+            Ok(answer) => {
+                if is_done && let Some(correction) = minted_by {
+                    clock.accepted(correction);
+                }
+                clock.learn(answer.headers(), asked);
+            }
+            Err(error) => {
+                let Some(answer) = error.answer() else { return };
+                let headers = &answer.head.headers;
+                match minted_by {
+                    Some(correction) if error.resend() == Resend::NewToken => {
+                        clock.refused(correction, headers, asked);
+                    }
+                    _ => clock.learn(headers, asked),
+                }
             }
         }
     }
@@ -381,7 +401,7 @@ fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Respon
     *answer.version_mut() = Version::HTTP_11;
     let answer = answer.map(Body::new);
     match verdict {
-        Verdict::Success => Ok(answer),
+        Verdict::Done | Verdict::Success => Ok(answer),
         Verdict::Service(envelope) => Err(Error::Service {
             answer: Answer::boxed(answer),
             envelope,

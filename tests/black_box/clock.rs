@@ -8,6 +8,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tokio::time::Instant;
+
 use crate::support::{
     Credential, Message, Proxy, SUCCESS, Signal, Upstream, assert_has, claims, now, reply, send,
 };
@@ -17,11 +19,17 @@ const MINUTE: i64 = 60;
 
 /// Makes an upstream tell the time, so many seconds ahead of ours, and refuse tokens by it.
 fn keep_time(upstream: &Upstream, ahead: &Arc<AtomicI64>) {
+    keep_time_behind_a_front(upstream, ahead, 0);
+}
+
+/// The same, where what stands before upstream and dates all answers is so many seconds ahead of it.
+fn keep_time_behind_a_front(upstream: &Upstream, ahead: &Arc<AtomicI64>, front: i64) {
     let ahead = Arc::clone(ahead);
     upstream.script(move |request| {
         let ahead = ahead.load(Relaxed);
         let time = now().checked_add_signed(ahead).unwrap();
-        let headers = format!("content-type: application/json\n{}", date(time));
+        let shown = date(time.checked_add_signed(front).unwrap());
+        let headers = format!("content-type: application/json\n{shown}");
         let (status, body) = match request.method() {
             "HEAD" => (200, ""),
             _ => match validity(request) {
@@ -140,6 +148,39 @@ fn date_of_a_cached_answer_is_not_learned() {
     proxy.get("/v1/learn");
     proxy.get("/v1/know");
     assert_on_time(&upstream, begun, "cached");
+}
+
+/// R40. `Date` is written by what stands before upstream; whether a token is accepted is what counts.
+#[test]
+fn front_with_another_clock_locks_nobody_out() {
+    for front in [HOUR, -23 * HOUR] {
+        for warm in [true, false] {
+            let upstream = Upstream::lenient("http/1.1");
+            keep_time_behind_a_front(&upstream, &Arc::default(), front);
+            let proxy = Proxy::to(&upstream);
+            let proxy = if warm {
+                proxy.start_warm()
+            } else {
+                proxy.start()
+            };
+            let case = format!("front ahead by {front} s, asked at start: {warm}");
+            assert_eq!(proxy.get("/v1/first").status(), 200, "{case}");
+            let attempts = upstream.seen().requests.len();
+            // Longer than there is between two samples.
+            let begun = Instant::now();
+            let mut count = 0;
+            while begun.elapsed() < Duration::from_millis(1_500) {
+                assert_eq!(proxy.get("/v1/next").status(), 200, "{case}");
+                count += 1;
+            }
+            let seen = upstream.seen().requests.len();
+            assert_eq!(seen, attempts + count, "{case}: refused again");
+            assert!(gauge(&proxy).abs() < 0.5, "{case}: {}", gauge(&proxy));
+            proxy.signal(Signal::TERM);
+            let (_, log) = proxy.end();
+            assert!(!log.contains("this machine's clock"), "{case}: {log}");
+        }
+    }
 }
 
 #[test]
