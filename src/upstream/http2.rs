@@ -25,6 +25,7 @@ use tokio::time::{sleep, timeout};
 
 use super::connect::SendError;
 use super::dial::Stream;
+use super::empty_frames::EmptyFrameFilter;
 use super::flush::{FlushTracker, Flushed};
 use super::upload::Progress;
 use crate::error::BoxError;
@@ -114,7 +115,8 @@ impl Sender {
         io: Box<dyn Stream>,
         ping_while_idle: bool,
     ) -> Result<Self, BoxError> {
-        let (io, flushed) = FlushTracker::new(io);
+        let io = EmptyFrameFilter::new(io);
+        let (io, flushed) = FlushTracker::new(Box::new(io));
         let (h2, connection) = client::Builder::new()
             .enable_push(false)
             .initial_window_size(STREAM_WINDOW)

@@ -12,6 +12,7 @@ mod connect;
 mod dial;
 mod download;
 mod egress;
+mod empty_frames;
 mod flush;
 mod http2;
 mod origin;

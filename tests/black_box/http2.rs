@@ -379,6 +379,35 @@ fn answers_that_nobody_reads_hold_up_no_other_on_their_connection() {
     assert_eq!(client.answer().text(), SUCCESS);
 }
 
+/// R39. Some servers end each flush so. What comes now and then is no flood.
+#[test]
+fn empty_frames_that_come_now_and_then_do_not_end_a_connection() {
+    let (upstream, proxy) = settled(Offer::default(), &[]);
+    for count in 2..42 {
+        let mut client = sent(&proxy, get("/v1/x"));
+        let id = upstream.whole(count);
+        let json = [("content-type", "application/json")];
+        upstream.begin_answer(id, &json, "");
+        upstream.say_nothing(id, 5);
+        upstream.finish_answer(id, SUCCESS);
+        assert_eq!(client.answer().text(), SUCCESS, "answer {count}");
+    }
+    assert_eq!(upstream.arrived().connections.len(), 1);
+}
+
+/// R39. Frames that say nothing cost work all the same.
+#[test]
+fn flood_of_empty_frames_ends_the_connection() {
+    let (upstream, proxy) = settled(Offer::default(), &[("retry.attempts", "1")]);
+    let mut client = sent(&proxy, get("/v1/x"));
+    let id = upstream.whole(2);
+    let video = [("content-type", "video/mp4")];
+    upstream.begin_answer(id, &video, "a");
+    client.head();
+    upstream.say_nothing(id, 1_000_000);
+    upstream.wait(|arrived| arrived.connections[id.connection].closed);
+}
+
 /// The task that it names is paid for, and the client knows nothing of it.
 #[test]
 fn late_answer_to_a_create_is_told_in_the_log() {

@@ -295,6 +295,15 @@ impl FrameUpstream {
         self.shared.send(id.connection, &frames);
     }
 
+    /// Gives the rest of an answer that has begun.
+    pub fn finish_answer(&self, id: Id, rest: &str) {
+        let frame = Frame::data(id.stream, rest.as_bytes(), true);
+        self.shared.note(id.connection, "we answer", |arrived| {
+            arrived.change(id, |stream| stream.answered = true);
+        });
+        self.shared.send(id.connection, &[frame]);
+    }
+
     /// Goes on with the body of an answer for as long as the proxy gives room for more of it.
     #[track_caller]
     pub fn pour(&self, id: Id) {
@@ -311,6 +320,19 @@ impl FrameUpstream {
             if room < DATA_SIZE {
                 self.catch_up(id.connection);
             }
+        }
+    }
+
+    /// Sends so many empty frames of an answer, which say nothing, while the connection lasts.
+    pub fn say_nothing(&self, id: Id, times: usize) {
+        let frames: Vec<_> = (0..times.min(1_000))
+            .map(|_| Frame::data(id.stream, b"", false))
+            .collect();
+        let mut left = times;
+        while left > 0 && !self.arrived().connections[id.connection].closed {
+            let batch = left.min(frames.len());
+            self.shared.send(id.connection, &frames[..batch]);
+            left -= batch;
         }
     }
 
