@@ -1,7 +1,9 @@
 //! Tells an answer from an error, by the status and by the service code in the body.
 //!
 //! A success passes as it came, held only until its `code` is known; an error's body is read, within
-//! bounds, so that what it says can be told in our form.
+//! bounds, so that what it says can be told in our form. An answer that breaks off before the first byte
+//! of its body becomes an error too, if that shows while its code is awaited; any other answer is not held
+//! for that, only what has come already is looked at.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -11,15 +13,20 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
 use super::download::Download;
 use super::text::Text;
 use crate::envelope::{self, Envelope, Peek};
+use crate::error::BoxError;
 use crate::headers;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
 const BOUND: usize = 64 << 10;
+/// Turns of the event loop in which the beginning of a body that has come shows: a connection of hyper's
+/// brings it in the turn after it is asked for.
+const TURNS: u32 = 2;
 /// A success whose code is not known by then passes.
 const HOLD: Duration = Duration::from_millis(200);
 /// An error body that takes longer counts as cut off.
@@ -37,6 +44,8 @@ pub(super) enum Verdict {
     Service(Envelope),
     /// An error whose body is no envelope, and how that begins where it is text.
     Bare(Option<String>),
+    /// It broke off before the first byte of its body.
+    Broken(BoxError),
 }
 
 /// Judges an answer by its status and by what is read ahead of its body.
@@ -45,22 +54,31 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     if status.is_client_error() || status.is_server_error() {
         return Box::pin(judge_error(answer)).await;
     }
-    if !status.is_success() || !is_json(answer.headers()) || answer.body().is_read() {
+    if answer.body().is_read() {
         return Verdict::Success;
     }
+    let is_judged = status.is_success() && is_json(answer.headers());
     let mut reader = Reader::of(answer);
-    let mut patience = Patience::of(HOLD);
-    match reader.peek(&mut patience).await {
-        Peek::Code(0) => return Verdict::Done,
-        Peek::NoEnvelope | Peek::Undecided => {}
-        Peek::Code(_) => {
-            Box::pin(reader.read_error()).await;
-            if let Some(envelope) = reader.envelope() {
-                return Verdict::Service(envelope);
+    let mut verdict = Verdict::Success;
+    if is_judged {
+        let mut patience = Patience::of(HOLD);
+        match reader.peek(&mut patience).await {
+            Peek::Code(0) => return Verdict::Done,
+            Peek::NoEnvelope | Peek::Undecided => {}
+            Peek::Code(_) => {
+                Box::pin(reader.read_error()).await;
+                if let Some(envelope) = reader.envelope() {
+                    verdict = Verdict::Service(envelope);
+                }
             }
         }
+    } else {
+        Box::pin(reader.glance()).await;
     }
-    Verdict::Success
+    match reader.body.take_failure() {
+        Some(failure) => Verdict::Broken(failure),
+        None => verdict,
+    }
 }
 
 async fn judge_error(answer: &mut http::Response<Download>) -> Verdict {
@@ -131,6 +149,17 @@ impl<'a> Reader<'a> {
                 return Peek::Undecided;
             }
         }
+    }
+
+    /// Reads what is there already, without waiting.
+    async fn glance(&mut self) {
+        for _ in 0..TURNS {
+            if self.read().now_or_never().is_some() {
+                return;
+            }
+            yield_now().await;
+        }
+        let _ = self.read().now_or_never();
     }
 
     /// Reads an error's body as far as the bounds allow.

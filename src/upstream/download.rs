@@ -1,6 +1,8 @@
 //! The answer's body on its way down: bounded silence, and its connection kept when it ends.
 
 use std::collections::VecDeque;
+use std::error::Error as _;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -15,7 +17,7 @@ use super::connect::Connection;
 use super::http2;
 use super::pool::Pool;
 use super::upload::Progress;
-use crate::error::BoxError;
+use crate::error::{BoxError, Error};
 use crate::quiet::Pieces;
 
 /// What one poll of a body gives.
@@ -32,6 +34,11 @@ pub(super) struct Download {
     moved: bool,
     flushed: bool,
 }
+
+/// Nothing more of a body came for so long.
+#[derive(Debug, thiserror::Error)]
+#[error("upstream was silent for {0:?} inside a body")]
+struct Silence(Duration);
 
 /// A body as a connection brings it.
 pub(super) enum Incoming {
@@ -147,6 +154,14 @@ impl Download {
         })
     }
 
+    /// Takes what went wrong before anything of the body was read.
+    pub(super) fn take_failure(&mut self) -> Option<BoxError> {
+        match self.ahead.pop_front_if(|step| step.is_err()) {
+            Some(Err(failure)) => Some(failure),
+            _ => None,
+        }
+    }
+
     /// Whether all of it is known to be read, be it ahead: of one in chunks only its end says so.
     pub(super) fn is_read(&self) -> bool {
         self.body.is_end_stream()
@@ -170,10 +185,9 @@ impl Download {
                 self.end_lease(step.is_none());
                 Poll::Ready(step)
             }
-            Poll::Pending => self.poll_silence(cx).map(|()| {
-                let silence = format!("upstream was silent for {:?} inside a body", self.idle);
-                Some(Err(silence.into()))
-            }),
+            Poll::Pending => self
+                .poll_silence(cx)
+                .map(|()| Some(Err(Silence(self.idle).into()))),
         }
     }
 
@@ -224,5 +238,27 @@ impl Body for Download {
             hint.set_upper(ahead + upper);
         }
         hint
+    }
+}
+
+/// The error of a request whose answer broke off like this before the first byte of its body.
+pub(super) fn broken(failure: BoxError) -> Error {
+    if let Some(Silence(limit)) = failure.downcast_ref() {
+        return Error::upstream_timeout(*limit);
+    }
+    let hyper = failure.downcast_ref::<hyper::Error>();
+    let io: Option<&io::Error> = hyper.and_then(|error| error.source()?.downcast_ref());
+    let is_malformed = match (io, failure.downcast_ref::<h2::Error>()) {
+        (Some(io), _) => matches!(
+            io.kind(),
+            io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData
+        ),
+        (None, Some(h2)) => h2.is_library() && h2.is_reset(),
+        (None, None) => false,
+    };
+    if is_malformed {
+        Error::NotHttp(failure)
+    } else {
+        Error::Disconnected(failure)
     }
 }

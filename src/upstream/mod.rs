@@ -411,5 +411,6 @@ fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Respon
             answer: Answer::boxed(answer),
             excerpt,
         }),
+        Verdict::Broken(failure) => Err(download::broken(failure)),
     }
 }

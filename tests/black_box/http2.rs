@@ -408,6 +408,25 @@ fn flood_of_empty_frames_ends_the_connection() {
     upstream.wait(|arrived| arrived.connections[id.connection].closed);
 }
 
+/// A reset after the head of an answer never says that nothing was done, whatever its code.
+#[test]
+fn answer_that_breaks_off_before_its_first_byte_is_an_error_and_no_create_is_sent_again() {
+    let json = ("content-type", "application/json");
+    for (headers, broken, code) in [
+        (&[json][..], Some(INTERNAL_ERROR), 9104),
+        (&[json], Some(REFUSED_STREAM), 9104),
+        (&[json, ("content-length", "100")], None, 9103),
+    ] {
+        let (upstream, proxy) = settled(Offer::default(), &[]);
+        let mut client = sent(&proxy, create("broken"));
+        let id = upstream.whole(2);
+        upstream.break_off(id, headers, broken);
+        assert_uncertain(&client.answer(), (502, code));
+        upstream.catch_up(id.connection);
+        assert_eq!(upstream.arrived().streams.len(), 2);
+    }
+}
+
 /// The task that it names is paid for, and the client knows nothing of it.
 #[test]
 fn late_answer_to_a_create_is_told_in_the_log() {

@@ -117,6 +117,11 @@ impl Connection {
             .expect("an answer")
     }
 
+    /// The body of an answer whose head was read.
+    pub fn finish(&mut self, answer: &mut Message) {
+        answer.read_body(&mut self.0).expect("a whole body");
+    }
+
     pub fn chunk(&mut self) -> Option<Vec<u8>> {
         read_chunk(&mut self.0).expect("a chunk")
     }

@@ -295,6 +295,19 @@ impl FrameUpstream {
         self.shared.send(id.connection, &frames);
     }
 
+    /// Gives the head of an answer and no body: resets the stream with this code, or else ends it.
+    pub fn break_off(&self, id: Id, headers: &[(&str, &str)], code: Option<u32>) {
+        let end = match code {
+            Some(code) => Frame::reset(id.stream, code),
+            None => Frame::data(id.stream, b"", true),
+        };
+        self.shared.note(id.connection, "we break off", |arrived| {
+            arrived.change(id, |stream| stream.broken = true);
+        });
+        let frames = [Frame::answer(id.stream, 200, headers), end];
+        self.shared.send(id.connection, &frames);
+    }
+
     /// Gives the rest of an answer that has begun.
     pub fn finish_answer(&self, id: Id, rest: &str) {
         let frame = Frame::data(id.stream, rest.as_bytes(), true);
