@@ -59,6 +59,10 @@ pub enum Error {
     /// Name resolution, TCP or TLS failed: not a byte of the request was sent.
     #[error("cannot connect to upstream")]
     Unreachable(#[source] BoxError),
+    /// The egress proxy does not lead to upstream, and would say the same again: not a byte of the request
+    /// was sent.
+    #[error("cannot connect to upstream: the egress proxy answered {0}")]
+    EgressRefused(StatusCode),
     /// Upstream did not answer in time, or stopped reading the request.
     #[error("no answer from upstream within {limit:?}")]
     UpstreamTimeout {
@@ -186,7 +190,7 @@ impl Error {
             Self::BodyTooLarge { .. } => 9006,
             Self::NotFound => 9007,
             Self::ClientTooSlow(_) => 9008,
-            Self::Unreachable(_) => 9101,
+            Self::Unreachable(_) | Self::EgressRefused(_) => 9101,
             Self::UpstreamTimeout { .. } => 9102,
             Self::BadResponse { .. } | Self::NotHttp(_) => 9103,
             Self::Disconnected(_) | Self::ShutDown => 9104,
@@ -258,6 +262,9 @@ impl Error {
 
     /// Returns true if no task can have come of a create that failed so, and it may be sent again.
     pub fn proves_no_task(&self) -> bool {
+        if let Self::EgressRefused(_) = self {
+            return true;
+        }
         match self.resend() {
             Resend::Unsent | Resend::Refused | Resend::NewToken => true,
             Resend::Never | Resend::Reads => false,
@@ -293,6 +300,7 @@ impl Error {
             | Self::BodyCutOff
             | Self::NotFound
             | Self::ClientTooSlow(_)
+            | Self::EgressRefused(_)
             | Self::NotHttp(_)
             | Self::Credentials(_)
             | Self::Overloaded(_)

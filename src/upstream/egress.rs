@@ -141,6 +141,19 @@ impl fmt::Debug for EgressProxy {
     }
 }
 
+/// The status of a refusal that asking again would not change, if that is why there is no connection. Each
+/// attempt may count against a user whose password is wrong.
+pub(super) fn final_status(error: &BoxError) -> Option<StatusCode> {
+    match error.downcast_ref()? {
+        &TunnelError::Refused(
+            status @ (StatusCode::FORBIDDEN
+            | StatusCode::METHOD_NOT_ALLOWED
+            | StatusCode::PROXY_AUTHENTICATION_REQUIRED),
+        ) => Some(status),
+        _ => None,
+    }
+}
+
 /// Credentials of the Basic scheme (RFC 7617) from what stands before `@` in a URL.
 fn basic(user: &str) -> Result<HeaderValue, NoEgressProxy> {
     // Without a password there is an empty one.

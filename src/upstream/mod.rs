@@ -262,7 +262,7 @@ impl Exchange {
                 checkout
             } else {
                 let connected = self.way.pool.connect(self.load).await;
-                (connected.map_err(Error::Unreachable)?, &self.way.pool)
+                (connected.map_err(unreachable)?, &self.way.pool)
             };
             // HTTP/2 takes it away, and the next connection may speak HTTP/1.1.
             request.headers_mut().insert(HOST, self.way.pool.host());
@@ -412,5 +412,13 @@ fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Respon
             excerpt,
         }),
         Verdict::Broken(failure) => Err(download::broken(failure)),
+    }
+}
+
+/// The error of a request for which there is no connection.
+fn unreachable(cause: BoxError) -> Error {
+    match egress::final_status(&cause) {
+        Some(status) => Error::EgressRefused(status),
+        None => Error::Unreachable(cause),
     }
 }

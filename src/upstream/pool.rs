@@ -12,6 +12,7 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use super::connect::{Connected, Connection, Connector, Http1};
+use super::egress::final_status;
 use super::http2;
 use super::origin::Origin;
 use crate::clock::Clock;
@@ -241,18 +242,23 @@ impl Pool {
         kept.idle.push((connection, now));
     }
 
-    /// Sees to it that a connection is ready, and will be for some time.
-    pub(super) async fn renew(&self) {
+    /// Sees to it that a connection is ready, and will be for some time. Returns false if trying again is
+    /// of no use.
+    pub(super) async fn renew(&self) -> bool {
         if self.lock().is_ready() {
-            return;
+            return true;
         }
         // One of HTTP/2 serves several threads.
         match self.connect(Load::Many).await {
             Ok(connection) => {
                 self.checkin(connection);
                 tracing::debug!("connection kept ready");
+                true
             }
-            Err(error) => tracing::debug!(%error, "no connection to keep ready"),
+            Err(error) => {
+                tracing::debug!(%error, "no connection to keep ready");
+                final_status(&error).is_none()
+            }
         }
     }
 

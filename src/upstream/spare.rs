@@ -51,7 +51,8 @@ impl Spare {
         }
     }
 
-    /// Keeps a connection ready until nobody has asked for this long, and again once somebody does.
+    /// Keeps a connection ready until nobody has asked for this long, and again once somebody does. Where
+    /// that is of no use it is tried once for each time that somebody does.
     pub(super) async fn keep(&self, warm: Duration) {
         let mut left = Duration::ZERO;
         loop {
@@ -65,8 +66,8 @@ impl Spare {
             left = self.left(warm);
             if left.is_zero() {
                 self.pool.clear();
-            } else {
-                self.pool.renew().await;
+            } else if !self.pool.renew().await {
+                left = Duration::ZERO;
             }
         }
     }
@@ -75,5 +76,49 @@ impl Spare {
     fn left(&self, warm: Duration) -> Duration {
         let ago = self.asked.ago();
         ago.map_or(Duration::ZERO, |ago| warm.saturating_sub(ago))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    use http::StatusCode;
+
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::error::BoxError;
+    use crate::upstream::connect::Connector;
+    use crate::upstream::{Dial, Dialing, TunnelError, Versions};
+
+    /// An egress proxy that refuses to lead to upstream, with a status, and counts how often.
+    struct Refusing(StatusCode, AtomicUsize);
+
+    impl Dial for Refusing {
+        fn dial(&self, _: Versions) -> Dialing<'_> {
+            Box::pin(async {
+                self.1.fetch_add(1, Relaxed);
+                Err(BoxError::from(TunnelError::Refused(self.0)))
+            })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn egress_proxy_that_would_refuse_again_is_asked_once_for_each_request() {
+        let minutes = Duration::from_mins(10);
+        for (status, asked) in [(407, 2..3), (403, 2..3), (502, 60..1_000)] {
+            let status = StatusCode::from_u16(status).unwrap();
+            let egress = Arc::new(Refusing(status, AtomicUsize::new(0)));
+            let origin = "https://kling.test".parse().unwrap();
+            let connector = Connector::new(Arc::<Refusing>::clone(&egress), &origin);
+            let pool = Pool::new(connector, Duration::from_secs(5), Arc::new(SystemClock));
+            let spare = Spare::new(pool.spare());
+            for _ in 0..2 {
+                spare.note(Instant::now());
+                let _ = timeout(minutes, spare.keep(minutes)).await;
+            }
+            let count = egress.1.load(Relaxed);
+            assert!(asked.contains(&count), "{status}: asked {count} times");
+        }
     }
 }

@@ -106,13 +106,36 @@ fn requests_go_through_a_tunnel_and_the_egress_proxy_learns_the_name_only() {
 
 #[test]
 fn without_a_tunnel_nothing_is_sent_and_the_client_may_try_again() {
-    for answer in [
-        "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n",
-        "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
-        "HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n",
-        "HTTP/1.1 200 OK\r\n\r\nmore than asked for",
-        "SSH-2.0-OpenSSH_9.2\r\n",
-        "",
+    for (answer, attempts, hint) in [
+        // It would say the same again, and count the attempts to guess a password.
+        (
+            "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n",
+            1,
+            "set user and password in `upstream.proxy`",
+        ),
+        (
+            "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n",
+            1,
+            "must allow CONNECT",
+        ),
+        (
+            "HTTP/1.1 405 Method Not Allowed\r\ncontent-length: 0\r\n\r\n",
+            1,
+            "must allow CONNECT",
+        ),
+        (
+            "HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n",
+            3,
+            "",
+        ),
+        (
+            "HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n",
+            3,
+            "",
+        ),
+        ("HTTP/1.1 200 OK\r\n\r\nmore than asked for", 3, ""),
+        ("SSH-2.0-OpenSSH_9.2\r\n", 3, ""),
+        ("", 3, ""),
     ] {
         let upstream = Upstream::tls("http/1.1");
         let egress = Egress::answering(answer);
@@ -120,12 +143,15 @@ fn without_a_tunnel_nothing_is_sent_and_the_client_may_try_again() {
         let refused = proxy.send(post("/v1/videos/text2video", "{\"prompt\":\"a\"}"));
         assert_eq!(refused.refusal(), (502, 9101), "{answer}");
         let told = refused.error(["retryable", "attempts"]);
-        assert_eq!(told, [json!(true), json!(3)], "{answer}");
-        assert_eq!(egress.asked().len(), 3, "{answer}");
+        assert_eq!(told, [json!(true), json!(attempts)], "{answer}");
+        assert_eq!(egress.asked().len(), attempts, "{answer}");
+        let [told] = refused.error(["hint"]);
+        assert!(told.as_str().unwrap_or_default().contains(hint), "{told}");
         assert_eq!(upstream.seen().requests.len(), 0, "{answer}");
         proxy.signal(Signal::TERM);
         let (_, log) = proxy.end();
         assert!(!log.contains(PASSWORD), "{log}");
+        assert!(!log.contains("may exist"), "nothing was sent: {log}");
     }
 }
 

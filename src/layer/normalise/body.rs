@@ -1,5 +1,7 @@
 //! The body of an error, as docs/errors.md describes it.
 
+use http::StatusCode;
+
 use crate::effect::Effect;
 use crate::error::{self, Error};
 use crate::facts::Facts;
@@ -84,6 +86,13 @@ fn hint(error: &Error, effect: Effect) -> Option<&'static str> {
             1304 => Some("the account admits some addresses only: add this machine's public one"),
             _ => None,
         },
+        Error::EgressRefused(StatusCode::PROXY_AUTHENTICATION_REQUIRED) => Some(
+            "the egress proxy wants credentials, or others: set user and password in \
+             `upstream.proxy`, as in http://user:password@proxy.example:3128",
+        ),
+        Error::EgressRefused(_) => Some(
+            "the egress proxy of `upstream.proxy` must allow CONNECT to the host of `upstream.url`",
+        ),
         _ => None,
     }
 }
