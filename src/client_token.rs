@@ -19,8 +19,8 @@ use subtle::ConstantTimeEq;
 use crate::clock::Clock;
 use crate::headers::CLIENT_TOKEN;
 use crate::secret::Secret;
-use crate::secret_file::{self, SecretFileError};
 use crate::share::Share;
+use crate::trusted_file::{self, TrustedFileError};
 
 /// The tokens that are accepted. What a request costs here does not depend on how many there are.
 pub struct ClientTokens {
@@ -70,7 +70,7 @@ const UNNAMED: &str = "unnamed";
 pub enum FileError {
     /// It cannot be read, or others could have written it.
     #[error("cannot read {}", .0.display())]
-    Unreadable(PathBuf, #[source] SecretFileError),
+    Unreadable(PathBuf, #[source] TrustedFileError),
     /// It has no token.
     #[error("it holds no token")]
     Empty,
@@ -118,9 +118,9 @@ impl ClientTokens {
     ///
     /// [`FileError`] shows no token.
     pub fn read(path: &Path, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
-        let file = secret_file::read(path)
-            .map_err(|error| FileError::Unreadable(path.to_owned(), error))?;
-        let mut tokens = Self::parse(&file.text, clock)?;
+        let unreadable = |error| FileError::Unreadable(path.to_owned(), error);
+        let file = trusted_file::read(path).map_err(unreadable)?;
+        let mut tokens = Self::parse(file.text().map_err(unreadable)?, clock)?;
         tokens.warning = file
             .exposed
             .then(|| format!("every user can read {}: chmod 600", path.display()));

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 pub use self::command::{Command, CommandError};
 pub use self::environment::harmless;
 use crate::secret::Secret;
-use crate::secret_file::{self, SecretFile, SecretFileError};
 use crate::token::Credential;
+use crate::trusted_file::{self, TrustedFileError};
 
 /// What `credentials.*` of the settings say.
 #[derive(Clone, Debug, Default)]
@@ -76,7 +76,7 @@ pub enum Error {
         path: PathBuf,
         /// Why.
         #[source]
-        cause: SecretFileError,
+        cause: TrustedFileError,
     },
     /// The command does not do what it should.
     #[error("{}", command::PLACE)]
@@ -138,7 +138,7 @@ impl Places<'_> {
             command: _,
         } = self.configured;
         if let Some(path) = api_key_file {
-            return api_key(from_file("credentials.api_key_file".to_owned(), path)?);
+            return api_key(from_file("credentials.api_key_file", path)?);
         }
         let found = pair(
             (
@@ -170,7 +170,7 @@ impl Places<'_> {
         let file = format!("{name}_FILE");
         self.get(&file)
             .map(Path::new)
-            .map(|path| from_file(file.clone(), path))
+            .map(|path| from_file(&file, path))
             .transpose()
     }
 
@@ -180,7 +180,7 @@ impl Places<'_> {
             .get(DIRECTORY)
             .map(|directory| PathBuf::from(directory).join(name));
         let path = path.filter(|path| path.exists());
-        path.map(|path| from_file(format!("${DIRECTORY}/{name}"), &path))
+        path.map(|path| from_file(&format!("${DIRECTORY}/{name}"), &path))
             .transpose()
     }
 
@@ -202,27 +202,25 @@ fn configured(
 ) -> Result<Option<Key>, Error> {
     match (value, file) {
         (Some(value), _) => key(place.to_owned(), value.expose()).map(Some),
-        (None, Some(path)) => from_file(format!("{place}_file"), path).map(Some),
+        (None, Some(path)) => from_file(&format!("{place}_file"), path).map(Some),
         (None, None) => Ok(None),
     }
 }
 
-fn from_file(place: String, path: &Path) -> Result<Key, Error> {
-    match secret_file::read(path) {
-        Ok(SecretFile { text, exposed }) => {
-            let warning = format!("{place}: every user can read {}: chmod 600", path.display());
-            let key = key(place, &text)?;
-            Ok(Key {
-                warning: exposed.then_some(warning),
-                ..key
-            })
-        }
-        Err(cause) => Err(Error::Unreadable {
-            place,
-            path: path.to_owned(),
-            cause,
-        }),
-    }
+fn from_file(place: &str, path: &Path) -> Result<Key, Error> {
+    let unreadable = |cause| Error::Unreadable {
+        place: place.to_owned(),
+        path: path.to_owned(),
+        cause,
+    };
+    let file = trusted_file::read(path).map_err(unreadable)?;
+    let text = file.text().map_err(unreadable)?;
+    let warning = format!("{place}: every user can read {}: chmod 600", path.display());
+    let key = key(place.to_owned(), text)?;
+    Ok(Key {
+        warning: file.exposed.then_some(warning),
+        ..key
+    })
 }
 
 /// White space around a key does not count.

@@ -18,7 +18,7 @@ use tokio_rustls::server::TlsStream;
 use zeroize::Zeroizing;
 
 use crate::error::BoxError;
-use crate::secret_file;
+use crate::trusted_file;
 
 /// The one protocol on offer, as ALPN names it.
 const HTTP_1: &[u8] = b"http/1.1";
@@ -101,9 +101,9 @@ impl CertificateFiles {
 
     fn load_key(&self) -> Result<(Arc<dyn SigningKey>, bool), CertificateError> {
         let unusable = |error| CertificateError::Key(self.key.clone(), error);
-        let file = secret_file::read(&self.key).map_err(|error| unusable(error.into()))?;
+        let file = trusted_file::read(&self.key).map_err(|error| unusable(error.into()))?;
         // The parser's own error quotes the file.
-        let key = PrivateKeyDer::from_pem_slice(file.text.as_bytes())
+        let key = PrivateKeyDer::from_pem_slice(&file.bytes)
             .map_err(|_| unusable("it holds no unencrypted private key in PEM".into()))?;
         let key = ring::sign::any_supported_type(&Zeroizing::new(key))
             .map_err(|error| unusable(error.into()))?;

@@ -1,13 +1,13 @@
 //! Where values come from: layers of keys, merged by figment, each value with its source.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
 use super::Problem;
+use crate::trusted_file::{self, TrustedFileError};
 
 /// The lowest layer, and the list of known keys.
 const DEFAULTS: &str = include_str!("../../config/default.toml");
@@ -150,7 +150,12 @@ fn default_values() -> Dict {
 }
 
 fn read_file(path: &Path) -> Result<Dict, String> {
-    parse(&fs::read_to_string(path).map_err(|error| format!("cannot be read: {error}"))?)
+    let told = |error| match error {
+        TrustedFileError::Io(error) => format!("cannot be read: {error}"),
+        untrusted => untrusted.to_string(),
+    };
+    let file = trusted_file::read(path).map_err(told)?;
+    parse(file.text().map_err(told)?)
 }
 
 /// Parses TOML. The error quotes nothing of the text, which may hold a secret.

@@ -1,7 +1,7 @@
 //! Settings: layers of text become typed values, and every problem is told in one run.
 //!
 //! `config/default.toml` is the one place of keys and defaults. Reading opens no socket and no
-//! secret file.
+//! file but that of the settings.
 
 mod check;
 mod layers;

@@ -1,6 +1,6 @@
 //! Whom to believe that they are upstream.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
@@ -8,13 +8,14 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{CipherSuite, ClientConfig, RootCertStore};
 
 use crate::error::BoxError;
+use crate::trusted_file;
 
 /// What is wrong with the trust roots.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// `upstream.ca_file` cannot be used.
-    #[error("cannot read certificates from `upstream.ca_file`")]
-    CaFile(#[source] BoxError),
+    #[error("`upstream.ca_file`: cannot use {}", .0.display())]
+    CaFile(PathBuf, #[source] BoxError),
     /// The TLS library does not take our settings.
     #[error("cannot set up TLS")]
     Setup(#[from] rustls::Error),
@@ -38,10 +39,10 @@ pub fn trust_roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
         roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     }
     if let Some(path) = ca_file {
-        let unusable = |error: BoxError| TlsError::CaFile(error);
-        let pem = std::fs::read(path).map_err(|error| unusable(error.into()))?;
+        let unusable = |error: BoxError| TlsError::CaFile(path.to_owned(), error);
+        let file = trusted_file::read(path).map_err(|error| unusable(error.into()))?;
         let mut found = false;
-        for certificate in CertificateDer::pem_slice_iter(&pem) {
+        for certificate in CertificateDer::pem_slice_iter(&file.bytes) {
             let certificate = certificate.map_err(|error| unusable(error.into()))?;
             roots
                 .add(certificate)

@@ -10,8 +10,8 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::time::Instant;
 
 use crate::support::{
-    Connection, Credential, KeyFiles, Proxy, Signal, Upstream, Way, eventually, get, keys, pair,
-    request, shows,
+    Connection, Credential, Issued, KeyFiles, Proxy, Root, Signal, Upstream, Way, eventually, get,
+    keys, pair, shows,
 };
 
 const ROTATIONS: usize = 100;
@@ -116,17 +116,32 @@ fn half_of_a_pair_that_stays_alone_is_taken() {
 fn file_that_hangs_holds_up_neither_requests_nor_the_end() {
     let upstream = Upstream::ok();
     let command = Proxy::to(&upstream);
-    let tokens = command.file("tokens", "first-token-01234\n");
+    let Issued { certificate, key } = Root::new().issue("localhost");
+    let key = command.file("key.pem", &key.serialize_pem());
+    let certificate = command.file("certificate.pem", &certificate.pem());
+    let socket = command.home().join("socket");
     let proxy = command
-        .setting("access.client_tokens_file", tokens.to_str().unwrap())
+        .setting("listen.tls.certificate_file", certificate.to_str().unwrap())
+        .setting("listen.tls.key_file", key.to_str().unwrap())
+        .setting("listen.unix_socket", socket.to_str().unwrap())
         .start();
-    fs::remove_file(&tokens).unwrap();
-    mknodat(CWD, &tokens, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-    let _silent = fs::File::options().read(true).write(true).open(&tokens);
+    fs::remove_file(&certificate).unwrap();
+    mknodat(
+        CWD,
+        &certificate,
+        FileType::Fifo,
+        Mode::RUSR | Mode::WUSR,
+        0,
+    )
+    .unwrap();
+    let _silent = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&certificate);
     proxy.signal(Signal::HUP);
-    let shown = request("GET /v1/x", "kling-proxy-token: first-token-01234", "");
     for _ in 0..20 {
-        assert_eq!(proxy.send(&shown).status(), 200);
+        let answer = Connection::unix(&socket).send(get("/v1/x")).answer();
+        assert_eq!(answer.status(), 200);
         assert_eq!(proxy.admin("/health/ready").status(), 200);
     }
     proxy.signal(Signal::TERM);

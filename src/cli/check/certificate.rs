@@ -13,9 +13,9 @@ use super::local::EXPOSED;
 use super::report::{Fault, Found, Outcome};
 use crate::cli::Exit;
 use crate::error::chain;
-use crate::secret_file;
 use crate::server::{self, CertificateFiles};
 use crate::telemetry::printable;
+use crate::trusted_file;
 
 /// A certificate with less time left than this should be renewed now.
 const SOON: Duration = Duration::from_hours(14 * 24);
@@ -150,5 +150,5 @@ fn list(names: &[&String]) -> String {
 }
 
 fn is_exposed(key: &Path) -> bool {
-    secret_file::read(key).is_ok_and(|file| file.exposed)
+    trusted_file::read(key).is_ok_and(|file| file.exposed)
 }

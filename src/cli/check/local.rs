@@ -12,15 +12,15 @@ use crate::clock::Clock;
 use crate::credentials::{self, Places};
 use crate::error::chain;
 use crate::secret::Secret;
-use crate::secret_file::{self, SecretFileError};
 use crate::settings::{Row, Settings};
 use crate::token::Credential;
+use crate::trusted_file::{self, TrustedFileError};
 use crate::upstream::trust_roots;
 
 /// The type of a warning about a file that every user can read.
 pub(super) const EXPOSED: &str = "file_readable_by_others";
 
-/// Where settings come from, and whether others could change them.
+/// Where settings come from, and whether others can read a secret there.
 pub(super) fn settings(settings: &Settings, rows: &[Row]) -> Found {
     let set = rows.iter().filter(|row| !row.is_default());
     let mut sources: Vec<_> = set.map(|row| row.source.as_str()).collect();
@@ -39,17 +39,11 @@ pub(super) fn settings(settings: &Settings, rows: &[Row]) -> Found {
         let holds_secret = rows
             .iter()
             .any(|row| row.source == source && row.is_secret());
-        match secret_file::read(path) {
-            Ok(file) if file.exposed && holds_secret => found.warn(
+        if holds_secret && trusted_file::read(path).is_ok_and(|file| file.exposed) {
+            found.warn(
                 EXPOSED,
                 format!("every user can read {source}, which holds a secret: chmod 600"),
-            ),
-            Err(error @ (SecretFileError::Writable(_) | SecretFileError::Foreign(_))) => found
-                .warn(
-                    "settings_of_others",
-                    format!("{source} could name another upstream.url or a command: {error}"),
-                ),
-            Ok(_) | Err(SecretFileError::Io(_)) => {}
+            );
         }
     }
     found
@@ -62,7 +56,7 @@ pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> Outcome {
             Exit::Settings,
             "client_tokens_unusable",
             format!("access.client_tokens_file: {}", chain(&error)),
-            "correct the file: one token a line, or name:token, and mode 600",
+            "correct the file: one token a line, or name:token, and mode 600 in a folder of yours",
         )
     })?;
     let mut found = Found::new((), format!("read from {}", path.display()));
@@ -109,23 +103,37 @@ fn missing(error: &credentials::Error) -> Fault {
         }
         Half { missing, .. } => ("half_credential", format!("set {missing} too")),
         Unreadable { path, cause, .. } => match cause {
-            SecretFileError::Io(_) => (
+            TrustedFileError::Io(_)
+            | TrustedFileError::Irregular
+            | TrustedFileError::TooLarge
+            | TrustedFileError::NotText => (
                 "file_unreadable",
                 format!(
-                    "see that {} is there and this user may read it",
+                    "see that {} is there, is a file of a key, and this user may read it",
                     path.display()
                 ),
             ),
-            SecretFileError::Writable(_) => (
+            TrustedFileError::Writable(_) => (
                 "file_writable_by_others",
                 format!(
                     "chmod 600 {}, and look whether it is still yours",
                     path.display()
                 ),
             ),
-            SecretFileError::Foreign(_) => (
+            TrustedFileError::WritableFolder { folder, .. } => (
+                "file_writable_by_others",
+                format!(
+                    "chmod go-w {}, and look whether {} is still yours",
+                    folder.display(),
+                    path.display()
+                ),
+            ),
+            TrustedFileError::Foreign(_) | TrustedFileError::ForeignFolder { .. } => (
                 "file_of_another_user",
-                format!("make {} the property of the proxy's user", path.display()),
+                format!(
+                    "make {} and its folder the property of the proxy's user",
+                    path.display()
+                ),
             ),
         },
         Command(_) => (
