@@ -42,7 +42,7 @@ pub use self::dial::{Dial, Dialing, Network, NoHttp1, Stream, Transport, Version
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
 pub use self::origin::{Origin, OriginError};
 pub use self::text::Decoder;
-pub use self::trust::{TlsError, client_config, trust_roots};
+pub use self::trust::{TlsError, TrustRoots, client_config, trust_roots};
 
 use self::answer::Verdict;
 use self::connect::{Connection, Connector, SendError, Sent};

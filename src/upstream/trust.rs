@@ -1,14 +1,32 @@
 //! Whom to believe that they are upstream.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::{env, fs, io};
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{CipherSuite, ClientConfig, RootCertStore};
 
 use crate::error::BoxError;
-use crate::trusted_file;
+use crate::trusted_file::{self, TrustedFileError};
+
+/// Names a file of roots that replace those of the platform, as for OpenSSL (`openssl-env(7)`).
+const FILE: &str = "SSL_CERT_FILE";
+/// The same for folders, with `:` between them.
+const FOLDERS: &str = "SSL_CERT_DIR";
+
+/// The roots, and where they come from.
+#[derive(Clone, Debug)]
+pub struct TrustRoots {
+    /// The roots.
+    pub store: Arc<RootCertStore>,
+    /// How many come from where, for people.
+    pub sources: Vec<String>,
+    /// Whether variables have replaced those of the platform.
+    pub is_of_environment: bool,
+}
 
 /// What is wrong with the trust roots.
 #[derive(Debug, thiserror::Error)]
@@ -16,44 +34,136 @@ pub enum TlsError {
     /// `upstream.ca_file` cannot be used.
     #[error("`upstream.ca_file`: cannot use {}", .0.display())]
     CaFile(PathBuf, #[source] BoxError),
+    /// What a variable names cannot be used.
+    #[error("`{variable}`: cannot use {}", .path.display())]
+    Environment {
+        /// The variable.
+        variable: &'static str,
+        /// What it names.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        cause: BoxError,
+    },
     /// The TLS library does not take our settings.
     #[error("cannot set up TLS")]
     Setup(#[from] rustls::Error),
 }
 
 /// Trusts what the platform trusts, and `ca_file`; where the platform has no roots at all, as in
-/// an empty container, Mozilla's, which are bundled.
+/// an empty container, Mozilla's, which are bundled. `SSL_CERT_FILE` and `SSL_CERT_DIR` replace those of
+/// the platform: where those are in no usual place, as with Nix and conda, everybody relies on that.
 ///
 /// # Errors
 ///
-/// [`TlsError::CaFile`].
-pub fn trust_roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
-    let mut roots = RootCertStore::empty();
-    let platform = rustls_native_certs::load_native_certs();
-    for error in &platform.errors {
-        tracing::debug!(%error, "platform trust roots");
-    }
-    roots.add_parsable_certificates(platform.certs);
-    if roots.is_empty() {
-        tracing::debug!("no trust roots on this platform: using the bundled ones");
-        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+/// [`TlsError::CaFile`] and [`TlsError::Environment`].
+pub fn trust_roots(ca_file: Option<&Path>) -> Result<TrustRoots, TlsError> {
+    let mut store = RootCertStore::empty();
+    let mut sources = of_environment(&mut store)?;
+    let is_of_environment = !sources.is_empty();
+    if !is_of_environment {
+        sources.push(of_platform(&mut store));
     }
     if let Some(path) = ca_file {
         let unusable = |error: BoxError| TlsError::CaFile(path.to_owned(), error);
         let file = trusted_file::read(path).map_err(|error| unusable(error.into()))?;
-        let mut found = false;
+        let before = store.len();
         for certificate in CertificateDer::pem_slice_iter(&file.bytes) {
             let certificate = certificate.map_err(|error| unusable(error.into()))?;
-            roots
+            store
                 .add(certificate)
                 .map_err(|error| unusable(error.into()))?;
-            found = true;
         }
-        if !found {
+        let added = store.len() - before;
+        if added == 0 {
             return Err(unusable("it holds no certificate".into()));
         }
+        sources.push(format!("{added} of upstream.ca_file ({})", path.display()));
     }
-    Ok(roots)
+    Ok(TrustRoots {
+        store: Arc::new(store),
+        sources,
+        is_of_environment,
+    })
+}
+
+/// Adds what the platform trusts, or else the bundled roots, and says so.
+fn of_platform(store: &mut RootCertStore) -> String {
+    let platform = rustls_native_certs::load_native_certs();
+    for error in &platform.errors {
+        tracing::debug!(%error, "platform trust roots");
+    }
+    let (added, _) = store.add_parsable_certificates(platform.certs);
+    if added > 0 {
+        return format!("{added} of this platform");
+    }
+    store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    format!("{} bundled with this program", store.len())
+}
+
+/// Adds the roots that variables name, and says where they are. Without such variables there are none.
+fn of_environment(store: &mut RootCertStore) -> Result<Vec<String>, TlsError> {
+    let mut sources = Vec::new();
+    for (variable, read) in [
+        (FILE, of_file as fn(&OsStr) -> Result<_, BoxError>),
+        (FOLDERS, of_folders),
+    ] {
+        let Some(value) = env::var_os(variable).filter(|value| !value.is_empty()) else {
+            continue;
+        };
+        let unusable = |cause| TlsError::Environment {
+            variable,
+            path: PathBuf::from(&value),
+            cause,
+        };
+        let (added, _) = store.add_parsable_certificates(read(&value).map_err(unusable)?);
+        if added == 0 {
+            return Err(unusable("it holds no certificate".into()));
+        }
+        let path = Path::new(&value).display();
+        sources.push(format!("{added} of {variable} ({path})"));
+    }
+    Ok(sources)
+}
+
+fn of_file(path: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError> {
+    Ok(certificates(Path::new(path))?)
+}
+
+/// The certificates in folders, each of them once: `openssl rehash` adds links to the files.
+fn of_folders(folders: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError> {
+    let mut found = Vec::new();
+    for folder in env::split_paths(folders) {
+        let entries = match fs::read_dir(&folder) {
+            // Lists name the usual places of several systems.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let path = entry?.path();
+            if !fs::metadata(&path).is_ok_and(|metadata| metadata.is_file()) {
+                continue;
+            }
+            match certificates(&path) {
+                Ok(certificates) => found.extend(certificates),
+                // What cannot be read decides nothing.
+                Err(TrustedFileError::Io(error)) => {
+                    tracing::debug!(%error, path = %path.display(), "trust root");
+                }
+                Err(untrusted) => return Err(format!("{}: {untrusted}", path.display()).into()),
+            }
+        }
+    }
+    found.sort_unstable_by(|a, b| a[..].cmp(&b[..]));
+    found.dedup();
+    Ok(found)
+}
+
+/// The certificates of a file, which may hold other things too.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TrustedFileError> {
+    let file = trusted_file::read(path)?;
+    let sections = CertificateDer::pem_slice_iter(&file.bytes);
+    Ok(sections.filter_map(Result::ok).collect())
 }
 
 /// Trusts the [`trust_roots`].
@@ -62,6 +172,13 @@ pub fn trust_roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
 ///
 /// [`TlsError`].
 pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    let roots = trust_roots(ca_file)?;
+    let sources = roots.sources.join(", ");
+    if roots.is_of_environment {
+        tracing::info!(sources, "trust roots");
+    } else {
+        tracing::debug!(sources, "trust roots");
+    }
     let mut provider = rustls::crypto::ring::default_provider();
     // What browsers like best too: with 256 bits both ends spend a tenth more on an upload.
     provider
@@ -69,7 +186,7 @@ pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
         .sort_by_key(|suite| !is_aes_128(suite.suite()));
     Ok(ClientConfig::builder_with_provider(Arc::new(provider))
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(trust_roots(ca_file)?)
+        .with_root_certificates(roots.store)
         .with_no_client_auth())
 }
 

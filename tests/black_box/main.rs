@@ -40,6 +40,7 @@ mod soak;
 mod stream;
 mod systemd;
 mod timeouts;
+mod trust;
 mod trusted_files;
 mod unix_socket;
 mod versions;

@@ -15,7 +15,7 @@ use crate::secret::Secret;
 use crate::settings::{Row, Settings};
 use crate::token::Credential;
 use crate::trusted_file::{self, TrustedFileError};
-use crate::upstream::trust_roots;
+use crate::upstream::{TlsError, trust_roots};
 
 /// The type of a warning about a file that every user can read.
 pub(super) const EXPOSED: &str = "file_readable_by_others";
@@ -151,16 +151,22 @@ fn missing(error: &credentials::Error) -> Fault {
 /// Whom to believe that upstream is upstream.
 pub(super) fn trust(ca_file: Option<&Path>) -> Outcome<Arc<RootCertStore>> {
     let roots = trust_roots(ca_file).map_err(|error| {
-        Fault::new(
-            Exit::Settings,
-            "ca_file_unusable",
-            chain(&error),
-            "name a file of root certificates in PEM",
-        )
+        let (r#type, advice) = match &error {
+            TlsError::Environment { variable, .. } => (
+                "environment_roots_unusable",
+                format!("correct what {variable} names, or unset it"),
+            ),
+            TlsError::CaFile(..) | TlsError::Setup(_) => (
+                "ca_file_unusable",
+                "name a file of root certificates in PEM, in a folder of yours".to_owned(),
+            ),
+        };
+        Fault::new(Exit::Settings, r#type, chain(&error), advice)
     })?;
-    let mut text = format!("{} root certificates", roots.len());
-    if let Some(path) = ca_file {
-        text = format!("{text}, with those of {}", path.display());
-    }
-    Ok(Found::new(Arc::new(roots), text))
+    let text = format!(
+        "{} root certificates: {}",
+        roots.store.len(),
+        roots.sources.join(", ")
+    );
+    Ok(Found::new(roots.store, text))
 }
