@@ -17,7 +17,9 @@ use tokio::sync::Notify;
 
 use crate::error::Error;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::rules::Rules;
 use crate::telemetry;
 
 /// How long a probe waits before it counts as failed.
@@ -35,6 +37,7 @@ const OWN_FILES_ONLY: HeaderValue = HeaderValue::from_static("default-src 'self'
 struct Shown {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
+    rules: Live<Rules>,
 }
 
 /// What changes the state of the process, for this machine alone.
@@ -73,13 +76,17 @@ impl Control {
 }
 
 /// The routes of health and metrics.
-pub fn router(lifecycle: Arc<Lifecycle>, metrics: Arc<Metrics>) -> Router {
+pub fn router(lifecycle: Arc<Lifecycle>, metrics: Arc<Metrics>, rules: Live<Rules>) -> Router {
     Router::new()
         .route("/health/startup", get(startup))
         .route("/health/live", get(live))
         .route(READY, get(ready))
         .route("/metrics", get(exposition))
-        .with_state(Shown { lifecycle, metrics })
+        .with_state(Shown {
+            lifecycle,
+            metrics,
+            rules,
+        })
 }
 
 /// Whether the start is over.
@@ -100,6 +107,13 @@ async fn ready(State(shown): State<Shown>) -> Response {
         return unavailable(
             phase,
             "log lines are lost: standard error does not take them",
+        );
+    }
+    let tokens = &shown.rules.load().client_tokens;
+    if phase == Phase::Ready && tokens.as_ref().is_some_and(|tokens| tokens.is_none()) {
+        return unavailable(
+            phase,
+            "no client token is accepted: access.client_tokens_file was emptied, or is wrong",
         );
     }
     health(phase, phase == Phase::Ready)

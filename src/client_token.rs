@@ -77,6 +77,9 @@ pub enum FileError {
     /// A token is too short to be safe, or too long to be one.
     #[error("line {0}: a token has {SHORTEST} to {LONGEST} characters")]
     Length(usize),
+    /// It was written again and again while it was read.
+    #[error("it is still being written")]
+    Unsettled,
     /// A name would not be safe in a log.
     #[error("line {0}: a name has 1 to {LONGEST_NAME} letters, digits, `.`, `_` or `-`")]
     Name(usize),
@@ -165,12 +168,29 @@ impl ClientTokens {
         })
     }
 
+    /// No token: nobody is admitted.
+    pub fn none(clock: Arc<dyn Clock>) -> Self {
+        Self {
+            clients: Vec::new(),
+            by_digest: HashMap::new(),
+            by_name: HashMap::new(),
+            digests: hmac::Key::new(hmac::HMAC_SHA256, &[]),
+            clock,
+            warning: None,
+        }
+    }
+
+    /// Returns true if nobody is admitted.
+    pub fn is_none(&self) -> bool {
+        self.clients.is_empty()
+    }
+
     /// Reads one token a line, `token` or `name:token`; empty lines and `#` comments do not count.
     ///
     /// # Errors
     ///
     /// [`FileError`] names the line.
-    fn parse(text: &str, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
+    pub fn parse(text: &str, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
         let mut tokens = Vec::new();
         for (index, line) in text.lines().map(str::trim).enumerate() {
             if line.is_empty() || line.starts_with('#') {

@@ -47,6 +47,7 @@ pub struct Metrics {
     attempts: IntCounterVec,
     refusals: IntCounterVec,
     clients: IntCounterVec,
+    client_tokens_valid: IntGauge,
     withheld: IntCounterVec,
     not_kept: IntCounterVec,
     minted: IntCounterVec,
@@ -96,20 +97,16 @@ impl Metrics {
             ]
             .concat(),
         )?;
-        let buckets = HistogramOpts::new(
-            "request_duration_seconds",
-            "From the head of a request to the head of its answer.",
-        );
-        let buckets = buckets.buckets(BUCKETS.to_vec());
-        let duration = registered(&registry, Histogram::with_opts(buckets)?)?;
         let clock_offset = Gauge::new(
             "clock_offset_seconds",
             "How far ahead of this machine's the clock is that tokens are made by: upstream's, as far as it is known.",
         )?;
-        let build = Opts::new("build_info", "The running version.");
-        let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;
-        build.set(1);
-        registry.register(Box::new(build))?;
+        register_version(&registry)?;
+        let client_tokens_valid = gauge(
+            "client_tokens_valid",
+            "Whether the file of client tokens is right: 1, and 0 while it is wrong or holds none; 1 without one.",
+        )?;
+        client_tokens_valid.set(1);
 
         let methods = METHODS.iter().map(Method::as_str).chain([OTHER_METHOD]);
         Ok(Self {
@@ -118,7 +115,7 @@ impl Metrics {
                     STATUS_CLASSES.map(|class| requests.with_label_values(&[method, class]))
                 })
                 .collect(),
-            duration,
+            duration: registered(&registry, duration()?)?,
             in_flight: gauge("requests_in_flight", "Requests whose answer has not ended.")?,
             answers: attempts.with_label_values(&["response"]),
             attempts,
@@ -133,6 +130,7 @@ impl Metrics {
                 "Requests that showed a client token, by its name.",
                 &["client"],
             )?,
+            client_tokens_valid,
             withheld: known(
                 "resends_withheld_total",
                 "Requests that could be sent again but were not, by what was exhausted: body, budget or time.",
@@ -220,6 +218,11 @@ impl Metrics {
         self.clients.with_label_values(&[client]).inc();
     }
 
+    /// The file of client tokens was read.
+    pub fn client_tokens_valid(&self, valid: bool) {
+        self.client_tokens_valid.set(valid.into());
+    }
+
     /// A request could have been sent again, but for this.
     pub fn resend_withheld(&self, reason: &'static str) {
         self.withheld.with_label_values(&[reason]).inc();
@@ -246,6 +249,22 @@ impl Metrics {
     pub fn clock_offset(&self, seconds: f64) {
         self.clock_offset.set(seconds);
     }
+}
+
+fn duration() -> Result<Histogram, prometheus::Error> {
+    let options = HistogramOpts::new(
+        "request_duration_seconds",
+        "From the head of a request to the head of its answer.",
+    );
+    Histogram::with_opts(options.buckets(BUCKETS.to_vec()))
+}
+
+/// Registers what says which version runs.
+fn register_version(registry: &Registry) -> Result<(), prometheus::Error> {
+    let build = Opts::new("build_info", "The running version.");
+    let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;
+    build.set(1);
+    registry.register(Box::new(build))
 }
 
 /// Registers a metric.

@@ -191,7 +191,11 @@ impl Shared {
     /// What the admin listener serves. Health and metrics answer whoever can connect, since probes
     /// and scrapers come by pod address. `control` is for this machine alone, behind the same guard.
     pub fn admin(&self, control: Option<Control>) -> Router {
-        let open = admin::router(Arc::clone(&self.lifecycle), Arc::clone(&self.metrics));
+        let open = admin::router(
+            Arc::clone(&self.lifecycle),
+            Arc::clone(&self.metrics),
+            self.rules.clone(),
+        );
         let harmless = MapResponseLayer::new(admin::harmless);
         let Some(control) = control else {
             return open.layer(harmless);

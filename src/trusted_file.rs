@@ -7,7 +7,6 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use rustix::fs::{OFlags, StatVfsMountFlags, fcntl_setfl, statvfs};
 use rustix::process::{getegid, geteuid};
@@ -32,8 +31,6 @@ pub struct TrustedFile {
     pub bytes: Zeroizing<Vec<u8>>,
     /// Whether every user of this machine can read it.
     pub exposed: bool,
-    /// When it was written last.
-    pub modified: SystemTime,
 }
 
 /// Why a file is not read. It shows nothing of the content.
@@ -114,7 +111,6 @@ pub fn read(path: &Path) -> Result<TrustedFile, TrustedFileError> {
     Ok(TrustedFile {
         bytes,
         exposed: mode & READ_BY_OTHERS != 0,
-        modified: metadata.modified()?,
     })
 }
 

@@ -1,10 +1,15 @@
 //! What changes while the proxy runs: client tokens and settings, and who called.
 
-use std::fs;
+use std::{fs, thread, time::Duration};
+
+use tokio::time::Instant;
 
 use crate::support::{
-    Connection, Proxy, Signal, Upstream, assert_has, eventually, get, kling, request,
+    Connection, PATIENCE, Proxy, Signal, Upstream, assert_has, eventually, get, kling, request,
 };
+
+/// How long a file of client tokens may be wrong before its old tokens end too.
+const GRACE: Duration = Duration::from_mins(1);
 
 /// The status of a request that shows this client token.
 fn status(proxy: &Proxy, token: &str) -> u16 {
@@ -69,6 +74,102 @@ fn changed_client_tokens_are_noticed_and_a_broken_file_keeps_the_old_ones() {
     proxy.signal(Signal::HUP);
     logged(&proxy, &["WARN", "cannot read", "keeping"]);
     assert_eq!(status(&proxy, "second-token-01234"), 200);
+}
+
+/// Whether the proxy says that nobody can call it, or that somebody can.
+fn is_told_closed(proxy: &Proxy, closed: bool) -> bool {
+    let ready = proxy.admin("/health/ready");
+    assert_eq!(proxy.admin("/health/live").status(), 200);
+    let metrics = proxy.admin("/metrics");
+    let valid = format!("kling_proxy_client_tokens_valid {}", u8::from(!closed));
+    if closed {
+        ready.status() == 503
+            && ready.text().contains("access.client_tokens_file")
+            && metrics.text().contains(&valid)
+    } else {
+        ready.status() == 200 && metrics.text().contains(&valid)
+    }
+}
+
+/// R41.
+#[test]
+fn emptied_file_of_client_tokens_closes_the_proxy_at_once() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let file = command.file("tokens", "first-token-01234\n");
+    let proxy = command
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .start();
+    assert!(is_told_closed(&proxy, false));
+    for empty in ["", "# first-token-01234\n"] {
+        fs::write(&file, empty).unwrap();
+        eventually("nobody is let in", || {
+            status(&proxy, "first-token-01234") == 401
+        });
+        let answer = proxy.send(request("GET /v1/x", "", ""));
+        assert_eq!(answer.refusal(), (401, 9003));
+        assert!(is_told_closed(&proxy, true));
+        logged(&proxy, &["WARN", "it holds no token", "none is accepted"]);
+
+        fs::write(&file, "first-token-01234\n").unwrap();
+        eventually("it opens again", || {
+            status(&proxy, "first-token-01234") == 200
+        });
+        assert!(is_told_closed(&proxy, false));
+    }
+}
+
+/// R41.
+#[test]
+fn file_of_client_tokens_that_stays_wrong_closes_the_proxy_after_a_minute() {
+    let upstream = Upstream::ok();
+    let tokens = "first-token-01234\n";
+    let [short, missing] = [Some("short\n"), None].map(|broken| {
+        let command = Proxy::to(&upstream);
+        let file = command.file("tokens", tokens);
+        let proxy = command
+            .setting("access.client_tokens_file", file.to_str().unwrap())
+            .start();
+        let begun = Instant::now();
+        match broken {
+            Some(text) => fs::write(&file, text).unwrap(),
+            None => fs::remove_file(&file).unwrap(),
+        }
+        (proxy, file, begun)
+    });
+    for (proxy, file, begun) in [short, missing] {
+        while status(&proxy, "first-token-01234") == 200 {
+            assert!(begun.elapsed() < GRACE + PATIENCE, "it never ends");
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert!(begun.elapsed() >= GRACE, "{:?}", begun.elapsed());
+        assert!(is_told_closed(&proxy, true));
+        logged(&proxy, &["WARN", "client tokens", "none is accepted"]);
+        fs::write(&file, tokens).unwrap();
+        eventually("it opens again", || {
+            status(&proxy, "first-token-01234") == 200
+        });
+    }
+}
+
+/// R41: what is there of a file that is being written, at the start of the proxy.
+#[test]
+fn file_of_client_tokens_that_is_being_written_is_waited_for() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let file = command.file("tokens", "");
+    let writer = thread::spawn({
+        let file = file.clone();
+        move || {
+            thread::sleep(Duration::from_millis(300));
+            fs::write(&file, "first-token-01234\n").unwrap();
+        }
+    });
+    let proxy = command
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .start();
+    writer.join().unwrap();
+    assert_eq!(status(&proxy, "first-token-01234"), 200);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! `kling-proxy serve`: puts the parts together, runs them, and ends them in order.
 
+mod client_tokens;
 mod configuration;
 mod half;
 mod listeners;

@@ -2,6 +2,7 @@
 //! SIGHUP. What is wrong changes nothing, and the log says so.
 
 use std::collections::BTreeMap;
+use std::future;
 use std::io;
 use std::mem;
 use std::sync::Arc;
@@ -9,16 +10,19 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::signal::unix::Signal;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
+use super::client_tokens::{ClientTokensFile, Decision};
 use super::configuration::Configuration;
 use super::half::{HalfNew, Look, ticks};
-use super::set_up::{rules, warn_of_clients};
+use super::set_up::{client_tokens, rules, warn_of_clients};
 use super::systemd::Manager;
 use crate::cli::{Failure, runtime};
+use crate::client_token::ClientTokens;
 use crate::credentials;
 use crate::error::chain;
 use crate::lifecycle::Phase;
+use crate::rules::Rules;
 use crate::server::Certificate;
 use crate::settings::{Row, Settings};
 use crate::stack::Shared;
@@ -52,11 +56,20 @@ pub(super) struct Reload {
     pub(super) ran: Option<Instant>,
     /// A pair of which only one half is new.
     pub(super) half_new: HalfNew,
+    /// What is known of the file of client tokens.
+    pub(super) client_tokens_file: ClientTokensFile,
+}
+
+/// What is wrong, and what that comes to.
+#[derive(PartialEq, Eq)]
+struct Problem {
+    text: String,
+    outcome: &'static str,
 }
 
 /// A warning that is repeated only once it is another.
 #[derive(Default)]
-struct Warning(Option<String>);
+struct Warning(Option<Problem>);
 
 // === impl Reload ===
 
@@ -74,10 +87,15 @@ impl Reload {
         let [mut credential, mut clients, mut certificate] = <[Warning; 3]>::default();
         let mut ticks = ticks();
         loop {
+            let next_read = self.client_tokens_file.next_read(Instant::now());
             let look = tokio::select! {
                 _ = ticks.tick() => Look::Regular,
                 () = self.shared.tokens.refused() => {
-                    credential.tell("credential", self.credential(Look::Refused).await);
+                    credential.tell("credential", self.credential(Look::Refused).await.map_err(kept));
+                    continue;
+                }
+                () = until(next_read) => {
+                    clients.tell("client tokens", self.clients());
                     continue;
                 }
                 Some(()) = next(hang_up.as_mut()) => {
@@ -96,9 +114,9 @@ impl Reload {
                     Look::HangUp
                 }
             };
-            credential.tell("credential", self.credential(look).await);
+            credential.tell("credential", self.credential(look).await.map_err(kept));
             clients.tell("client tokens", self.clients());
-            certificate.tell("certificate", self.certificate());
+            certificate.tell("certificate", self.certificate().map_err(kept));
             match look {
                 Look::HangUp if self.is_ready() => self.manager.ready(),
                 Look::Regular => ticks.reset(),
@@ -124,7 +142,16 @@ impl Reload {
                 "access.client_tokens_file cannot be taken away while other machines can connect";
             return Err(reason.to_owned());
         }
-        let rules = rules(&settings, &self.shared.clock).map_err(|failure| told(&failure))?;
+        let running = &self.configuration.settings.access.client_tokens_file;
+        let client_tokens = if settings.access.client_tokens_file == *running {
+            // A changed file counts once it has settled.
+            self.shared.rules.load().client_tokens.clone()
+        } else {
+            let tokens = client_tokens(&settings, &self.shared.clock);
+            self.client_tokens_file = ClientTokensFile::default();
+            tokens.map_err(|failure| told(&failure))?
+        };
+        let rules = rules(&settings, client_tokens);
         for key in changed(&self.configuration.rows, &rows) {
             if LIVE.iter().any(|live| key.starts_with(live)) {
                 tracing::info!(key, "setting changed");
@@ -183,19 +210,55 @@ impl Reload {
     }
 
     /// Reads the file of client tokens again.
-    fn clients(&self) -> Result<(), String> {
-        let settings = &self.configuration.settings;
-        if settings.access.client_tokens_file.is_none() {
+    fn clients(&mut self) -> Result<(), Problem> {
+        let path = &self.configuration.settings.access.client_tokens_file;
+        let in_force = self.shared.rules.load().client_tokens.clone();
+        let (Some(path), Some(in_force)) = (path, in_force) else {
             return Ok(());
+        };
+        let read = ClientTokens::read(path, Arc::clone(&self.shared.clock));
+        let decision = self
+            .client_tokens_file
+            .judge(read, &in_force, Instant::now());
+        let metrics = &self.shared.metrics;
+        match decision {
+            Decision::Wait => Ok(()),
+            Decision::Keep => {
+                metrics.client_tokens_valid(true);
+                Ok(())
+            }
+            Decision::Take(tokens) => {
+                metrics.client_tokens_valid(true);
+                tracing::info!("client tokens changed");
+                self.admit(tokens);
+                Ok(())
+            }
+            Decision::Wrong(problem) => {
+                metrics.client_tokens_valid(false);
+                Err(kept(problem))
+            }
+            Decision::Close(text) => {
+                metrics.client_tokens_valid(false);
+                if !in_force.is_none() {
+                    let none = ClientTokens::none(Arc::clone(&self.shared.clock));
+                    self.admit(Arc::new(none));
+                }
+                Err(Problem {
+                    text,
+                    outcome: "none is accepted",
+                })
+            }
         }
-        let rules = rules(settings, &self.shared.clock);
-        let rules = rules.map_err(|failure| told(&failure))?;
-        if rules.client_tokens != self.shared.rules.load().client_tokens {
-            tracing::info!("client tokens changed");
-            warn_of_clients(&rules);
-            self.shared.rules.store(rules);
-        }
-        Ok(())
+    }
+
+    /// Accepts these client tokens from now on, and no others.
+    fn admit(&self, tokens: Arc<ClientTokens>) {
+        let rules = Rules {
+            client_tokens: Some(tokens),
+            ..Rules::clone(&self.shared.rules.load())
+        };
+        warn_of_clients(&rules);
+        self.shared.rules.store(rules);
     }
 
     /// Reads the files of the certificate again: certificates are renewed.
@@ -213,12 +276,12 @@ impl Reload {
 // === impl Warning ===
 
 impl Warning {
-    fn tell(&mut self, what: &str, outcome: Result<(), String>) {
+    fn tell(&mut self, what: &str, outcome: Result<(), Problem>) {
         let problem = outcome.err();
         if let Some(problem) = &problem
             && self.0.as_ref() != Some(problem)
         {
-            tracing::warn!(problem, "{what}: keeping what there is");
+            tracing::warn!(problem = problem.text, "{what}: {}", problem.outcome);
         }
         self.0 = problem;
     }
@@ -227,6 +290,22 @@ impl Warning {
 /// The next signal, if any is to come.
 async fn next(signal: Option<&mut Signal>) -> Option<()> {
     signal?.recv().await
+}
+
+/// A problem that changes nothing.
+fn kept(text: String) -> Problem {
+    Problem {
+        text,
+        outcome: "keeping what there is",
+    }
+}
+
+/// Waits until then, for ever if there is no such time.
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => future::pending().await,
+    }
 }
 
 /// All that is wrong, in one line of the log.

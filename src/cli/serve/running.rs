@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
+use super::client_tokens::ClientTokensFile;
 use super::configuration::Configuration;
 use super::half::HalfNew;
 use super::listeners::Listeners;
@@ -142,6 +143,7 @@ impl Proxy {
             manager: Arc::clone(&manager),
             ran: None,
             half_new: HalfNew::default(),
+            client_tokens_file: ClientTokensFile::default(),
         };
         reload.start(hang_up).map_err(failed)?;
         // At last: from now on clients may take all descriptors.

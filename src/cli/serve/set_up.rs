@@ -1,12 +1,12 @@
 //! Puts the parts together: everything that can be wrong is found here, before the first request.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::client_tokens;
 use super::configuration::Configuration;
 use super::listeners::{Listeners, bind};
 use super::process::{EMBEDDED_SANDBOX, FAR_UPSTREAM, limit_connections};
@@ -49,7 +49,7 @@ impl Proxy {
         } else {
             found(configuration)?
         };
-        let rules = rules(settings, &clock)?;
+        let rules = rules(settings, client_tokens(settings, &clock)?);
         warn_of_clients(&rules);
         let tls = client_config(settings.upstream.ca_file.as_deref())
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
@@ -151,15 +151,22 @@ fn embedded_sandbox(
     ))
 }
 
-/// The rules of `access.*` and `limits.*`, with the client tokens of now.
-pub(super) fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules, Failure> {
-    let read = |path: &PathBuf| ClientTokens::read(path, Arc::clone(clock)).map(Arc::new);
-    let client_tokens = settings.access.client_tokens_file.as_ref().map(read);
-    let client_tokens = client_tokens.transpose().map_err(|error| {
+/// The client tokens of `access.client_tokens_file`, if there is one.
+pub(super) fn client_tokens(
+    settings: &Settings,
+    clock: &Arc<dyn Clock>,
+) -> Result<Option<Arc<ClientTokens>>, Failure> {
+    let path = settings.access.client_tokens_file.as_ref();
+    let tokens = path.map(|path| client_tokens::read(path, clock).map(Arc::new));
+    tokens.transpose().map_err(|error| {
         let problem = Problem::new("access.client_tokens_file", chain(&error));
         Failure::new(Exit::Settings, problem.to_string())
-    })?;
-    Ok(Rules {
+    })
+}
+
+/// The rules of `access.*` and `limits.*`, with these client tokens.
+pub(super) fn rules(settings: &Settings, client_tokens: Option<Arc<ClientTokens>>) -> Rules {
+    Rules {
         allowed_hosts: settings.access.allowed_hosts.clone(),
         allowed_origins: settings.access.allowed_origins.clone(),
         allowed_methods: settings.access.allowed_methods.clone(),
@@ -167,7 +174,7 @@ pub(super) fn rules(settings: &Settings, clock: &Arc<dyn Clock>) -> Result<Rules
         client_tokens,
         request_body: settings.limits.request_body,
         in_flight: settings.limits.in_flight,
-    })
+    }
 }
 
 /// Says what the owner of the client tokens should know.
