@@ -25,6 +25,7 @@
 
 pub mod accept_encoding;
 pub mod admin;
+pub mod api_path;
 pub mod cli;
 pub mod client_token;
 pub mod clock;

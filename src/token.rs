@@ -18,6 +18,7 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
+use crate::api_path::Accepts;
 use crate::clock::{Clock, Correction};
 use crate::metrics::Metrics;
 use crate::secret::Secret;
@@ -138,6 +139,15 @@ impl Credential {
                 },
             ) => (access_key == other_access) != (secret_key == other_secret),
             _ => false,
+        }
+    }
+
+    /// Whether a path takes it.
+    fn is_accepted_by(&self, accepted: Option<Accepts>) -> bool {
+        match accepted {
+            Some(Accepts::Any) => true,
+            Some(Accepts::ApiKey) => matches!(self, Self::ApiKey(_)),
+            None => false,
         }
     }
 
@@ -284,9 +294,12 @@ impl Tokens {
         self.lock().credential.shares_a_half(credential)
     }
 
-    /// Upstream does not know the credential: perhaps there is another by now.
-    pub fn was_refused(&self) {
-        self.refused.notify_one();
+    /// Upstream does not know the credential: perhaps there is another by now. On a path that takes no
+    /// credential of its kind a refusal says nothing, and whoever calls can ask for such a path.
+    pub fn was_refused(&self, on: Option<Accepts>) {
+        if self.lock().credential.is_accepted_by(on) {
+            self.refused.notify_one();
+        }
     }
 
     /// Waits until upstream does not know the credential.

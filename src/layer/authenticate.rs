@@ -10,6 +10,7 @@ use http::header::{AUTHORIZATION, HOST, HeaderValue};
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
+use crate::api_path::Accepts;
 use crate::error::Error;
 use crate::layer::Refusable;
 use crate::original::{Attempt, Original};
@@ -38,6 +39,7 @@ pin_project! {
         #[pin]
         inner: F,
         means: Arc<Means>,
+        accepted: Option<Accepts>,
     }
 }
 
@@ -88,6 +90,7 @@ where
         if let Some(facts) = original.facts() {
             facts.attempted();
         }
+        let accepted = Accepts::of_plain(original.uri().path());
         // Stripped before they are set: `Connection: authorization` must not name ours.
         let mut attempt = original.attempt();
         attempt.minted_by = minted_by;
@@ -97,6 +100,7 @@ where
         Either::Right(Authenticated {
             inner: self.inner.call(attempt),
             means: Arc::clone(&self.means),
+            accepted,
         })
     }
 }
@@ -115,7 +119,7 @@ where
         if let Err(error) = &result
             && REFUSED.contains(&error.code())
         {
-            this.means.tokens.was_refused();
+            this.means.tokens.was_refused(*this.accepted);
         }
         Poll::Ready(result)
     }

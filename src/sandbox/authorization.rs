@@ -1,7 +1,7 @@
 //! Verifies the token of a request as strictly as the documentation allows.
 //!
 //! Every literal here is the sandbox's own: a constant shared with the code that mints tokens would hide a
-//! mistake in it.
+//! mistake in it. Shared is only which paths take what.
 
 use axum::http::{HeaderMap, header::AUTHORIZATION};
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::reply::Refusal;
 use super::{ACCESS_KEY, API_KEY, SECRET_KEY};
+use crate::api_path::Accepts;
 
 /// The furthest `exp` may lie ahead: the 30 minutes of the vendor's sample code.
 const LONGEST_LIFE: u64 = 1800;
@@ -17,18 +18,7 @@ const LONGEST_LIFE: u64 = 1800;
 /// Seconds by which `exp` may exceed that, since no two clocks agree.
 const TOLERANCE: u64 = 30;
 
-/// Paths of the new standard, which take an API key only (vendor's page "Authentication", as quoted by
-/// `aself101/kling-api`, read 2026-11-22).
-const NEW_STANDARD: &[&str] = &[
-    "/text-to-video",
-    "/image-to-video",
-    "/omni-video",
-    "/motion-control",
-    "/tasks",
-    "/solutions",
-];
-
-/// What the real API answered to anything else on such a path (measured by `aself101/kling-api`, 2026).
+/// What the real API answered to anything else on a path that takes an API key only (measured by `aself101/kling-api`, 2026).
 const NO_KEY_PAIRS: &str = "Authentication error. The current API does not support AK/SK; please go to the \
     console (https://kling.ai/dev/api-key) to create API key.";
 
@@ -42,7 +32,7 @@ pub(super) fn verify(path: &str, headers: &HeaderMap, now: u64) -> Result<(), Re
     if credential == API_KEY {
         return Ok(());
     }
-    if NEW_STANDARD.iter().any(|prefix| is_under(path, prefix)) {
+    if Accepts::of(path) == Some(Accepts::ApiKey) {
         return Err(Refusal::new(1002, NO_KEY_PAIRS));
     }
     let claims = signed_claims(credential)?;
@@ -64,11 +54,6 @@ pub(super) fn verify(path: &str, headers: &HeaderMap, now: u64) -> Result<(), Re
     } else {
         Ok(())
     }
-}
-
-fn is_under(path: &str, prefix: &str) -> bool {
-    path.strip_prefix(prefix)
-        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// What follows `Bearer `.

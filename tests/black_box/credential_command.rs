@@ -103,6 +103,32 @@ fn first_refusal_fetches_the_new_credential() {
     assert_eq!(runs(&home), 3, "not for each refusal");
 }
 
+/// A stranger could have the command run by asking for a path that takes no key pair.
+#[test]
+fn refusal_where_the_credential_is_not_valid_runs_no_command() {
+    let upstream = Upstream::ok();
+    let command = Command::new([]).upstream(&upstream);
+    command.file("printed", &pair(ACCESS_KEY, SECRET_KEY));
+    let asked = command.file("asked", "start\n");
+    let words = json!(["/bin/sh", "-c", "cat asked >> runs; cat printed"]);
+    let home = command.home();
+    let proxy = command
+        .setting("credentials.command", words.to_string())
+        .start();
+    upstream.answer(kling(401, r#"{"code":1002,"message":"no"}"#));
+    fs::write(&asked, "new\n").unwrap();
+    for _ in 0..10 {
+        for path in ["/tasks", "/text-to-video/kling-2.6", "/", "/nowhere"] {
+            assert_eq!(proxy.get(path).refusal(), (401, 1002), "{path}");
+        }
+    }
+    fs::write(&asked, "old\n").unwrap();
+    assert_eq!(proxy.get("/v1/x").refusal(), (401, 1002));
+    eventually("it is run again", || runs(&home) == 2);
+    let runs = fs::read_to_string(home.join("runs")).unwrap();
+    assert_eq!(runs, "start\nold\n");
+}
+
 #[test]
 fn command_that_goes_wrong_is_told_without_what_it_printed() {
     let upstream = Upstream::ok();
