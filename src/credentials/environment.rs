@@ -16,20 +16,15 @@ const HANDED_OVER: [&str; 7] = [
 const SETTINGS: &str = "KLING_PROXY_";
 /// What the names of variables about Kling begin with, whoever reads them.
 const KLING: &str = "KLING";
-/// A word in such a name that speaks of a secret; so does one that ends with `KEY`.
-const SECRETIVE: [&str; 11] = [
-    "AK",
-    "AUTH",
-    "AUTHORIZATION",
-    "BEARER",
-    "CREDENTIAL",
-    "CREDENTIALS",
-    "JWT",
-    "PASSWORD",
-    "SECRET",
-    "SK",
-    "TOKEN",
+/// What in such a name speaks of a secret, wherever it stands: `KLINGSECRET` is as good as `KLING_SECRET`.
+const SECRETIVE: [&str; 12] = [
+    "AUTH", "BEARER", "COOKIE", "CRED", "JWT", "KEY", "PASS", "PRIVATE", "PWD", "SECRET",
+    "SESSION", "TOKEN",
 ];
+/// The same for what is too short to stand anywhere: `KLING_PATH` is no secret.
+const SECRETIVE_WORDS: [&str; 5] = ["AK", "AKSK", "PAT", "PW", "SK"];
+/// Words of video makers that look secretive and are not.
+const HARMLESS: [&str; 2] = ["KEYFRAME", "KEYWORD"];
 
 /// The variables without our settings, and without those that hold or lead to a secret of ours.
 pub fn harmless(
@@ -40,11 +35,21 @@ pub fn harmless(
 
 fn is_ours(name: &OsStr) -> bool {
     let name = name.to_string_lossy().to_ascii_uppercase();
-    let secretive = |word: &str| word.ends_with("KEY") || SECRETIVE.contains(&word);
-    let secret = || name.ends_with("_FILE") || name.split('_').any(secretive);
     HANDED_OVER.contains(&&*name)
         || name.starts_with(SETTINGS)
-        || name.starts_with(KLING) && secret()
+        || name.strip_prefix(KLING).is_some_and(is_secretive)
+}
+
+/// Whether a name that begins with `KLING` goes on like that of a secret, or of a file.
+fn is_secretive(rest: &str) -> bool {
+    let rest = rest.strip_prefix("AI").unwrap_or(rest);
+    let mut words = rest.split(|c: char| !c.is_ascii_alphabetic());
+    let plain = HARMLESS
+        .iter()
+        .fold(rest.to_owned(), |rest, word| rest.replace(word, ""));
+    rest.ends_with("_FILE")
+        || words.any(|word| SECRETIVE_WORDS.contains(&word))
+        || SECRETIVE.iter().any(|part| plain.contains(part))
 }
 
 #[cfg(test)]
@@ -61,6 +66,23 @@ mod tests {
             ("KLING_APIKEY", true),
             ("KLING_SK", true),
             ("KLING_JWT_TOKEN", true),
+            ("KLING_TOKEN", true),
+            ("KLING_PAT", true),
+            ("kling_pat", true),
+            ("KLINGPAT", true),
+            ("KLINGAISK", true),
+            ("KLING_SK2", true),
+            ("KLINGSECRET", true),
+            ("Kling_Token", true),
+            ("KLINGAPIKEY", true),
+            ("KLING_KEYS", true),
+            ("KLING_KEY_2", true),
+            ("KLING_ACCESSKEYID", true),
+            ("KLING_PASSPHRASE", true),
+            ("KLING-PWD", true),
+            ("KLING_CREDS", true),
+            ("KLING_OAUTH", true),
+            ("KLING_KEYFRAMES_TOKEN", true),
             ("KLING_PROXY_credentials__secret_key", true),
             ("KLING_PROXY_ACCESS__CLIENT_TOKENS_FILE", true),
             ("KLING_PROXY_LISTEN__ADDRESS", true),
@@ -69,6 +91,12 @@ mod tests {
             ("NOTIFY_SOCKET", true),
             ("KLING_MODEL", false),
             ("KLING_KEYFRAMES", false),
+            ("KLING_NEGATIVE_KEYWORDS", false),
+            ("KLING_BASE_URL", false),
+            ("KLINGAI_BASE_URL", false),
+            ("KLING_PATH", false),
+            ("KLING_TASK", false),
+            ("KLINGON_PATTERN", false),
             ("LISTEN_ADDRESS", false),
             ("VAULT_TOKEN", false),
             ("AWS_SHARED_CREDENTIALS_FILE", false),

@@ -60,6 +60,8 @@ fn command_gets_the_environment_without_our_secrets() {
         .env("VAULT_ADDR", "kept")
         .env("KLING_PROXY_SANDBOX__SEED", "7")
         .env("KLING_JWT_TOKEN", "canary")
+        .env("kling_pat", "canary")
+        .env("KLINGSECRET", "canary")
         .env("CREDENTIALS_DIRECTORY", "/nowhere/canary")
         .start();
     let environment = fs::read_to_string(home.join("environment")).unwrap();

@@ -80,11 +80,17 @@ fn command_sees_its_proxy_and_no_secret() {
         .upstream(&upstream)
         .keys()
         .env("KLING_MODEL", "kling-v2-6")
+        .env("KLING_PATH", "kept")
         .env("VAULT_ADDR", "kept");
     for name in [
         "KLINGAI_ACCESS_KEY_FILE",
         "KLINGAI_SECRET_KEY",
         "KLING_JWT_TOKEN",
+        "KLING_PAT",
+        "KLINGSECRET",
+        "kling_token",
+        "KlingPassphrase",
+        "KLING_KEY_2",
         "KLING_PROXY_CREDENTIALS__API_KEY_FILE",
         "KLING_PROXY_CREDENTIALS__SECRET_KEY",
         "KLING_PROXY_ACCESS__CLIENT_TOKENS_FILE",
@@ -106,6 +112,7 @@ fn command_sees_its_proxy_and_no_secret() {
     let mut want = BTreeMap::from([
         ("HOME", home.to_str().unwrap()),
         ("KLING_MODEL", "kling-v2-6"),
+        ("KLING_PATH", "kept"),
         ("VAULT_ADDR", "kept"),
         ("KLING_BASE_URL", url),
         ("KLING_API_BASE_URL", url),
