@@ -152,6 +152,35 @@ fn file_of_client_tokens_that_stays_wrong_closes_the_proxy_after_a_minute() {
     }
 }
 
+#[test]
+fn another_file_of_client_tokens_is_taken_over_on_sighup() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let tokens = ["first", "second", "third"].map(|name| {
+        let file = command.file(name, &format!("{name}-token-0123456\n"));
+        let path = file.to_str().unwrap();
+        format!("[access]\nclient_tokens_file = \"{path}\"\n")
+    });
+    let settings = command.file("settings.toml", &tokens[0]);
+    fs::write(command.home().join("third"), "").unwrap();
+    let proxy = command
+        .env("KLING_PROXY_CONFIG", settings.to_str().unwrap())
+        .start();
+    assert_eq!(status(&proxy, "first-token-0123456"), 200);
+    fs::write(&settings, &tokens[1]).unwrap();
+    proxy.signal(Signal::HUP);
+    eventually("the tokens of the other file are accepted", || {
+        status(&proxy, "second-token-0123456") == 200
+    });
+    assert_eq!(status(&proxy, "first-token-0123456"), 401);
+
+    // One that holds no token is a wrong setting.
+    fs::write(&settings, &tokens[2]).unwrap();
+    proxy.signal(Signal::HUP);
+    logged(&proxy, &["WARN", "it holds no token", "keeping the old"]);
+    assert_eq!(status(&proxy, "second-token-0123456"), 200);
+}
+
 /// R41: what is there of a file that is being written, at the start of the proxy.
 #[test]
 fn file_of_client_tokens_that_is_being_written_is_waited_for() {

@@ -148,8 +148,9 @@ impl Reload {
             self.shared.rules.load().client_tokens.clone()
         } else {
             let tokens = client_tokens(&settings, &self.shared.clock);
+            let tokens = tokens.map_err(|failure| told(&failure))?;
             self.client_tokens_file = ClientTokensFile::default();
-            tokens.map_err(|failure| told(&failure))?
+            tokens
         };
         let rules = rules(&settings, client_tokens);
         for key in changed(&self.configuration.rows, &rows) {
@@ -213,14 +214,15 @@ impl Reload {
     fn clients(&mut self) -> Result<(), Problem> {
         let path = &self.configuration.settings.access.client_tokens_file;
         let in_force = self.shared.rules.load().client_tokens.clone();
+        let metrics = &self.shared.metrics;
         let (Some(path), Some(in_force)) = (path, in_force) else {
+            metrics.client_tokens_valid(true);
             return Ok(());
         };
         let read = ClientTokens::read(path, Arc::clone(&self.shared.clock));
         let decision = self
             .client_tokens_file
             .judge(read, &in_force, Instant::now());
-        let metrics = &self.shared.metrics;
         match decision {
             Decision::Wait => Ok(()),
             Decision::Keep => {
