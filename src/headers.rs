@@ -32,8 +32,8 @@ pub fn strip_request(headers: &mut HeaderMap) {
 }
 
 /// Removes what must not reach the client, and keeps what is not JSON from running as a page of
-/// `localhost`: a browser takes its type as it is, and runs none of its scripts.
-pub fn strip_response(headers: &mut HeaderMap) {
+/// `localhost`: a browser takes its type as it is, and runs none of its scripts. Returns whether it is JSON.
+pub fn strip_response(headers: &mut HeaderMap) -> bool {
     let mut json = None;
     strip(headers, |name, value| {
         if *name == CONTENT_TYPE {
@@ -41,14 +41,16 @@ pub fn strip_response(headers: &mut HeaderMap) {
         }
         is_of_proxy(name)
     });
-    if json != Some(true) {
+    let is_json = json == Some(true);
+    if !is_json {
         headers.insert(X_CONTENT_TYPE_OPTIONS, NO_SNIFF);
         headers.insert(CONTENT_SECURITY_POLICY, NO_SCRIPTS);
     }
+    is_json
 }
 
 /// Whether a `Content-Type` is that of JSON, or of a format made of it (RFC 6839, section 3.1).
-pub fn is_json(media_type: &HeaderValue) -> bool {
+fn is_json(media_type: &HeaderValue) -> bool {
     let value = media_type.as_bytes();
     let end = value.iter().position(|b| *b == b';');
     let essence = value[..end.unwrap_or(value.len())].trim_ascii();

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use http::HeaderMap;
-use http::header::CONTENT_TYPE;
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 
@@ -48,8 +47,10 @@ pub(super) enum Verdict {
     Broken(BoxError),
 }
 
-/// Judges an answer by its status and by what is read ahead of its body.
+/// Strips an answer of what must not reach the client, and judges it by its status and by what is read
+/// ahead of its body.
 pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
+    let is_json = headers::strip_response(answer.headers_mut());
     let status = answer.status();
     if status.is_client_error() || status.is_server_error() {
         return Box::pin(judge_error(answer)).await;
@@ -57,10 +58,9 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     if answer.body().is_read() {
         return Verdict::Success;
     }
-    let is_judged = status.is_success() && is_json(answer.headers());
     let mut reader = Reader::of(answer);
     let mut verdict = Verdict::Success;
-    if is_judged {
+    if status.is_success() && is_json {
         let mut patience = Patience::of(HOLD);
         match reader.peek(&mut patience).await {
             Peek::Code(0) => return Verdict::Done,
@@ -227,10 +227,6 @@ impl Patience {
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + limit);
         Box::pin(timeout_at(deadline, step)).await.is_ok()
     }
-}
-
-fn is_json(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(headers::is_json)
 }
 
 /// How a text begins; nothing of what is not text.

@@ -52,7 +52,6 @@ use self::spare::Spare;
 use self::upload::{Progress, Upload};
 use crate::clock::{Clock, Correction};
 use crate::error::{Answer, BoxError, Error, LateAnswer, Resend, chain};
-use crate::headers;
 use crate::metrics::Metrics;
 use crate::original::{Attempt, AttemptedCreate};
 
@@ -397,7 +396,6 @@ fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Respon
     if answer.status().is_informational() {
         return Err(Error::NotHttp("upstream switched protocols unasked".into()));
     }
-    headers::strip_response(answer.headers_mut());
     // What upstream speaks is no concern of the client.
     *answer.version_mut() = Version::HTTP_11;
     let answer = answer.map(Body::new);

@@ -43,8 +43,11 @@ const ATTACKS: [Attack; 8] = [
         "others can write it (mode 666)",
     ),
     (
-        "a group can write it",
-        |file| chmod(file, 0o664),
+        "strangers of a group can write it",
+        |file| {
+            chown(file, None, Some(12345)).unwrap();
+            chmod(file, 0o664);
+        },
         "others can write it (mode 664)",
     ),
     (
