@@ -153,7 +153,7 @@ impl ClientTokens {
             let namesakes = by_name.entry(name.clone()).or_default();
             let share = match namesakes.first() {
                 Some(first) => Arc::clone(&clients[*first].share),
-                None => Arc::default(),
+                None => Arc::new(Share::of(name.as_str())),
             };
             namesakes.push(index);
             clients.push(Client { name, token, share });
@@ -166,6 +166,19 @@ impl ClientTokens {
             clock,
             warning: None,
         })
+    }
+
+    /// The same, where clients keep what they have in flight by the tokens before.
+    #[must_use]
+    pub fn after(mut self, before: &Self) -> Self {
+        for client in &mut self.clients {
+            let namesakes = before.by_name.get(&client.name);
+            let first = namesakes.and_then(|namesakes| before.clients.get(*namesakes.first()?));
+            if let Some(first) = first {
+                client.share = Arc::clone(&first.share);
+            }
+        }
+        self
     }
 
     /// No token: nobody is admitted.
@@ -236,22 +249,18 @@ impl ClientTokens {
         bool::from(same).then_some(client)
     }
 
-    /// Whose token signs a JWT that is valid now: one of those that have its issuer for a name, or else
-    /// one of the first.
+    /// Whose token signs a JWT that is valid now: one of those that have its issuer for a name, or one of
+    /// the first.
     fn signer_of(&self, jwt: &[u8]) -> Option<&Client> {
         let jwt = Jwt::parse(jwt).filter(|jwt| self.is_now(&jwt.valid))?;
         let named = jwt
             .issuer
             .as_deref()
             .and_then(|name| self.by_name.get(name));
-        let signed = |client: &&Client| jwt.is_signed_by(&client.token);
-        match named {
-            Some(named) => {
-                let clients = named.iter().filter_map(|index| self.clients.get(*index));
-                clients.take(MOST_KEYS).find(signed)
-            }
-            None => self.clients.iter().take(MOST_KEYS).find(signed),
-        }
+        let named = named.into_iter().flatten().take(MOST_KEYS);
+        let named = named.filter_map(|index| self.clients.get(*index));
+        let mut likely = named.chain(self.clients.iter().take(MOST_KEYS));
+        likely.find(|client| jwt.is_signed_by(&client.token))
     }
 
     fn is_now(&self, valid: &Range<i64>) -> bool {
@@ -523,6 +532,7 @@ mod tests {
             ("client-4711", "token-of-client-4711", true),
             ("client-4711", "token-of-client-4712", false),
             ("an AccessKey", "token-of-client-31", true),
+            ("client-4711", "token-of-client-31", true),
             ("an AccessKey", "token-of-client-32", false),
         ] {
             let claims = format!(r#"{{"iss":"{issuer}","exp":{},"nbf":{NOW}}}"#, NOW + 9);

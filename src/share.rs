@@ -1,11 +1,14 @@
-//! Keeps one client from taking all that may be in flight while others want some of it.
+//! Keeps one client from taking all that may be in flight.
 //!
 //! A client is who shows the same name by its token. Without tokens it is an address beyond this
-//! machine, or another user of it; what this machine's programs send by loopback is one client.
+//! machine, or another user of it; what this machine's programs send by loopback is one client. Where
+//! there can be several, each leaves an eighth for others, and half while others want some: so whoever
+//! comes finds a place, and then its share.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -19,15 +22,16 @@ pub struct Shares {
     foreign: Arc<AtomicU64>,
     /// Clients that are told apart by where they come from.
     peers: Mutex<HashMap<Peer, Weak<Share>>>,
-    /// Who sent the last request.
-    latest: AtomicUsize,
+    /// Which client sent the last request.
+    latest: AtomicU64,
     /// When somebody else than before sent one.
     change: Last,
 }
 
 /// What one client has in flight.
-#[derive(Default)]
 pub struct Share {
+    /// Tells clients apart.
+    client: u64,
     held: AtomicU64,
     /// The sum of all that are told apart by where they come from.
     foreign: Arc<AtomicU64>,
@@ -49,6 +53,10 @@ pub enum Peer {
 #[derive(Debug)]
 pub struct NoPlace;
 
+/// In place of a client: nobody has asked yet.
+const NOBODY: u64 = 0;
+/// This machine's own programs, where no token tells them apart.
+const LOCAL: u64 = 1;
 /// For so long after its request a client counts as one that wants its share.
 const WANTED: Duration = Duration::from_secs(10);
 /// From so many peers on those are forgotten that have nothing in flight.
@@ -62,7 +70,7 @@ impl Shares {
         Self {
             foreign: Arc::default(),
             peers: Mutex::default(),
-            latest: AtomicUsize::new(0),
+            latest: AtomicU64::new(NOBODY),
             change: Last::never(),
         }
     }
@@ -77,8 +85,8 @@ impl Shares {
             peers.retain(|_, share| share.strong_count() > 0);
         }
         let share = Arc::new(Share {
-            held: AtomicU64::new(0),
             foreign: Arc::clone(&self.foreign),
+            ..Share::of(peer)
         });
         peers.insert(peer, Arc::downgrade(&share));
         share
@@ -96,35 +104,55 @@ impl Shares {
         in_flight: u64,
         limit: u64,
     ) -> Result<Option<Held>, NoPlace> {
-        let is_wanted = self.is_wanted(share.as_ref().map_or(1, |share| Arc::as_ptr(share).addr()));
+        let is_wanted = self.is_wanted(share.as_ref().map_or(LOCAL, |share| share.client));
+        let are_others = share.is_some() || is_wanted.is_some();
         let held = share.map(Held::new);
         let own = match &held {
             Some(Held(share)) => share.held.load(Relaxed),
             None => in_flight.saturating_sub(self.foreign.load(Relaxed)),
         };
-        if in_flight > limit || is_wanted && own > limit.div_ceil(2) {
+        let most = match is_wanted {
+            Some(true) => limit.div_ceil(2),
+            Some(false) | None if are_others => limit - limit / 8,
+            Some(false) | None => limit,
+        };
+        if in_flight > limit || own > most {
             return Err(NoPlace);
         }
         Ok(held)
     }
 
-    /// Notes who asks. Returns whether others have asked not long ago.
-    fn is_wanted(&self, client: usize) -> bool {
+    /// Notes who asks. Returns whether others have asked not long ago; `None` if none ever has.
+    fn is_wanted(&self, client: u64) -> Option<bool> {
         let before = self.latest.load(Relaxed);
         if before != client {
             self.latest.store(client, Relaxed);
-            // The first client of all is no second one.
-            if before != 0 {
+            if before != NOBODY {
                 self.change.note(Instant::now());
             }
         }
-        self.change.ago().is_some_and(|ago| ago <= WANTED)
+        self.change.ago().map(|ago| ago <= WANTED)
     }
 }
 
 impl Default for Shares {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+// === impl Share ===
+
+impl Share {
+    /// That of a client, by what tells it from others.
+    pub fn of(client: impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        client.hash(&mut hasher);
+        Self {
+            client: hasher.finish().max(LOCAL + 1),
+            held: AtomicU64::new(0),
+            foreign: Arc::default(),
+        }
     }
 }
 
@@ -174,7 +202,7 @@ const NETWORK: u128 = u128::MAX << 64;
 mod tests {
     use super::*;
 
-    /// As many requests of a client as find a place among 8.
+    /// Clients that ask for places, of which there are 8; the first is this machine's own.
     struct World {
         shares: Shares,
         held: Vec<(usize, Option<Held>)>,
@@ -218,27 +246,48 @@ mod tests {
     }
 
     #[test]
-    fn a_client_alone_may_take_all_and_half_while_others_want_some() {
-        // This machine's own client is one like all others.
-        for [first, second] in [[1, 2], [0, 1], [1, 0]] {
+    fn a_client_leaves_some_for_others_and_half_while_they_want_it() {
+        for [first, second] in [[1, 2], [1, 0]] {
             let mut world = World::new();
-            assert_eq!(world.ask(first, 9), 8);
-            assert_eq!(world.ask(second, 1), 0);
-            world.end(first, 5);
+            assert_eq!(world.ask(first, 9), 7, "one is left");
+            assert_eq!(world.ask(second, 9), 1);
+            world.end(first, 4);
             assert_eq!(world.ask(first, 9), 1, "it has half");
-            assert_eq!(world.ask(second, 9), 4);
+            assert_eq!(world.ask(second, 9), 3);
             world.end(second, 4);
             assert_eq!(world.ask(first, 9), 0, "others asked a moment ago");
             world.shares.change.age(WANTED + Duration::from_secs(1));
-            assert_eq!(world.ask(first, 9), 4);
+            assert_eq!(world.ask(first, 9), 3);
         }
+    }
+
+    #[test]
+    fn this_machine_alone_may_take_all() {
+        let mut world = World::new();
+        assert_eq!(world.ask(0, 9), 8);
+        world.end(0, 8);
+        assert_eq!(world.ask(1, 1), 1);
+        // The other one asked last, and may want more.
+        assert_eq!(world.ask(0, 9), 4);
+        world.shares.change.age(WANTED + Duration::from_secs(1));
+        assert_eq!(world.ask(0, 9), 3, "one is left, and the other one has one");
+    }
+
+    #[test]
+    fn a_client_that_comes_again_and_again_is_no_second_one() {
+        let shares = Shares::new();
+        for _ in 0..3 {
+            let share = shares.of(Peer::User(1));
+            assert!(shares.take(Some(share), 1, 8).is_ok());
+        }
+        assert_eq!(shares.change.ago(), None);
     }
 
     #[test]
     fn a_limit_of_one_is_for_whoever_comes() {
         let shares = Shares::new();
         for _ in 0..3 {
-            for share in [None, Some(Arc::default())] {
+            for share in [None, Some(Arc::new(Share::of(1)))] {
                 assert!(shares.take(share, 1, 1).is_ok());
             }
         }

@@ -532,7 +532,7 @@ fn request_over_the_limit_in_flight_is_refused_at_once() {
 
 /// R36.
 #[test]
-fn client_gets_no_more_than_half_while_another_wants_some() {
+fn client_leaves_places_for_others_and_half_while_they_want_it() {
     let upstream = Upstream::ok();
     let proxy = with_client_tokens(&upstream)
         .setting("limits.in_flight", "8")
@@ -546,21 +546,22 @@ fn client_gets_no_more_than_half_while_another_wants_some() {
         connection.send(request);
         connection
     };
-    // Alone, it may have all.
+    // One place is for whoever else comes.
     let gate = upstream.hold();
-    let mut greedy: Vec<_> = (0..8).map(|_| begun(&first)).collect();
+    let mut greedy: Vec<_> = (0..7).map(|_| begun(&first)).collect();
+    upstream.wait(|seen| seen.requests.len() == 7);
+    assert_eq!(begun(&first).answer().refusal(), (503, 9301));
+    let mut modest = vec![begun(&second)];
     upstream.wait(|seen| seen.requests.len() == 8);
-    assert_eq!(begun(&second).answer().refusal(), (503, 9301));
-    // From then on it may have half.
     gate.open();
-    for connection in &mut greedy {
+    for connection in greedy.iter_mut().chain(&mut modest) {
         assert_eq!(connection.answer().status(), 200);
     }
+    // From then on it may have half.
     let gate = upstream.hold();
     let mut greedy: Vec<_> = (0..4).map(|_| begun(&first)).collect();
     upstream.wait(|seen| seen.requests.len() == 12);
-    let refused = begun(&first).answer();
-    assert_eq!(refused.refusal(), (503, 9301));
+    assert_eq!(begun(&first).answer().refusal(), (503, 9301));
     let mut modest: Vec<_> = (0..4).map(|_| begun(&second)).collect();
     upstream.wait(|seen| seen.requests.len() == 16);
     gate.open();

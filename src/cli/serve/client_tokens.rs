@@ -88,7 +88,8 @@ impl ClientTokensFile {
         now: Instant,
     ) -> Decision {
         let is_empty = matches!(read, Err(FileError::Empty));
-        let found = read.map(Arc::new).map_err(|error| chain(&error));
+        let found = read.map(|tokens| Arc::new(tokens.after(in_force)));
+        let found = found.map_err(|error| chain(&error));
         if found.as_deref() == Ok(in_force) {
             *self = Self::default();
             return Decision::Keep;
