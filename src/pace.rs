@@ -29,11 +29,6 @@ impl Pace {
         self.behind = self.behind.saturating_sub(PER_BYTE.saturating_mul(bytes));
     }
 
-    /// Whether there is nothing to make up for.
-    pub fn is_kept(&self) -> bool {
-        self.behind.is_zero()
-    }
-
     /// How long the peer is waited for from now on, if it moves nothing.
     pub fn left(&self, limit: Duration) -> Duration {
         limit.saturating_sub(self.behind)

@@ -14,13 +14,12 @@ use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Mutex, mpsc};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 use tokio_rustls::server::TlsStream;
 
 use super::head::Head;
 use super::reset::Reset;
 use super::tls::Handshake;
-use crate::pace::Pace;
 use crate::share::Peer;
 
 /// How many connections wait in the kernel's queue.
@@ -62,15 +61,8 @@ pub(super) struct Stream {
     idle: Duration,
     reset: Reset,
     head: Head,
-    stall: Option<Box<Stall>>,
-}
-
-/// A peer that did not take what was written to it at once.
-struct Stall {
-    pace: Pace,
-    /// Since when it is waited for.
-    since: Option<Instant>,
-    limit: Pin<Box<Sleep>>,
+    /// Of a Unix socket, when a peer is given up that takes nothing of what is written to it.
+    stall: Option<Pin<Box<Sleep>>>,
 }
 
 enum Kind {
@@ -213,7 +205,7 @@ impl Socket {
 fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
     // Without it a small answer may wait for the client's acknowledgement.
     stream.set_nodelay(true)?;
-    // Also for what is in the kernel's hands already (tcp(7)).
+    // hyper has no timeout for a client that stops reading; the kernel has (tcp(7)).
     #[cfg(target_os = "linux")]
     socket2::SockRef::from(stream).set_tcp_user_timeout(Some(idle))?;
     Ok(())
@@ -233,21 +225,20 @@ impl Stream {
         }
     }
 
-    /// What came of writing; an error if the peer has kept us waiting for too long. hyper has no
-    /// timeout for that.
+    /// What came of writing; an error if the peer has taken nothing for too long. hyper has no timeout for
+    /// that, and the kernel has one for TCP only.
     fn written<T>(
         &mut self,
         cx: &mut Context<'_>,
         outcome: Poll<io::Result<T>>,
-        bytes: impl FnOnce(&T) -> usize,
     ) -> Poll<io::Result<T>> {
-        if let Poll::Ready(written) = &outcome {
-            let bytes = written.as_ref().map_or(0, bytes);
-            self.stall.take_if(|stall| stall.moved(bytes));
+        if outcome.is_ready() || !matches!(self.kind, Kind::Unix(_)) {
+            self.stall = None;
             return outcome;
         }
-        let stall = self.stall.get_or_insert_with(|| Box::new(Stall::new()));
-        ready!(stall.poll(cx, self.idle));
+        let idle = self.idle;
+        let stall = self.stall.get_or_insert_with(|| Box::pin(sleep(idle)));
+        ready!(stall.as_mut().poll(cx));
         let error = "the client does not read its answer";
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, error)))
     }
@@ -265,37 +256,6 @@ impl Drop for Stream {
         };
         // If it fails, the connection has ended anyhow.
         let _ = socket2::SockRef::from(tcp).set_linger(Some(Duration::ZERO));
-    }
-}
-
-// === impl Stall ===
-
-impl Stall {
-    fn new() -> Self {
-        Self {
-            pace: Pace::default(),
-            since: None,
-            limit: Box::pin(sleep(Duration::ZERO)),
-        }
-    }
-
-    /// The peer has taken so many bytes. Returns whether it has made up for what it was waited for.
-    fn moved(&mut self, bytes: usize) -> bool {
-        if let Some(since) = self.since.take() {
-            self.pace.waited(since.elapsed());
-        }
-        self.pace.moved(bytes);
-        self.pace.is_kept()
-    }
-
-    /// Waits until the peer is given up.
-    fn poll(&mut self, cx: &mut Context<'_>, idle: Duration) -> Poll<()> {
-        if self.since.is_none() {
-            let now = Instant::now();
-            self.since = Some(now);
-            self.limit.as_mut().reset(now + self.pace.left(idle));
-        }
-        self.limit.as_mut().poll(cx)
     }
 }
 
@@ -330,7 +290,7 @@ impl AsyncWrite for Stream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let outcome = inner!(self.poll_write(cx, bytes));
-        self.written(cx, outcome, |size| *size)
+        self.written(cx, outcome)
     }
 
     fn poll_write_vectored(
@@ -339,7 +299,7 @@ impl AsyncWrite for Stream {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let outcome = inner!(self.poll_write_vectored(cx, slices));
-        self.written(cx, outcome, |size| *size)
+        self.written(cx, outcome)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -353,12 +313,12 @@ impl AsyncWrite for Stream {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let outcome = inner!(self.poll_flush(cx));
-        self.written(cx, outcome, |()| 0)
+        self.written(cx, outcome)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let outcome = inner!(self.poll_shutdown(cx));
-        ready!(self.written(cx, outcome, |()| 0))?;
+        ready!(self.written(cx, outcome))?;
         self.reset.shut_down();
         Poll::Ready(Ok(()))
     }

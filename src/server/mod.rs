@@ -184,13 +184,14 @@ where
     let last = ends_connection(&request);
     let old = request.version() < Version::HTTP_11;
     let reset = old.then(|| reset.clone());
+    let (request, behind) = boxed(request, head);
+    let last = last || head.is_too_large();
     // hyper drops the future unpolled if the client has sent all of its request and gone; what outlives
     // its client is begun by this call. Boxed, since not each connection has room for it.
-    let request = request.map(|body| boxed(body, head));
     let answer = Box::pin(call(service, request));
     async move {
         let mut answer = answer.await?;
-        if last {
+        if last || behind.is_some_and(|head| head.is_too_large()) {
             let headers = answer.headers_mut();
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -207,14 +208,17 @@ fn call<S: Service<Request>>(service: &Mutex<S>, request: Request) -> S::Future 
     service.call(request)
 }
 
-/// A body that is there, or none. The head before it is whole.
-fn boxed(body: Incoming, head: &Head) -> axum::body::Body {
-    if body.is_end_stream() {
-        head.end();
-        axum::body::Body::empty()
-    } else {
-        axum::body::Body::new(head.clone().followed_by(Pieces::from(body)))
+/// A request with its body, or none, and what follows a body. The head before it is whole.
+fn boxed(request: hyper::Request<Incoming>, head: &Head) -> (Request, Option<Head>) {
+    if request.body().is_end_stream() {
+        head.end(&request);
+        return (request.map(|_| axum::body::Body::empty()), None);
     }
+    let (parts, body) = request.into_parts();
+    let request = Request::from_parts(parts, ());
+    let behind = head.clone().followed_by(&request, Pieces::from(body));
+    let request = request.map(|()| axum::body::Body::new(behind));
+    (request, Some(head.clone()))
 }
 
 /// Whether what follows a request may be meant for another protocol: it asked for a tunnel or an
