@@ -3,6 +3,7 @@
 use std::future::ready;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
@@ -17,6 +18,7 @@ use hyper_util::rt::TokioIo;
 
 use super::dial::{Dial, NoHttp1, Transport, Versions};
 use super::download::Incoming;
+use super::egress::final_status;
 use super::flush::{FlushTracker, Flushed};
 use super::http2;
 use super::origin::Origin;
@@ -34,6 +36,8 @@ pub(super) struct Connector {
     dial: Arc<dyn Dial>,
     origin: Arc<Origin>,
     ping_while_idle: bool,
+    /// Whether the last attempt failed in a way that asking again would not change.
+    is_refused: Arc<AtomicBool>,
 }
 
 /// A new connection, before a request has it.
@@ -96,6 +100,7 @@ impl Connector {
             dial,
             origin: Arc::new(origin.clone()),
             ping_while_idle: false,
+            is_refused: Arc::default(),
         }
     }
 
@@ -117,7 +122,7 @@ impl Connector {
 
     /// A connection of whichever version upstream likes best.
     pub(super) async fn connect(&self) -> Result<Connected, BoxError> {
-        let Transport { io, is_http2 } = self.dial.dial(Versions::Any).await?;
+        let Transport { io, is_http2 } = self.dial(Versions::Any).await?;
         if is_http2 {
             let sender = http2::Sender::handshake(io, self.ping_while_idle).await?;
             Ok(Connected::Http2(sender))
@@ -128,11 +133,24 @@ impl Connector {
 
     /// A connection of HTTP/1.1; `None` where upstream does not speak that.
     pub(super) async fn connect_http1(&self) -> Result<Option<Http1>, BoxError> {
-        match self.dial.dial(Versions::Http1).await {
+        match self.dial(Versions::Http1).await {
             Ok(Transport { io, .. }) => Ok(Some(Http1::handshake(io).await?)),
             Err(error) if error.is::<NoHttp1>() => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Returns true if the egress proxy refused the last connection, whoever asked for it, and would
+    /// refuse another one.
+    pub(super) fn is_refused(&self) -> bool {
+        self.is_refused.load(Relaxed)
+    }
+
+    async fn dial(&self, versions: Versions) -> Result<Transport, BoxError> {
+        let dialed = self.dial.dial(versions).await;
+        let refusal = dialed.as_ref().err().and_then(final_status);
+        self.is_refused.store(refusal.is_some(), Relaxed);
+        dialed
     }
 }
 

@@ -12,7 +12,6 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use super::connect::{Connected, Connection, Connector, Http1};
-use super::egress::final_status;
 use super::http2;
 use super::origin::Origin;
 use crate::clock::Clock;
@@ -242,9 +241,12 @@ impl Pool {
         kept.idle.push((connection, now));
     }
 
-    /// Sees to it that a connection is ready, and will be for some time. Returns false if trying again is
-    /// of no use.
+    /// Sees to it that a connection is ready, and will be for some time. Returns false if that is of no use
+    /// before a request has found a way to upstream.
     pub(super) async fn renew(&self) -> bool {
+        if self.connector.is_refused() {
+            return false;
+        }
         if self.lock().is_ready() {
             return true;
         }
@@ -253,13 +255,10 @@ impl Pool {
             Ok(connection) => {
                 self.checkin(connection);
                 tracing::debug!("connection kept ready");
-                true
             }
-            Err(error) => {
-                tracing::debug!(%error, "no connection to keep ready");
-                final_status(&error).is_none()
-            }
+            Err(error) => tracing::debug!(%error, "no connection to keep ready"),
         }
+        !self.connector.is_refused()
     }
 
     /// Closes all that nobody uses.

@@ -5,12 +5,13 @@ use std::{
     net::{Shutdown, TcpListener, TcpStream},
     sync::{Arc, Mutex},
     thread,
+    time::Duration,
 };
 
 use serde_json::json;
 
 use crate::support::{
-    Command, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Upstream, assert_has, closed,
+    Command, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Upstream, assert_has, closed, eventually,
     parse_headers, post,
 };
 
@@ -101,6 +102,25 @@ fn requests_go_through_a_tunnel_and_the_egress_proxy_learns_the_name_only() {
         proxy.signal(Signal::TERM);
         let (_, log) = proxy.end();
         assert!(!log.contains(PASSWORD), "{log}");
+    }
+}
+
+/// Each attempt may count against the user of the egress proxy.
+#[test]
+fn egress_proxy_that_refuses_is_not_asked_between_requests() {
+    let upstream = Upstream::tls("http/1.1");
+    let refusal = "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n";
+    let egress = Egress::answering(refusal);
+    let proxy = through(&egress, &upstream)
+        .setting("upstream.warm_up", "true")
+        .setting("upstream.keep_warm", "10m")
+        .start();
+    eventually("the start has asked", || egress.asked().len() == 1);
+    for asked in 2..4 {
+        assert_eq!(proxy.get("/v1/x").refusal(), (502, 9101));
+        // Longer than the connection that is to stay ready is let alone.
+        thread::sleep(Duration::from_millis(1500));
+        assert_eq!(egress.asked().len(), asked);
     }
 }
 
