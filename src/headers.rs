@@ -160,7 +160,9 @@ fn acts_on_origin(name: &str) -> bool {
             | "service-worker-allowed"
             | "set-cookie"
             | "set-cookie2"
+            | "set-login"
             | "strict-transport-security"
+            | "use-as-dictionary"
     )
 }
 

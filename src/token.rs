@@ -243,7 +243,8 @@ impl Tokens {
     /// What to send now.
     ///
     /// Validity is judged by the wall clock here, at use, because a machine that slept has missed
-    /// every timer. What the clock was set to before counts no more. One caller replaces a token that nears its end; the others go on with it.
+    /// every timer. What the clock was set to before counts no more. One caller replaces a token that nears
+    /// its end; the others go on with it.
     ///
     /// # Errors
     ///

@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{OFlags, StatVfsMountFlags, fcntl_setfl, statvfs};
-use rustix::process::{getegid, geteuid};
+use rustix::process::geteuid;
 use zeroize::Zeroizing;
 
 /// Who else may read it: Docker and Kubernetes mount secrets so, hence no error.
@@ -75,12 +75,9 @@ pub enum TrustedFileError {
     },
 }
 
-/// Who runs this process.
+/// The number of the user who runs this process.
 #[derive(Clone, Copy)]
-struct Identity {
-    user: u32,
-    group: u32,
-}
+struct User(u32);
 
 /// Reads a file after looking at who may write it and its folder.
 ///
@@ -88,13 +85,8 @@ struct Identity {
 ///
 /// [`TrustedFileError`]
 pub fn read(path: &Path) -> Result<TrustedFile, TrustedFileError> {
-    let file = open(path)?;
-    // Of the open file: the path may lead elsewhere a moment later.
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
-        return Err(TrustedFileError::Irregular);
-    }
-    let us = Identity::ours();
+    let (file, metadata) = open(path)?;
+    let us = User::ours();
     let mode = metadata.mode() & 0o777;
     if mode & us.others(metadata.gid()) != 0 {
         return Err(TrustedFileError::Writable(mode));
@@ -102,16 +94,20 @@ pub fn read(path: &Path) -> Result<TrustedFile, TrustedFileError> {
     us.check_owner(&metadata)
         .map_err(TrustedFileError::Foreign)?;
     check_places(path, us)?;
-    let mut bytes = Zeroizing::new(Vec::new());
-    // One more than fits: what is cut off must not look whole.
-    file.take(LARGEST + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > LARGEST {
-        return Err(TrustedFileError::TooLarge);
-    }
     Ok(TrustedFile {
-        bytes,
+        bytes: read_whole(file)?,
         exposed: mode & READ_BY_OTHERS != 0,
     })
+}
+
+/// Reads a file whoever could have written it: it decides nothing alone, and all may know it.
+///
+/// # Errors
+///
+/// [`TrustedFileError::Io`], [`TrustedFileError::Irregular`] and [`TrustedFileError::TooLarge`].
+pub fn read_public(path: &Path) -> Result<Zeroizing<Vec<u8>>, TrustedFileError> {
+    let (file, _) = open(path)?;
+    read_whole(file)
 }
 
 // === impl TrustedFile ===
@@ -127,20 +123,17 @@ impl TrustedFile {
     }
 }
 
-// === impl Identity ===
+// === impl User ===
 
-impl Identity {
+impl User {
     fn ours() -> Self {
-        Self {
-            user: geteuid().as_raw(),
-            group: getegid().as_raw(),
-        }
+        Self(geteuid().as_raw())
     }
 
     /// Fails with the owner, if that is neither this process's user nor root.
     fn check_owner(self, metadata: &Metadata) -> Result<(), u32> {
         let owner = metadata.uid();
-        if [ROOT, self.user].contains(&owner) {
+        if [ROOT, self.0].contains(&owner) {
             Ok(())
         } else {
             Err(owner)
@@ -153,7 +146,7 @@ impl Identity {
     /// group let it write all that they make (a umask of 002). OpenSSH takes such files and folders where
     /// it is patched for these systems.
     fn others(self, group: u32) -> u32 {
-        let is_our_own = group == self.group && group == self.user && group != ROOT;
+        let is_our_own = group == self.0 && group != ROOT;
         if is_our_own {
             WRITTEN_BY_ALL
         } else {
@@ -167,20 +160,36 @@ impl Identity {
     }
 }
 
-/// Opens a file for reading, without waiting for what may never come.
-fn open(path: &Path) -> io::Result<File> {
+/// Opens a regular file for reading, without waiting for what may never come.
+fn open(path: &Path) -> Result<(File, Metadata), TrustedFileError> {
     // A named pipe that nobody writes to would keep us here for ever.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(flags)
         .open(path)?;
-    fcntl_setfl(&file, OFlags::empty())?;
-    Ok(file)
+    fcntl_setfl(&file, OFlags::empty()).map_err(io::Error::from)?;
+    // Of the open file: the path may lead elsewhere a moment later.
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        Ok((file, metadata))
+    } else {
+        Err(TrustedFileError::Irregular)
+    }
+}
+
+fn read_whole(file: File) -> Result<Zeroizing<Vec<u8>>, TrustedFileError> {
+    let mut bytes = Zeroizing::new(Vec::new());
+    // One more than fits: what is cut off must not look whole.
+    file.take(LARGEST + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > LARGEST {
+        return Err(TrustedFileError::TooLarge);
+    }
+    Ok(bytes)
 }
 
 /// Checks the folder of a file and, where the name is that of a link, those of what it leads to.
-fn check_places(path: &Path, us: Identity) -> Result<(), TrustedFileError> {
+fn check_places(path: &Path, us: User) -> Result<(), TrustedFileError> {
     let mut name = path.to_owned();
     for _ in 0..MOST_LINKS {
         let folder = match name.parent() {
@@ -199,7 +208,7 @@ fn check_places(path: &Path, us: Identity) -> Result<(), TrustedFileError> {
     Ok(())
 }
 
-fn check_folder(folder: &Path, us: Identity) -> Result<(), TrustedFileError> {
+fn check_folder(folder: &Path, us: User) -> Result<(), TrustedFileError> {
     let metadata = fs::metadata(folder)?;
     us.check_owner(&metadata)
         .map_err(|owner| TrustedFileError::ForeignFolder {
@@ -274,26 +283,24 @@ mod tests {
     fn others_are_all_but_the_group_of_a_users_own() {
         const USER: u32 = 1000;
         const STAFF: u32 = 20;
-        for (user, group, mode, folder_group, open) in [
-            (USER, USER, 0o700, USER, false),
-            (USER, USER, 0o755, STAFF, false),
-            (USER, USER, 0o775, USER, false),
-            (USER, USER, 0o2775, USER, false),
-            (USER, USER, 0o777, USER, true),
-            (USER, USER, 0o775, STAFF, true),
-            (USER, USER, 0o775, ROOT, true),
-            (USER, STAFF, 0o775, STAFF, true),
-            (USER, STAFF, 0o775, USER, true),
-            (ROOT, ROOT, 0o775, ROOT, true),
-            (USER, USER, 0o1777, ROOT, false),
-            (USER, USER, 0o3777, STAFF, false),
-            (USER, USER, 0o1775, STAFF, false),
+        for (user, mode, group, open) in [
+            (USER, 0o700, USER, false),
+            (USER, 0o755, STAFF, false),
+            (USER, 0o775, USER, false),
+            (USER, 0o2775, USER, false),
+            (USER, 0o777, USER, true),
+            (USER, 0o775, STAFF, true),
+            (USER, 0o775, ROOT, true),
+            (ROOT, 0o775, ROOT, true),
+            (USER, 0o1777, ROOT, false),
+            (USER, 0o3777, STAFF, false),
+            (USER, 0o1775, STAFF, false),
         ] {
-            let us = Identity { user, group };
-            let what = format!("{user}:{group}, {mode:o} of {folder_group}");
-            assert_eq!(us.is_open(mode, folder_group), open, "{what}");
+            let us = User(user);
+            let what = format!("{user}, {mode:o} of {group}");
+            assert_eq!(us.is_open(mode, group), open, "{what}");
             // Who can write a file need not replace it.
-            let is_written = mode & us.others(folder_group) != 0;
+            let is_written = mode & us.others(group) != 0;
             assert_eq!(is_written, open || mode & STICKY != 0, "{what}");
         }
     }

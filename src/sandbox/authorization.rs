@@ -18,7 +18,8 @@ const LONGEST_LIFE: u64 = 1800;
 /// Seconds by which `exp` may exceed that, since no two clocks agree.
 const TOLERANCE: u64 = 30;
 
-/// What the real API answered to anything else on a path that takes an API key only (measured by `aself101/kling-api`, 2026).
+/// What the real API answered to anything else on a path that takes an API key only (measured by
+/// `aself101/kling-api`, 2026).
 const NO_KEY_PAIRS: &str = "Authentication error. The current API does not support AK/SK; please go to the \
     console (https://kling.ai/dev/api-key) to create API key.";
 

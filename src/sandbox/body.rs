@@ -3,8 +3,11 @@
 //! A picture in Base64 has tens of megabytes, of which only the beginning is looked at. So of each text
 //! no more is kept, while the body comes, than the rules of `families` ask for.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use http_body_util::BodyExt;
+use tokio::time::timeout;
 
 use super::reply::Refusal;
 
@@ -30,6 +33,8 @@ enum Place {
     Digits(u8),
 }
 
+/// Longest silence inside a body.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// In bytes. Ten images in Base64 come to 133 MB.
 const LARGEST_BODY: usize = 256 << 20;
 /// Bytes kept of a text. The longest one that `families` allows has 3072 characters, each of 12 bytes at
@@ -46,7 +51,8 @@ const MOST_KEPT: usize = 2 << 20;
 pub(super) async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
     let mut shortener = Shortener::default();
     let (mut size, mut is_too_much) = (0, false);
-    while let Some(frame) = body.frame().await {
+    let silent = |_| Refusal::parameter("The request body is not sent");
+    while let Some(frame) = timeout(PATIENCE, body.frame()).await.map_err(silent)? {
         let frame = frame.map_err(|error| {
             Refusal::parameter(format!("The request body cannot be read: {error}"))
         })?;

@@ -1,8 +1,8 @@
 //! HTTPS: the certificate, which is renewed while we run, and the handshake.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::{fs, io};
 
 use arc_swap::ArcSwap;
 use rustls::ServerConfig;
@@ -79,7 +79,8 @@ struct Loaded {
 impl CertificateFiles {
     fn load(&self) -> Result<Loaded, CertificateError> {
         let unusable = |error| CertificateError::Certificate(self.certificate.clone(), error);
-        let pem = fs::read(&self.certificate).map_err(|error| unusable(error.into()))?;
+        let pem = trusted_file::read_public(&self.certificate);
+        let pem = pem.map_err(|error| unusable(error.into()))?;
         let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>();
         let chain = chain.map_err(|error| unusable(error.into()))?;
         if chain.is_empty() {

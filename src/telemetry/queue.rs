@@ -169,6 +169,11 @@ impl Queue {
             let lost = state.dropped;
             drop(state);
             tell(lost);
+            let mut state = self.lock();
+            // Nothing is logged any more that could be lost: the filter lets no warning through.
+            if state.lines.is_empty() {
+                state.trouble = None;
+            }
             return;
         }
         let lines = std::mem::take(&mut state.lines);

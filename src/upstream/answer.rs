@@ -11,7 +11,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use http::HeaderMap;
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 

@@ -33,12 +33,13 @@ use crate::error::BoxError;
 /// How often a silent peer is asked whether it is still there, and how long it has to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// As much of an answer as upstream may send before its client takes it, in bytes. At 200 ms from here
-/// to upstream and back that lets 2.5 MB a second pass.
-const STREAM_WINDOW: u32 = 512 << 10;
+/// to upstream and back that lets 640 KB a second pass. While few requests are on their way they go by
+/// HTTP/1.1, which has no such window.
+const STREAM_WINDOW: u32 = 128 << 10;
 /// Most streams of a connection at once: what most servers allow. More requests go over another one.
 const MOST_STREAMS: u32 = 128;
 /// All streams have their whole window at once. So clients that do not read take nothing from others, and
-/// what waits for them is at most 64 MiB a connection, and `limits.in_flight` times [`STREAM_WINDOW`]
+/// what waits for them is at most 16 MiB a connection, and `limits.in_flight` times [`STREAM_WINDOW`]
 /// in all.
 const CONNECTION_WINDOW: u32 = MOST_STREAMS * STREAM_WINDOW;
 /// As much of the connection's window as one upload asks for at a time, in bytes. What is asked for is

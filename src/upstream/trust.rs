@@ -108,7 +108,7 @@ fn of_environment(store: &mut RootCertStore) -> Result<Vec<String>, TlsError> {
         (FILE, of_file as fn(&OsStr) -> Result<_, BoxError>),
         (FOLDERS, of_folders),
     ] {
-        let Some(value) = env::var_os(variable).filter(|value| !value.is_empty()) else {
+        let Some(value) = env::var_os(variable) else {
             continue;
         };
         let unusable = |cause| TlsError::Environment {
@@ -116,6 +116,12 @@ fn of_environment(store: &mut RootCertStore) -> Result<Vec<String>, TlsError> {
             path: PathBuf::from(&value),
             cause,
         };
+        match (variable, value.is_empty()) {
+            // The library that reads the platform's roots would find none, and we take the bundled ones.
+            (FILE, true) => return Err(unusable("it is empty: unset it".into())),
+            (_, true) => continue,
+            (_, false) => {}
+        }
         let (added, _) = store.add_parsable_certificates(read(&value).map_err(unusable)?);
         if added == 0 {
             return Err(unusable("it holds no certificate".into()));
@@ -132,7 +138,7 @@ fn of_file(path: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError> {
 
 /// The certificates in folders, each of them once: `openssl rehash` adds links to the files.
 fn of_folders(folders: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError> {
-    let mut found = Vec::new();
+    let (mut found, mut left_out) = (Vec::new(), None);
     for folder in env::split_paths(folders) {
         let entries = match fs::read_dir(&folder) {
             // Lists name the usual places of several systems.
@@ -150,9 +156,16 @@ fn of_folders(folders: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError>
                 Err(TrustedFileError::Io(error)) => {
                     tracing::debug!(%error, path = %path.display(), "trust root");
                 }
-                Err(untrusted) => return Err(format!("{}: {untrusted}", path.display()).into()),
+                Err(untrusted) => {
+                    let reason = format!("{}: {untrusted}", path.display());
+                    tracing::warn!("trust root left out: {reason}");
+                    left_out = Some(reason);
+                }
             }
         }
+    }
+    if let (true, Some(reason)) = (found.is_empty(), left_out) {
+        return Err(reason.into());
     }
     found.sort_unstable_by(|a, b| a[..].cmp(&b[..]));
     found.dedup();

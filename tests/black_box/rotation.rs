@@ -10,8 +10,8 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::time::Instant;
 
 use crate::support::{
-    Connection, Credential, Issued, KeyFiles, Proxy, Root, Signal, Upstream, Way, eventually, get,
-    keys, pair, shows,
+    Connection, Credential, Issued, KeyFiles, Proxy, Root, Signal, Upstream, Way, assert_has,
+    eventually, get, keys, pair, shows,
 };
 
 const ROTATIONS: usize = 100;
@@ -111,9 +111,9 @@ fn half_of_a_pair_that_stays_alone_is_taken() {
     assert_eq!(proxy.get("/v1/x").status(), 200);
 }
 
-/// A pipe whose writer is silent, as a file on a network that hangs.
+/// Whoever reads a pipe whose writer is silent waits for ever, and would take over no change any more.
 #[test]
-fn file_that_hangs_holds_up_neither_requests_nor_the_end() {
+fn certificate_that_is_a_pipe_holds_up_nothing() {
     let upstream = Upstream::ok();
     let command = Proxy::to(&upstream);
     let Issued { certificate, key } = Root::new().issue("localhost");
@@ -139,6 +139,8 @@ fn file_that_hangs_holds_up_neither_requests_nor_the_end() {
         .write(true)
         .open(&certificate);
     proxy.signal(Signal::HUP);
+    let told = proxy.stderr.find(|line| line.contains("regular file"));
+    assert_has(&told.expect("a warning"), &["WARN", "certificate"]);
     for _ in 0..20 {
         let answer = Connection::unix(&socket).send(get("/v1/x")).answer();
         assert_eq!(answer.status(), 200);

@@ -86,6 +86,10 @@ fn roots_of_the_environment_that_are_not_there_are_an_error() {
         assert_eq!(finished.code, Some(78), "{finished:?}");
         assert_has(&finished.stderr, &[variable]);
     }
+    let command = trusting(&upstream, Command::new([]), "SSL_CERT_FILE", "".as_ref());
+    let finished = command.empty_env("SSL_CERT_FILE").run();
+    assert_eq!(finished.code, Some(78), "{finished:?}");
+    assert_has(&finished.stderr, &["SSL_CERT_FILE", "unset it"]);
 }
 
 #[test]
