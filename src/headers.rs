@@ -6,6 +6,7 @@ use http::header::{
 };
 
 use crate::accept_encoding;
+use crate::hop::HOP;
 
 /// Where a client may show its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
@@ -15,8 +16,8 @@ const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
 /// A page has no origin, no scripts and no forms (Content Security Policy, `sandbox`).
 const NO_SCRIPTS: HeaderValue = HeaderValue::from_static("sandbox");
 
-/// Removes what must not reach upstream.
-pub fn strip_request(headers: &mut HeaderMap) {
+/// Removes what must not reach upstream. A request that is marked keeps its [`HOP`].
+pub fn strip_request(headers: &mut HeaderMap, is_marked: bool) {
     let mut is_readable = true;
     strip(headers, |name, value| {
         // Seen in passing: mostly there is nothing to restrict, and nothing is looked up.
@@ -24,7 +25,7 @@ pub fn strip_request(headers: &mut HeaderMap) {
             is_readable &= accept_encoding::is_readable(value);
             return false;
         }
-        is_of_client(name)
+        is_of_client(name) && !(is_marked && *name == HOP)
     });
     if !is_readable {
         accept_encoding::restrict(headers);
@@ -187,7 +188,7 @@ mod tests {
             let mut headers = headers(&[("x-a", "1"), ("x-b", "2")]);
             headers.append(CONNECTION, "".parse().unwrap());
             headers.append(CONNECTION, line.parse().unwrap());
-            strip_request(&mut headers);
+            strip_request(&mut headers, false);
             assert_eq!(names(&headers), ["x-b"], "{line:?}");
         }
     }
@@ -217,7 +218,7 @@ mod tests {
             ("x-rewrite-url", "/x"),
             ("x_real_ip", "1.2.3.4"),
         ]);
-        strip_request(&mut headers);
+        strip_request(&mut headers, false);
         assert_eq!(names(&headers), ["accept-encoding"]);
     }
 

@@ -1,6 +1,7 @@
 //! Ends a loop of proxies at its first turn. A proxy whose upstream is on this machine may be that
 //! upstream's upstream, through others or at once, and a request would go round for ever.
 
+use http::header::Entry;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::error::Error;
@@ -14,7 +15,7 @@ pub struct Hop {
 }
 
 /// Has the ids of the proxies that a request came through.
-const HOP: HeaderName = HeaderName::from_static("kling-proxy-hop");
+pub const HOP: HeaderName = HeaderName::from_static("kling-proxy-hop");
 
 // === impl Hop ===
 
@@ -26,33 +27,30 @@ impl Hop {
         })
     }
 
-    /// Refuses a request that came through here before.
+    /// Adds our id to those that a request has.
     ///
     /// # Errors
     ///
-    /// [`Error::BadRequest`].
-    pub fn check(&self, headers: &HeaderMap) -> Result<(), Error> {
-        let mut ids = headers.get_all(HOP).iter().flat_map(|ids| {
-            let ids = ids.as_bytes().split(|b| *b == b',');
-            ids.map(<[u8]>::trim_ascii)
-        });
-        if ids.any(|id| *id == self.id) {
+    /// [`Error::BadRequest`] if it is there already: the request came through here before.
+    pub fn mark(&self, headers: &mut HeaderMap) -> Result<(), Error> {
+        let mut ids = match headers.entry(HOP) {
+            Entry::Vacant(entry) => {
+                entry.insert(self.id.clone());
+                return Ok(());
+            }
+            Entry::Occupied(ids) => ids,
+        };
+        let is_ours = |id: &[u8]| *id.trim_ascii() == *self.id.as_bytes();
+        let mut before = ids
+            .iter()
+            .flat_map(|ids| ids.as_bytes().split(|b| *b == b','));
+        if before.any(is_ours) {
             return Err(Error::BadRequest(
                 "the request came through this proxy before: its upstream leads back to it",
             ));
         }
+        ids.append(self.id.clone());
         Ok(())
-    }
-
-    /// The header for the next one: the ids that the request has, and then ours.
-    pub fn next(&self, headers: &HeaderMap) -> (HeaderName, HeaderValue) {
-        let mut ids = headers.get_all(HOP).iter().peekable();
-        if ids.peek().is_none() {
-            return (HOP, self.id.clone());
-        }
-        let ids: Vec<_> = ids.chain([&self.id]).map(HeaderValue::as_bytes).collect();
-        let ids = HeaderValue::from_bytes(&ids.join(&b", "[..]));
-        (HOP, ids.unwrap_or_else(|_| self.id.clone()))
     }
 }
 
@@ -78,21 +76,23 @@ mod tests {
     fn our_id_follows_those_that_are_there_and_is_known_again() {
         let [first, second] = [(); 2].map(|()| hop("http://localhost").unwrap());
         let mut headers = HeaderMap::new();
-        assert!(first.check(&headers).is_ok());
-        let (name, value) = first.next(&headers);
-        assert_eq!((&name, &value), (&HOP, &first.id));
-        headers.insert(name, value);
-        assert!(first.check(&headers).is_err());
-        assert!(second.check(&headers).is_ok());
-        headers.append(HOP, HeaderValue::from_static("another"));
-        let (name, value) = second.next(&headers);
-        let ids = [
-            first.id.to_str().unwrap(),
-            "another",
-            second.id.to_str().unwrap(),
-        ];
-        assert_eq!(value, ids.join(", "));
-        headers.insert(name, value);
-        assert!(first.check(&headers).is_err() && second.check(&headers).is_err());
+        headers.insert(HOP, HeaderValue::from_static("a, b"));
+        for hop in [&first, &second] {
+            assert!(hop.mark(&mut headers).is_ok());
+            assert!(hop.mark(&mut headers).is_err());
+        }
+        assert!(first.mark(&mut headers).is_err());
+        let ids: Vec<_> = headers.get_all(HOP).iter().collect();
+        assert_eq!(
+            ids,
+            [
+                "a, b",
+                first.id.to_str().unwrap(),
+                second.id.to_str().unwrap()
+            ]
+        );
+        let joined = format!("a,{}", first.id.to_str().unwrap());
+        headers.insert(HOP, joined.parse().unwrap());
+        assert!(first.mark(&mut headers).is_err());
     }
 }

@@ -10,7 +10,6 @@ use crate::clock::Correction;
 use crate::effect::Effect;
 use crate::facts::{Facts, Inbound};
 use crate::headers;
-use crate::hop::Hop;
 use crate::pending_create::{ClientLeft, PendingCreate};
 use crate::replay::{Keeper, Replay};
 
@@ -59,14 +58,12 @@ struct Head {
 
 impl Original {
     /// Keeps of a request what may reach upstream; of its body what is read, for as long as `keeper`
-    /// lets it. `hop` is told to an upstream on this machine.
-    pub fn new(inbound: Inbound, keeper: &Arc<Keeper>, hop: Option<&Hop>) -> Self {
+    /// lets it. The guard has marked the request for an upstream on this machine.
+    pub fn new(inbound: Inbound, keeper: &Arc<Keeper>, is_marked: bool) -> Self {
         let Inbound { request, facts } = inbound;
         let effect = Effect::of(&request);
         let (mut head, body) = request.into_parts();
-        let hop = hop.map(|hop| hop.next(&head.headers));
-        headers::strip_request(&mut head.headers);
-        head.headers.extend(hop);
+        headers::strip_request(&mut head.headers, is_marked);
         let headers = head.headers.iter();
         let kept = Head {
             method: head.method,

@@ -162,7 +162,7 @@ impl Shared {
     ) -> impl Service<Request, Response = http::Response<Counted>, Error = Infallible, Future: Send>
     + Send
     + use<> {
-        let (keeper, hop) = (Arc::clone(&self.keeper), self.hop.clone());
+        let (keeper, is_marked) = (Arc::clone(&self.keeper), self.hop.is_some());
         // What each request takes hold of is the thread's own: two cores that count up and down in
         // one place wait for one another.
         let metrics = Arc::new(Metrics::clone(&self.metrics));
@@ -174,11 +174,11 @@ impl Shared {
             .layer(GuardLayer {
                 rules: self.rules.clone(),
                 shares: Arc::clone(&self.shares),
-                hop: hop.clone(),
+                hop: self.hop.clone(),
                 lifecycle: Arc::clone(&self.lifecycle),
                 metrics,
             }) // refuses before anything is spent
-            .map_request(move |inbound| Original::new(inbound, &keeper, hop.as_deref()))
+            .map_request(move |inbound| Original::new(inbound, &keeper, is_marked))
             .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.resending.for_thread())) // never a create that may have worked
             .layer(AuthenticateLayer::new(

@@ -128,7 +128,13 @@ struct Passed;
 
 async fn answer(request: Request, rules: &'static Live<Rules>) -> Result<Response, Infallible> {
     let origins: Vec<_> = request.headers().get_all(ORIGIN).iter().cloned().collect();
-    let guard = GuardLayer::new(rules.clone(), Arc::default(), Arc::clone(&METRICS));
+    let guard = GuardLayer {
+        rules: rules.clone(),
+        shares: Arc::default(),
+        hop: None,
+        lifecycle: Arc::default(),
+        metrics: Arc::clone(&METRICS),
+    };
     let stack = ServiceBuilder::new()
         .layer(TraceLayer::new(Arc::clone(&METRICS)))
         .layer(CorsLayer::new(rules.clone()))
@@ -233,25 +239,36 @@ fn is_subset(some: &[HeaderValue], all: &[HeaderValue]) -> bool {
     some.iter().all(|one| all.contains(one))
 }
 
-/// Whether a server that decodes and resolves it, too, finds the path below one of these.
+/// Whether a server that decodes it again and again, takes parameters away and resolves it, too, finds the
+/// path below one of these.
 fn is_below(path: &str, prefixes: &[&str]) -> bool {
-    let decoded = decoded(path);
+    let mut decoded = path.as_bytes().to_vec();
+    for _ in 0..path.len() {
+        decoded = self::decoded(&decoded);
+    }
     let separators = |path: &[u8]| path.iter().filter(|b| b"/\\".contains(b)).count();
     let slashes = path.bytes().filter(|b| *b == b'/').count();
+    let segments = decoded.split(|b| *b == b'/');
+    let names = segments.map(|segment| segment.split(|b| *b == b';').next().unwrap_or_default());
+    let names: Vec<_> = names.collect();
     let plain = separators(&decoded) == slashes
-        && !decoded
-            .split(|b| *b == b'/')
-            .any(|segment| [&b"."[..], b".."].contains(&segment));
+        && decoded.iter().all(|b| b.is_ascii_graphic() && *b != b'%')
+        && !names.iter().any(|name| [&b"."[..], b".."].contains(name));
+    let resolved = names.join(&b'/');
     let below = |prefix: &&str| {
-        let prefix = prefix.trim_end_matches('/');
-        path == prefix || path.starts_with(&format!("{prefix}/"))
+        let prefix = prefix.trim_end_matches('/').as_bytes();
+        let is_below = |path: &[u8]| {
+            let rest = path.strip_prefix(prefix);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+        };
+        is_below(path.as_bytes()) && is_below(&resolved)
     };
     plain && prefixes.iter().any(below)
 }
 
-fn decoded(path: &str) -> Vec<u8> {
+fn decoded(path: &[u8]) -> Vec<u8> {
     let mut decoded = Vec::new();
-    let mut rest = path.as_bytes();
+    let mut rest = path;
     while let [first, tail @ ..] = rest {
         let digits = tail
             .get(..2)

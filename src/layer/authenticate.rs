@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 
 use axum::response::Response;
 use futures_util::future::{self, Either};
+use http::Uri;
 use http::header::{AUTHORIZATION, HOST, HeaderValue};
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
@@ -39,7 +40,7 @@ pin_project! {
         #[pin]
         inner: F,
         means: Arc<Means>,
-        accepted: Option<Accepts>,
+        uri: Uri,
     }
 }
 
@@ -90,7 +91,7 @@ where
         if let Some(facts) = original.facts() {
             facts.attempted();
         }
-        let accepted = Accepts::of_plain(original.uri().path());
+        let uri = original.uri().clone();
         // Stripped before they are set: `Connection: authorization` must not name ours.
         let mut attempt = original.attempt();
         attempt.minted_by = minted_by;
@@ -100,7 +101,7 @@ where
         Either::Right(Authenticated {
             inner: self.inner.call(attempt),
             means: Arc::clone(&self.means),
-            accepted,
+            uri,
         })
     }
 }
@@ -119,7 +120,8 @@ where
         if let Err(error) = &result
             && REFUSED.contains(&error.code())
         {
-            this.means.tokens.was_refused(*this.accepted);
+            let accepted = Accepts::of_plain(this.uri.path());
+            this.means.tokens.was_refused(accepted);
         }
         Poll::Ready(result)
     }
@@ -164,7 +166,7 @@ mod tests {
                 *answer.headers_mut() = request.into_parts().0.headers;
                 Ok::<_, Error>(answer)
             }));
-        let request = Original::new(request.into(), &keeper, None);
+        let request = Original::new(request.into(), &keeper, false);
         let answer = stack.oneshot(request).await.map_err(|error| error.code())?;
         let text = |value: &HeaderValue| value.to_str().unwrap().to_owned();
         Ok(answer

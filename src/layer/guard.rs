@@ -78,9 +78,6 @@ impl GuardLayer {
         rules.check_method(request.method())?;
         check_target(request.uri(), headers)?;
         check_framing(headers)?;
-        if let Some(hop) = &self.hop {
-            hop.check(headers)?;
-        }
         rules.check_path(request.uri().path())?;
         check_reserved(request.uri().path())?;
         let mut share = None;
@@ -140,7 +137,14 @@ where
 
     fn call(&mut self, mut inbound: Inbound) -> Self::Future {
         let rules = self.layer.rules.load();
-        match self.layer.check(&rules, &inbound) {
+        let verdict = self.layer.check(&rules, &inbound);
+        let verdict = verdict.and_then(|verdict| {
+            if let Some(hop) = &self.layer.hop {
+                hop.mark(inbound.request.headers_mut())?;
+            }
+            Ok(verdict)
+        });
+        match verdict {
             Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(inbound.request.headers())))),
             Ok(Verdict::Pass) => {
                 let limit = rules.request_body.as_u64();
