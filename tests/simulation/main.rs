@@ -14,10 +14,11 @@ mod upstream;
 mod world;
 
 use std::env;
+use std::ops::Add as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 
-use books::Books;
+use books::{Books, Outcomes};
 use plan::Plan;
 
 /// How many seeds are run. `SIMULATION_SEEDS` asks for others.
@@ -43,10 +44,11 @@ fn shrink(mut plan: Plan) -> (Plan, Books) {
     }
 }
 
-fn check(seed: u64) {
+fn check(seed: u64) -> Outcomes {
     let plan = Plan::of(seed);
-    if world::run(&plan).violations().is_empty() {
-        return;
+    let books = world::run(&plan);
+    if books.violations().is_empty() {
+        return books.outcomes();
     }
     let (plan, books) = shrink(plan);
     panic!(
@@ -59,24 +61,29 @@ fn check(seed: u64) {
 #[expect(clippy::print_stdout, reason = "how to run it again")]
 fn no_task_is_paid_twice_or_lost_and_every_request_ends() {
     if let Some(seed) = given("SIMULATION_SEED") {
-        return check(seed);
+        println!("{:?}", check(seed));
+        return;
     }
     let seeds = given("SIMULATION_SEEDS").unwrap_or(SEEDS);
     println!("seeds 0 to {seeds}");
     let next = AtomicU64::new(0);
     let work = || {
+        let mut all = Outcomes::default();
         while let seed = next.fetch_add(1, Relaxed)
             && seed < seeds
         {
-            check(seed);
+            all += check(seed);
         }
+        all
     };
     let threads = thread::available_parallelism().map_or(1, usize::from);
-    thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(work);
-        }
+    let all = thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let outcomes = threads.into_iter().map(|thread| thread.join().unwrap());
+        outcomes.fold(Outcomes::default(), Outcomes::add)
     });
+    println!("{all:?}");
+    assert!(all.is_usual(), "{all:?}");
 }
 
 #[test]
