@@ -6,8 +6,8 @@ use std::task::{Context, Poll, ready};
 
 use axum::response::Response;
 use futures_util::future::{self, Either};
-use http::Uri;
 use http::header::{AUTHORIZATION, HOST, HeaderValue};
+use http::uri::PathAndQuery;
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
@@ -40,7 +40,7 @@ pin_project! {
         #[pin]
         inner: F,
         means: Arc<Means>,
-        uri: Uri,
+        path: Option<PathAndQuery>,
     }
 }
 
@@ -91,7 +91,7 @@ where
         if let Some(facts) = original.facts() {
             facts.attempted();
         }
-        let uri = original.uri().clone();
+        let path = original.uri().path_and_query().cloned();
         // Stripped before they are set: `Connection: authorization` must not name ours.
         let mut attempt = original.attempt();
         attempt.minted_by = minted_by;
@@ -101,7 +101,7 @@ where
         Either::Right(Authenticated {
             inner: self.inner.call(attempt),
             means: Arc::clone(&self.means),
-            uri,
+            path,
         })
     }
 }
@@ -120,7 +120,8 @@ where
         if let Err(error) = &result
             && REFUSED.contains(&error.code())
         {
-            let accepted = Accepts::of_plain(this.uri.path());
+            let path = this.path.as_ref().map_or("/", PathAndQuery::path);
+            let accepted = Accepts::of_plain(path);
             this.means.tokens.was_refused(accepted);
         }
         Poll::Ready(result)

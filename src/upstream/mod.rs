@@ -92,8 +92,8 @@ struct Exchange {
     way: Arc<Way>,
     load: Load,
     progress: Arc<Progress>,
-    /// For a create.
-    create: Option<AttemptedCreate>,
+    /// For a create. Boxed, since a read has no use for its room.
+    create: Option<Box<AttemptedCreate>>,
 }
 
 /// What came of a request on one connection: an answer; or, if nothing of it was sent, the request
@@ -199,7 +199,7 @@ impl Way {
             way: self,
             load,
             progress,
-            create,
+            create: create.map(Box::new),
         };
         async move {
             let outcome = match exchange.answer(first).await {
