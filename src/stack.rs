@@ -25,7 +25,7 @@ use crate::layer::detach::DetachLayer;
 use crate::layer::drain::DrainLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::normalise::{Look, NormaliseLayer};
-use crate::layer::retry::{Limits, Resending};
+use crate::layer::retry::{Limits, RetryPolicy};
 use crate::layer::trace::{Counted, TraceLayer};
 use crate::lifecycle::Lifecycle;
 use crate::live::Live;
@@ -78,7 +78,7 @@ pub struct Shared {
     /// How errors look.
     pub errors: Live<Look>,
     /// What is sent again.
-    pub resending: Resending,
+    pub retry_policy: RetryPolicy,
     /// What is kept to be sent again.
     pub keeper: Arc<Keeper>,
     /// Where bearers come from.
@@ -132,7 +132,12 @@ impl Shared {
         );
         let retry_tokens = Arc::clone(&tokens);
         Self {
-            resending: Resending::new(retry, retry_tokens, upstream_clock, Arc::clone(&metrics)),
+            retry_policy: RetryPolicy::new(
+                retry,
+                retry_tokens,
+                upstream_clock,
+                Arc::clone(&metrics),
+            ),
             keeper: Arc::new(Keeper::new(replay, Arc::clone(&metrics))),
             admin_rules: Live::new(rules.for_admin()),
             rules: Live::new(rules),
@@ -180,7 +185,7 @@ impl Shared {
             }) // refuses before anything is spent
             .map_request(move |inbound| Original::new(inbound, &keeper, is_marked))
             .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
-            .layer(RetryLayer::new(self.resending.for_thread())) // never a create that may have worked
+            .layer(RetryLayer::new(self.retry_policy.for_thread())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
                 &self.origin.host(),

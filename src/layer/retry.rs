@@ -39,7 +39,7 @@ pub struct Limits {
 /// tower asks one for all requests for a copy of the first attempt, and then clones it for the request.
 /// Only the clone is asked to judge, so that `again` is never set on the one for all.
 #[derive(Clone)]
-pub struct Resending {
+pub struct RetryPolicy {
     shared: Arc<Shared>,
     /// Those of this request: a reload changes them for the next one.
     limits: Limits,
@@ -69,9 +69,9 @@ const SOON: Duration = Duration::from_millis(250);
 /// The same for a limit; the vendor advises a back-off from 1 s.
 const LATER: Duration = Duration::from_secs(1);
 
-// === impl Resending ===
+// === impl RetryPolicy ===
 
-impl Resending {
+impl RetryPolicy {
     /// Resends within `limits`, and within one budget for all clones.
     pub fn new(
         limits: Limits,
@@ -142,7 +142,7 @@ impl Resending {
     }
 }
 
-impl Policy<Original, Response, Error> for Resending {
+impl Policy<Original, Response, Error> for RetryPolicy {
     type Future = Sleep;
 
     fn retry(

@@ -163,7 +163,7 @@ impl Reload {
         self.shared.admin_rules.store(rules.for_admin());
         self.shared.rules.store(rules);
         self.shared.errors.store(settings.errors);
-        self.shared.resending.set_limits(settings.retry);
+        self.shared.retry_policy.set_limits(settings.retry);
         self.shared.keeper.set_bounds(settings.replay);
         self.shared.tokens.set_validity(settings.token);
         let filter = settings.log.filter.clone();
