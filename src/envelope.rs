@@ -8,6 +8,8 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::error::Category;
 use serde_json::value::RawValue;
 
+use crate::service_code;
+
 /// The top-level members of an envelope.
 #[derive(Debug, Default)]
 pub struct Envelope {
@@ -42,7 +44,7 @@ const MARK: &[u8] = "\u{feff}".as_bytes();
 pub fn peek(beginning: &[u8]) -> Peek {
     // How Kling writes a success: reading it as JSON would cost a poll a thousand instructions more.
     if beginning.starts_with(br#"{"code":0,"#) {
-        return Peek::Code(0);
+        return Peek::Code(service_code::SUCCESS);
     }
     let (members, end) = Members::read(beginning, true);
     match (members.code, end) {

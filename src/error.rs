@@ -12,7 +12,7 @@ use sync_wrapper::SyncWrapper;
 
 use crate::effect::Effect;
 use crate::envelope::Envelope;
-use crate::service_code::{self, Row};
+use crate::service_code::{self, Class, Resend, Row};
 use crate::token::MintError;
 
 /// A cause from another crate.
@@ -135,27 +135,9 @@ pub struct Failure {
     pub upstream_request_id: Option<String>,
 }
 
-/// What the proxy may do about a failed attempt: the table of resending in docs/errors.md.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resend {
-    /// Nothing: it would fail again, or a second one would cost.
-    Never,
-    /// Send a read again. A create may have worked.
-    Reads,
-    /// Send anything again: nothing was sent.
-    Unsent,
-    /// Send anything again, later: it was refused before a task existed.
-    Refused,
-    /// Send anything again, once, with a token minted by the corrected clock.
-    NewToken,
-}
-
 // === impl Error ===
 
 impl Error {
-    /// The code of a request that is not well formed.
-    pub const MALFORMED: i64 = 9000;
-
     /// No answer within this time.
     pub fn upstream_timeout(limit: Duration) -> Self {
         let late = None;
@@ -178,34 +160,35 @@ impl Error {
         }
     }
 
-    /// The number in the body's `code`.
+    /// Returns the number in the body's `code`.
     pub fn code(&self) -> i64 {
         match self {
-            Self::BadRequest(_) | Self::BodyCutOff => Self::MALFORMED,
-            Self::HostNotAllowed(_) => 9001,
-            Self::OriginNotAllowed => 9002,
-            Self::ClientTokenInvalid => 9003,
-            Self::PathNotAllowed => 9004,
-            Self::MethodNotAllowed => 9005,
-            Self::BodyTooLarge { .. } => 9006,
-            Self::NotFound => 9007,
-            Self::ClientTooSlow(_) => 9008,
-            Self::Unreachable(_) | Self::EgressRefused(_) => 9101,
-            Self::UpstreamTimeout { .. } => 9102,
-            Self::BadResponse { .. } | Self::NotHttp(_) => 9103,
-            Self::Disconnected(_) | Self::ShutDown => 9104,
-            Self::Credentials(_) => 9201,
-            Self::Overloaded(_) => 9301,
-            Self::Draining => 9302,
+            // An unknown code has a row that stands for all of them.
             Self::Service { envelope, .. } => envelope.code,
+            _ => self.row().code.into(),
         }
     }
 
-    /// What is known of the code.
+    /// Returns the row of the code.
     pub fn row(&self) -> &'static Row {
         match self {
+            Self::BadRequest(_) | Self::BodyCutOff => service_code::BAD_REQUEST,
+            Self::HostNotAllowed(_) => service_code::HOST_NOT_ALLOWED,
+            Self::OriginNotAllowed => service_code::ORIGIN_NOT_ALLOWED,
+            Self::ClientTokenInvalid => service_code::CLIENT_TOKEN_INVALID,
+            Self::PathNotAllowed => service_code::PATH_NOT_ALLOWED,
+            Self::MethodNotAllowed => service_code::METHOD_NOT_ALLOWED,
+            Self::BodyTooLarge { .. } => service_code::BODY_TOO_LARGE,
+            Self::NotFound => service_code::NOT_FOUND,
+            Self::ClientTooSlow(_) => service_code::CLIENT_TOO_SLOW,
+            Self::Unreachable(_) | Self::EgressRefused(_) => service_code::UPSTREAM_UNREACHABLE,
+            Self::UpstreamTimeout { .. } => service_code::UPSTREAM_TIMEOUT,
+            Self::BadResponse { .. } | Self::NotHttp(_) => service_code::UPSTREAM_BAD_RESPONSE,
+            Self::Disconnected(_) | Self::ShutDown => service_code::UPSTREAM_DISCONNECTED,
+            Self::Credentials(_) => service_code::CREDENTIALS_UNAVAILABLE,
+            Self::Overloaded(_) => service_code::OVERLOADED,
+            Self::Draining => service_code::DRAINING,
             Self::Service { envelope, .. } => service_code::sent_by_kling(envelope.code),
-            _ => service_code::find(self.code()).unwrap_or(&service_code::UNKNOWN),
         }
     }
 
@@ -219,11 +202,16 @@ impl Error {
         self.bare_status().unwrap_or(self.row().status)
     }
 
+    /// The status for clients that send every 429 again (`errors.status = "actionable"`).
+    pub fn actionable_status(&self) -> StatusCode {
+        self.bare_status().unwrap_or(self.row().actionable_status)
+    }
+
     /// Upstream's status, where nothing else tells what its answer means.
     fn bare_status(&self) -> Option<StatusCode> {
         let answer = match self {
             Self::BadResponse { answer, .. } => answer,
-            Self::Service { answer, .. } if *self.row() == service_code::UNKNOWN => answer,
+            Self::Service { answer, .. } if self.row().class == Class::Unknown => answer,
             _ => return None,
         };
         let status = answer.head.status;
@@ -256,55 +244,34 @@ impl Error {
         match self.bare_status() {
             // A status alone cannot speak for a create.
             Some(status) => effect == Effect::Read && status.is_server_error(),
-            None => self.row().retry.allows(effect),
+            None => self.row().resend.allows(effect),
         }
     }
 
     /// Returns true if no task can have come of a create that failed so, and it may be sent again.
     pub fn proves_no_task(&self) -> bool {
-        if let Self::EgressRefused(_) = self {
-            return true;
-        }
         match self.resend() {
-            Resend::Unsent | Resend::Refused | Resend::NewToken => true,
+            Resend::Unsent | Resend::Refused | Resend::NewToken | Resend::ByClient => true,
             Resend::Never | Resend::Reads => false,
         }
     }
 
-    /// Whether the proxy itself may send the same request again.
+    /// Returns the rule for sending the same request again that the proxy itself follows.
     ///
-    /// Narrower than [`retryable`](Self::retryable), which advises clients.
+    /// Narrower than [`retryable`](Self::retryable), which advises clients: some variants say more than
+    /// the row that they share with others.
     pub fn resend(&self) -> Resend {
         match self {
-            Self::Unreachable(_) => Resend::Unsent,
-            Self::UpstreamTimeout { .. } | Self::Disconnected(_) | Self::ShutDown => Resend::Reads,
+            // The egress proxy would refuse again.
+            Self::EgressRefused(_) => Resend::ByClient,
+            Self::NotHttp(_) => Resend::Never,
             Self::BadResponse { answer, .. } => match answer.head.status {
                 StatusCode::BAD_GATEWAY
                 | StatusCode::SERVICE_UNAVAILABLE
-                | StatusCode::GATEWAY_TIMEOUT => Resend::Reads,
+                | StatusCode::GATEWAY_TIMEOUT => self.row().resend,
                 _ => Resend::Never,
             },
-            Self::Service { envelope, .. } => match envelope.code {
-                1003 | 1004 => Resend::NewToken,
-                1302 | 1303 => Resend::Refused,
-                5000..=5002 => Resend::Reads,
-                _ => Resend::Never,
-            },
-            Self::BadRequest(_)
-            | Self::HostNotAllowed(_)
-            | Self::OriginNotAllowed
-            | Self::ClientTokenInvalid
-            | Self::PathNotAllowed
-            | Self::MethodNotAllowed
-            | Self::BodyTooLarge { .. }
-            | Self::BodyCutOff
-            | Self::NotFound
-            | Self::ClientTooSlow(_)
-            | Self::EgressRefused(_)
-            | Self::NotHttp(_)
-            | Self::Credentials(_)
-            | Self::Overloaded(_)
-            | Self::Draining => Resend::Never,
+            _ => self.row().resend,
         }
     }
 }

@@ -4,7 +4,6 @@
 //! counting is an atomic addition. Counters of what goes wrong stand at 0 from the start: to
 //! Prometheus, one that comes to be with its first event has not increased.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::service_code::{self, TABLE};
+use crate::service_code::{self, Class, TABLE};
 use crate::telemetry;
 
 /// Upper bounds of the duration buckets in seconds: those OpenTelemetry advises for HTTP, to 10.
@@ -91,8 +90,7 @@ impl Metrics {
             "Requests sent upstream, by what came of them: response, or the error's type.",
             "outcome",
             &[
-                kinds(1..9000),
-                kinds(9100..9200),
+                kinds(Class::counts_as_attempt),
                 vec![service_code::UNKNOWN.kind],
             ]
             .concat(),
@@ -123,7 +121,7 @@ impl Metrics {
                 "guard_refusals_total",
                 "Requests refused unsent, by the error's type.",
                 "reason",
-                &[kinds(9000..9100), kinds(9300..9400)].concat(),
+                &kinds(Class::counts_as_refusal),
             )?,
             clients: counters(
                 "client_requests_total",
@@ -276,9 +274,9 @@ fn registered<C: Collector + Clone + 'static>(
     Ok(metric)
 }
 
-/// The types of errors whose codes are in this range: hundreds group them.
-fn kinds(codes: Range<u16>) -> Vec<&'static str> {
-    let rows = TABLE.iter().filter(|row| codes.contains(&row.code));
+/// Returns the types of errors whose class is counted.
+fn kinds(counted: fn(Class) -> bool) -> Vec<&'static str> {
+    let rows = TABLE.iter().filter(|row| counted(row.class));
     rows.map(|row| row.kind).collect()
 }
 

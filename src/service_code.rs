@@ -1,7 +1,8 @@
-//! Every code an error can carry, as rows: Kling's service codes and the proxy's own.
+//! The table of service codes: Kling's and the proxy's own, with every fact that depends on a code.
 //!
-//! Rows below 9000 are the vendor's table, word for word ("General Information", error codes, read
-//! 2026-11-22); rows from 9000 on are made by the proxy.
+//! To add a code, add a row. Rows below 9000 have the vendor's words ("General Information", error codes,
+//! read 2026-11-22). Rows from 9000 on are made by the proxy; [`Error`](crate::error::Error) names them by
+//! the constants below the table.
 
 use std::time::Duration;
 
@@ -9,200 +10,355 @@ use http::StatusCode;
 
 use crate::effect::Effect;
 
-/// What is known of one code.
+/// A service code and all that follows from it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Row {
     /// The number in the body's `code`.
     pub code: u16,
+    /// The subject of the code.
+    pub class: Class,
     /// The documented HTTP status.
     pub status: StatusCode,
+    /// The status under `errors.status = "actionable"`: not 429 if sending again cannot help.
+    pub actionable_status: StatusCode,
     /// A stable name: `error.type` in bodies and logs, and a metric label.
     pub kind: &'static str,
-    /// Whether the same request may be sent again.
-    pub retry: Retry,
-    /// What the code means in general.
+    /// The rule for sending the same request again, for clients and for the proxy.
+    pub resend: Resend,
+    /// The `Retry-After` of a status in [`WITH_RETRY_AFTER`], if upstream sent none. Whole seconds.
+    pub retry_after: Duration,
+    /// The vendor's heading, or ours.
     pub definition: &'static str,
-    /// What the code means here.
+    /// The meaning of the code.
     pub explanation: &'static str,
-    /// What to do about it.
+    /// The advice to the user.
     pub solution: &'static str,
+    /// `error.hint`: advice beyond the vendor's.
+    pub hint: Option<&'static str>,
+    /// Phrases of messages that say more than the code.
+    pub phrases: &'static [Phrase],
+    /// Ends the client's connection after the answer, because the next request has no known beginning.
+    pub closes_connection: bool,
 }
 
-/// Whether a request that failed with a code may be sent again.
+/// The subject of a code: the credential, the clock, the account, the request, or a part that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Retry {
-    /// It would fail again.
-    Never,
-    /// Only a read: a create may have made its task already.
-    Reads,
-    /// Any request: it was refused before it had an effect.
-    Any,
+pub enum Class {
+    /// No error.
+    Success,
+    /// The credential was refused.
+    Credential,
+    /// The request arrived without a credential.
+    CredentialMissing,
+    /// The token was refused because the clocks differ.
+    TokenTime,
+    /// The account may not have this. Its credential is known.
+    Account,
+    /// The request is wrong.
+    Parameters,
+    /// The content or a policy of the platform forbids it.
+    Policy,
+    /// The account exceeds its rate or its slots.
+    Limit,
+    /// The account does not admit the address of this machine.
+    Address,
+    /// Kling failed.
+    Internal,
+    /// A code that the table does not have.
+    Unknown,
+    /// The proxy does not forward the request.
+    Request,
+    /// The proxy has no usable answer of upstream.
+    UpstreamFailure,
+    /// The proxy has no credential to send.
+    CredentialUnavailable,
+    /// The proxy takes no more requests for now.
+    Capacity,
 }
 
-/// How long a client should wait where upstream did not say: the vendor advises a back-off from 1 s.
-const SHORT_WAIT: Duration = Duration::from_secs(1);
-/// As [`SHORT_WAIT`], for what ends when a task or a restart ends: a task takes 9 s and up.
-const LONG_WAIT: Duration = Duration::from_secs(5);
+/// The rule for sending a failed request again. A client and the proxy may differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resend {
+    /// Nobody sends it again: it would fail again.
+    Never,
+    /// Client and proxy send a read again. A create may have made its task already.
+    Reads,
+    /// Client and proxy send any request again: nothing of it was sent.
+    Unsent,
+    /// Client and proxy send any request again, later: it was refused before a task existed.
+    Refused,
+    /// As [`Refused`](Self::Refused), but the proxy sends it once, with a token by the corrected clock.
+    NewToken,
+    /// The client sends any request again, later: it had no effect. The proxy does not: it refused the
+    /// request itself, or would be refused again.
+    ByClient,
+}
 
-const OK: StatusCode = StatusCode::OK;
-const BAD_REQUEST: StatusCode = StatusCode::BAD_REQUEST;
-const UNAUTHORIZED: StatusCode = StatusCode::UNAUTHORIZED;
-const FORBIDDEN: StatusCode = StatusCode::FORBIDDEN;
-const NOT_FOUND: StatusCode = StatusCode::NOT_FOUND;
-const TOO_MANY: StatusCode = StatusCode::TOO_MANY_REQUESTS;
-const INTERNAL: StatusCode = StatusCode::INTERNAL_SERVER_ERROR;
-const BAD_GATEWAY: StatusCode = StatusCode::BAD_GATEWAY;
-const UNAVAILABLE: StatusCode = StatusCode::SERVICE_UNAVAILABLE;
-const TIMEOUT: StatusCode = StatusCode::GATEWAY_TIMEOUT;
+/// A part of Kling's messages that asks for the other kind of credential.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Phrase {
+    /// The part of the message.
+    pub text: &'static str,
+    /// The kind of credential that it asks for.
+    pub needs: Needs,
+}
 
-/// All rows, sorted by code.
-#[rustfmt::skip]
-pub const TABLE: &[Row] = &[
-    row(0, OK, "ok", Retry::Never,
-        "Request successful", "-", "-"),
-    row(1000, UNAUTHORIZED, "authentication_failed", Retry::Never,
-        "Authentication failed", "Authentication failed",
-        "Check if the Authorization is correct"),
-    row(1001, UNAUTHORIZED, "authorization_missing", Retry::Never,
-        "Authentication failed", "Authorization is empty",
-        "Fill in the correct Authorization in the Request Header"),
-    row(1002, UNAUTHORIZED, "authorization_invalid", Retry::Never,
-        "Authentication failed", "Authorization is invalid",
-        "Fill in the correct Authorization in the Request Header"),
-    row(1003, UNAUTHORIZED, "authorization_not_yet_valid", Retry::Any,
-        "Authentication failed", "Authorization is not yet valid",
-        "Check the start effective time of the token, wait for it to take effect or reissue"),
-    row(1004, UNAUTHORIZED, "authorization_expired", Retry::Any,
-        "Authentication failed", "Authorization has expired",
-        "Check the validity period of the token and reissue it"),
-    row(1100, TOO_MANY, "account_exception", Retry::Never,
-        "Account exception", "Account exception",
-        "Verifying account configuration information"),
-    row(1101, TOO_MANY, "account_in_arrears", Retry::Never,
-        "Account exception", "Account in arrears (postpaid scenario)",
-        "Recharge the account to ensure sufficient balance"),
-    row(1102, TOO_MANY, "resource_pack_depleted", Retry::Never,
-        "Account exception", "Resource pack depleted or expired (prepaid scenario)",
-        "Purchase additional resource packages, or activate the post-payment service (if available)"),
-    row(1103, FORBIDDEN, "access_denied", Retry::Never,
-        "Account exception", "Unauthorized access to requested resource, such as API/model",
-        "Verifying account permissions"),
-    row(1200, BAD_REQUEST, "invalid_parameters", Retry::Never,
-        "Invalid request parameters", "Invalid request parameters",
-        "Check whether the request parameters are correct"),
-    row(1201, BAD_REQUEST, "invalid_parameter_value", Retry::Never,
-        "Invalid request parameters", "Invalid parameters, such as incorrect key or illegal value",
-        "Refer to the specific information in the message field of the returned body and modify the request parameters"),
-    row(1202, NOT_FOUND, "invalid_method", Retry::Never,
-        "Invalid request parameters", "The requested method is invalid",
-        "Review the API documentation and use the correct request method"),
-    row(1203, NOT_FOUND, "resource_not_found", Retry::Never,
-        "Invalid request parameters", "The requested resource does not exist, such as the model",
-        "Refer to the specific information in the message field of the returned body and modify the request parameters"),
-    row(1300, BAD_REQUEST, "platform_policy", Retry::Never,
-        "Trigger strategy", "Trigger strategy of the platform",
-        "Check if any platform policies have been triggered"),
-    row(1301, BAD_REQUEST, "content_policy", Retry::Never,
-        "Trigger strategy", "Trigger the content security policy of the platform",
-        "Check the input content, modify it, and resend the request"),
-    row(1302, TOO_MANY, "rate_limited", Retry::Any,
-        "Trigger strategy", "The API request is too fast, exceeding the platform’s rate limit",
-        "Reduce the request frequency, try again later, or contact customer service to increase the limit"),
-    row(1303, TOO_MANY, "concurrency_limited", Retry::Any,
-        "Trigger strategy", "Concurrency or QPS exceeds the prepaid resource package limit",
-        "Reduce the request frequency, try again later, or contact customer service to increase the limit"),
-    row(1304, TOO_MANY, "ip_not_allowed", Retry::Never,
-        "Trigger strategy", "Trigger the platform’s IP whitelisting policy",
-        "Contact customer service"),
-    row(5000, INTERNAL, "internal_error", Retry::Reads,
-        "Internal error", "Server internal error",
-        "Try again later, or contact customer service"),
-    row(5001, UNAVAILABLE, "unavailable", Retry::Reads,
-        "Internal error", "Server temporarily unavailable, usually due to maintenance",
-        "Try again later, or contact customer service"),
-    row(5002, TIMEOUT, "internal_timeout", Retry::Reads,
-        "Internal error", "Server internal timeout, usually due to a backlog",
-        "Try again later, or contact customer service"),
-    row(9000, BAD_REQUEST, "bad_request", Retry::Never,
-        "Refused by the proxy", "The request is malformed or its target is not a path",
-        "Send an origin-form target such as `/v1/videos/text2video`"),
-    row(9001, StatusCode::MISDIRECTED_REQUEST, "host_not_allowed", Retry::Never,
-        "Refused by the proxy", "The Host header names a host that this proxy does not answer for",
-        "Call the proxy by an allowed name, or add the name to `access.allowed_hosts`"),
-    row(9002, FORBIDDEN, "origin_not_allowed", Retry::Never,
-        "Refused by the proxy", "The request comes from a web page that may not use this proxy",
-        "Call the proxy from a program instead, or add the page's origin to `access.allowed_origins`"),
-    row(9003, UNAUTHORIZED, "client_token_invalid", Retry::Never,
-        "Refused by the proxy", "The client token is missing or unknown",
-        "Send a token of `access.client_tokens_file` in `kling-proxy-token` or as `Authorization: Bearer`"),
-    row(9004, FORBIDDEN, "path_not_allowed", Retry::Never,
-        "Refused by the proxy", "The path is not among those that this proxy forwards",
-        "Add a prefix of it to `access.allowed_paths`"),
-    row(9005, StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", Retry::Never,
-        "Refused by the proxy", "The method is not among those that this proxy forwards",
-        "Use GET or POST, as the Kling API does, or see `access.allowed_methods`"),
-    row(9006, StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", Retry::Never,
-        "Refused by the proxy", "The request body is larger than the proxy allows",
-        "Send less, or raise `limits.request_body`"),
-    row(9007, NOT_FOUND, "not_found", Retry::Never,
-        "Refused by the proxy", "Paths below `/_proxy` are reserved by the proxy and there is nothing at this one",
-        "Health and metrics are on the admin listener, `admin.address`"),
-    row(9008, StatusCode::REQUEST_TIMEOUT, "client_too_slow", Retry::Never,
-        "Refused by the proxy", "The request body stalled for longer than the proxy waits, or came too slowly",
-        "Send the body without long pauses, or raise `upstream.idle_timeout`"),
-    row(9101, BAD_GATEWAY, "upstream_unreachable", Retry::Any,
-        "Upstream failure", "No connection to upstream could be made, so nothing was sent",
-        "Check the network, name resolution, `upstream.url`, and `upstream.proxy` where it is set"),
-    row(9102, TIMEOUT, "upstream_timeout", Retry::Reads,
-        "Upstream failure", "Upstream did not answer in time; the request may have been carried out",
-        "Try a read again later; look a create up first. The limit is `upstream.response_timeout`"),
-    row(9103, BAD_GATEWAY, "upstream_bad_response", Retry::Reads,
-        "Upstream failure", "Upstream answered with an error that is not in Kling's form",
-        "See `error.upstream_status` and `error.excerpt`; often a gateway in between"),
-    row(9104, BAD_GATEWAY, "upstream_disconnected", Retry::Reads,
-        "Upstream failure", "The connection was lost before an answer; the request may have been carried out",
-        "Try a read again; look a create up first"),
-    row(9201, UNAVAILABLE, "credentials_unavailable", Retry::Never,
-        "No credential", "The proxy has no usable credential, so nothing was sent",
-        "Set KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY, for the proxy"),
-    row(9301, UNAVAILABLE, "overloaded", Retry::Any,
-        "Refused by the proxy", "Too many requests are in flight, of all clients or of one while others want some",
-        "Send fewer at once, or raise `limits.in_flight`"),
-    row(9302, UNAVAILABLE, "draining", Retry::Any,
-        "Refused by the proxy", "The proxy is shutting down",
-        "Try again when it has been started again"),
+/// A kind of credential.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// An API key.
+    ApiKey,
+    /// An access key with its secret key.
+    KeyPair,
+}
+
+/// The code of a success.
+pub const SUCCESS: i64 = 0;
+
+/// Statuses whose answers carry `Retry-After`, if the request may be sent again.
+pub const WITH_RETRY_AFTER: [StatusCode; 2] = [
+    StatusCode::TOO_MANY_REQUESTS,
+    StatusCode::SERVICE_UNAVAILABLE,
 ];
 
-/// Stands for every code that Kling has added since: never a reason to fail otherwise.
-pub static UNKNOWN: Row = row(
-    0,
-    BAD_GATEWAY,
-    "unknown_service_code",
-    Retry::Reads,
-    "Unknown service code",
-    "Kling sent a code that its table does not list",
-    "See the message, and Kling's documentation",
-);
+/// The usual `Retry-After`: for waits that end with a task or a restart. A task takes 9 s and up.
+const LONG_WAIT: Duration = Duration::from_secs(5);
+/// The `Retry-After` of a rate: the vendor advises a back-off from 1 s.
+const SHORT_WAIT: Duration = Duration::from_secs(1);
 
-/// Looks up what a code that Kling sent means. Those of the proxy's own mean nothing from there.
+const WRONG_CREDENTIAL: &str = "the proxy's credential was refused, not what the client sent: \
+                                check the keys of the proxy, and that `upstream.url` is the region \
+                                that issued them";
+const WRONG_CLOCK: &str = "this machine's clock and upstream's differ: correct this one's";
+
+const NO_KEY_PAIRS: Phrase = Phrase {
+    text: "does not support AK/SK",
+    needs: Needs::ApiKey,
+};
+const NO_API_KEY: Phrase = Phrase {
+    text: "3 parts",
+    needs: Needs::KeyPair,
+};
+
+/// All rows, sorted by code. The columns that `row` sets to the usual value are set by methods behind it.
+#[rustfmt::skip]
+pub const TABLE: &[Row] = &[
+    row(0, Class::Success, StatusCode::OK, "ok", Resend::Never,
+        ["Request successful", "-", "-"]),
+    row(1000, Class::Credential, StatusCode::UNAUTHORIZED, "authentication_failed", Resend::Never,
+        ["Authentication failed", "Authentication failed",
+         "Check if the Authorization is correct"])
+        .hint(WRONG_CREDENTIAL).phrases(&[NO_API_KEY]),
+    row(1001, Class::CredentialMissing, StatusCode::UNAUTHORIZED, "authorization_missing", Resend::Never,
+        ["Authentication failed", "Authorization is empty",
+         "Fill in the correct Authorization in the Request Header"])
+        .hint(WRONG_CREDENTIAL),
+    row(1002, Class::Credential, StatusCode::UNAUTHORIZED, "authorization_invalid", Resend::Never,
+        ["Authentication failed", "Authorization is invalid",
+         "Fill in the correct Authorization in the Request Header"])
+        .hint(WRONG_CREDENTIAL).phrases(&[NO_KEY_PAIRS, NO_API_KEY]),
+    row(1003, Class::TokenTime, StatusCode::UNAUTHORIZED, "authorization_not_yet_valid", Resend::NewToken,
+        ["Authentication failed", "Authorization is not yet valid",
+         "Check the start effective time of the token, wait for it to take effect or reissue"])
+        .hint(WRONG_CLOCK),
+    row(1004, Class::TokenTime, StatusCode::UNAUTHORIZED, "authorization_expired", Resend::NewToken,
+        ["Authentication failed", "Authorization has expired",
+         "Check the validity period of the token and reissue it"])
+        .hint(WRONG_CLOCK),
+    row(1100, Class::Account, StatusCode::TOO_MANY_REQUESTS, "account_exception", Resend::Never,
+        ["Account exception", "Account exception",
+         "Verifying account configuration information"])
+        .actionable(StatusCode::PAYMENT_REQUIRED),
+    row(1101, Class::Account, StatusCode::TOO_MANY_REQUESTS, "account_in_arrears", Resend::Never,
+        ["Account exception", "Account in arrears (postpaid scenario)",
+         "Recharge the account to ensure sufficient balance"])
+        .actionable(StatusCode::PAYMENT_REQUIRED),
+    row(1102, Class::Account, StatusCode::TOO_MANY_REQUESTS, "resource_pack_depleted", Resend::Never,
+        ["Account exception", "Resource pack depleted or expired (prepaid scenario)",
+         "Purchase additional resource packages, or activate the post-payment service (if available)"])
+        .actionable(StatusCode::PAYMENT_REQUIRED),
+    row(1103, Class::Account, StatusCode::FORBIDDEN, "access_denied", Resend::Never,
+        ["Account exception", "Unauthorized access to requested resource, such as API/model",
+         "Verifying account permissions"]),
+    row(1200, Class::Parameters, StatusCode::BAD_REQUEST, "invalid_parameters", Resend::Never,
+        ["Invalid request parameters", "Invalid request parameters",
+         "Check whether the request parameters are correct"]),
+    row(1201, Class::Parameters, StatusCode::BAD_REQUEST, "invalid_parameter_value", Resend::Never,
+        ["Invalid request parameters", "Invalid parameters, such as incorrect key or illegal value",
+         "Refer to the specific information in the message field of the returned body and modify the request parameters"]),
+    row(1202, Class::Parameters, StatusCode::NOT_FOUND, "invalid_method", Resend::Never,
+        ["Invalid request parameters", "The requested method is invalid",
+         "Review the API documentation and use the correct request method"]),
+    row(1203, Class::Parameters, StatusCode::NOT_FOUND, "resource_not_found", Resend::Never,
+        ["Invalid request parameters", "The requested resource does not exist, such as the model",
+         "Refer to the specific information in the message field of the returned body and modify the request parameters"]),
+    row(1300, Class::Policy, StatusCode::BAD_REQUEST, "platform_policy", Resend::Never,
+        ["Trigger strategy", "Trigger strategy of the platform",
+         "Check if any platform policies have been triggered"]),
+    row(1301, Class::Policy, StatusCode::BAD_REQUEST, "content_policy", Resend::Never,
+        ["Trigger strategy", "Trigger the content security policy of the platform",
+         "Check the input content, modify it, and resend the request"]),
+    row(1302, Class::Limit, StatusCode::TOO_MANY_REQUESTS, "rate_limited", Resend::Refused,
+        ["Trigger strategy", "The API request is too fast, exceeding the platform’s rate limit",
+         "Reduce the request frequency, try again later, or contact customer service to increase the limit"])
+        .retry_after(SHORT_WAIT),
+    row(1303, Class::Limit, StatusCode::TOO_MANY_REQUESTS, "concurrency_limited", Resend::Refused,
+        ["Trigger strategy", "Concurrency or QPS exceeds the prepaid resource package limit",
+         "Reduce the request frequency, try again later, or contact customer service to increase the limit"])
+        .hint("all keys of the account share its slots, and a task holds one until it ends: \
+               poll those that run, then send this again"),
+    row(1304, Class::Address, StatusCode::TOO_MANY_REQUESTS, "ip_not_allowed", Resend::Never,
+        ["Trigger strategy", "Trigger the platform’s IP whitelisting policy",
+         "Contact customer service"])
+        .hint("the account admits some addresses only: add this machine's public one").actionable(StatusCode::FORBIDDEN),
+    row(5000, Class::Internal, StatusCode::INTERNAL_SERVER_ERROR, "internal_error", Resend::Reads,
+        ["Internal error", "Server internal error",
+         "Try again later, or contact customer service"]),
+    row(5001, Class::Internal, StatusCode::SERVICE_UNAVAILABLE, "unavailable", Resend::Reads,
+        ["Internal error", "Server temporarily unavailable, usually due to maintenance",
+         "Try again later, or contact customer service"]),
+    row(5002, Class::Internal, StatusCode::GATEWAY_TIMEOUT, "internal_timeout", Resend::Reads,
+        ["Internal error", "Server internal timeout, usually due to a backlog",
+         "Try again later, or contact customer service"]),
+    row(9000, Class::Request, StatusCode::BAD_REQUEST, "bad_request", Resend::Never,
+        ["Refused by the proxy", "The request is malformed or its target is not a path",
+         "Send an origin-form target such as `/v1/videos/text2video`"])
+        .closes_connection(),
+    row(9001, Class::Request, StatusCode::MISDIRECTED_REQUEST, "host_not_allowed", Resend::Never,
+        ["Refused by the proxy", "The Host header names a host that this proxy does not answer for",
+         "Call the proxy by an allowed name, or add the name to `access.allowed_hosts`"]),
+    row(9002, Class::Request, StatusCode::FORBIDDEN, "origin_not_allowed", Resend::Never,
+        ["Refused by the proxy", "The request comes from a web page that may not use this proxy",
+         "Call the proxy from a program instead, or add the page's origin to `access.allowed_origins`"]),
+    row(9003, Class::Request, StatusCode::UNAUTHORIZED, "client_token_invalid", Resend::Never,
+        ["Refused by the proxy", "The client token is missing or unknown",
+         "Send a token of `access.client_tokens_file` in `kling-proxy-token` or as `Authorization: Bearer`"]),
+    row(9004, Class::Request, StatusCode::FORBIDDEN, "path_not_allowed", Resend::Never,
+        ["Refused by the proxy", "The path is not among those that this proxy forwards",
+         "Add a prefix of it to `access.allowed_paths`"]),
+    row(9005, Class::Request, StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", Resend::Never,
+        ["Refused by the proxy", "The method is not among those that this proxy forwards",
+         "Use GET or POST, as the Kling API does, or see `access.allowed_methods`"]),
+    row(9006, Class::Request, StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", Resend::Never,
+        ["Refused by the proxy", "The request body is larger than the proxy allows",
+         "Send less, or raise `limits.request_body`"]),
+    row(9007, Class::Request, StatusCode::NOT_FOUND, "not_found", Resend::Never,
+        ["Refused by the proxy", "Paths below `/_proxy` are reserved by the proxy and there is nothing at this one",
+         "Health and metrics are on the admin listener, `admin.address`"]),
+    row(9008, Class::Request, StatusCode::REQUEST_TIMEOUT, "client_too_slow", Resend::Never,
+        ["Refused by the proxy", "The request body stalled for longer than the proxy waits, or came too slowly",
+         "Send the body without long pauses, or raise `upstream.idle_timeout`"]),
+    row(9101, Class::UpstreamFailure, StatusCode::BAD_GATEWAY, "upstream_unreachable", Resend::Unsent,
+        ["Upstream failure", "No connection to upstream could be made, so nothing was sent",
+         "Check the network, name resolution, `upstream.url`, and `upstream.proxy` where it is set"]),
+    row(9102, Class::UpstreamFailure, StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", Resend::Reads,
+        ["Upstream failure", "Upstream did not answer in time; the request may have been carried out",
+         "Try a read again later; look a create up first. The limit is `upstream.response_timeout`"]),
+    row(9103, Class::UpstreamFailure, StatusCode::BAD_GATEWAY, "upstream_bad_response", Resend::Reads,
+        ["Upstream failure", "Upstream answered with an error that is not in Kling's form",
+         "See `error.upstream_status` and `error.excerpt`; often a gateway in between"]),
+    row(9104, Class::UpstreamFailure, StatusCode::BAD_GATEWAY, "upstream_disconnected", Resend::Reads,
+        ["Upstream failure", "The connection was lost before an answer; the request may have been carried out",
+         "Try a read again; look a create up first"]),
+    row(9201, Class::CredentialUnavailable, StatusCode::SERVICE_UNAVAILABLE, "credentials_unavailable", Resend::Never,
+        ["No credential", "The proxy has no usable credential, so nothing was sent",
+         "Set KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY, for the proxy"]),
+    row(9301, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "overloaded", Resend::ByClient,
+        ["Refused by the proxy", "Too many requests are in flight, of all clients or of one while others want some",
+         "Send fewer at once, or raise `limits.in_flight`"])
+        .retry_after(SHORT_WAIT),
+    row(9302, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "draining", Resend::ByClient,
+        ["Refused by the proxy", "The proxy is shutting down",
+         "Try again when it has been started again"]),
+];
+
+/// The row of every code that Kling sends and the table does not have, for example because Kling added it
+/// since. The status of its answer says if it may be sent again.
+#[rustfmt::skip]
+pub static UNKNOWN: Row =
+    row(0, Class::Unknown, StatusCode::BAD_GATEWAY, "unknown_service_code", Resend::Never,
+        ["Unknown service code", "Kling sent a code that its table does not list",
+         "See the message, and Kling's documentation"]);
+
+/// The proxy's answer to a malformed request.
+pub const BAD_REQUEST: &Row = own(9000);
+/// The proxy's answer to a request for a foreign host.
+pub const HOST_NOT_ALLOWED: &Row = own(9001);
+/// The proxy's answer to a web page.
+pub const ORIGIN_NOT_ALLOWED: &Row = own(9002);
+/// The proxy's answer to a client without a valid token.
+pub const CLIENT_TOKEN_INVALID: &Row = own(9003);
+/// The proxy's answer to a path outside of the allow-list.
+pub const PATH_NOT_ALLOWED: &Row = own(9004);
+/// The proxy's answer to a method outside of the allow-list.
+pub const METHOD_NOT_ALLOWED: &Row = own(9005);
+/// The proxy's answer to a body over the limit.
+pub const BODY_TOO_LARGE: &Row = own(9006);
+/// The proxy's answer to an unknown path of its own.
+pub const NOT_FOUND: &Row = own(9007);
+/// The proxy's answer to a body that stalls.
+pub const CLIENT_TOO_SLOW: &Row = own(9008);
+/// The proxy's answer if it cannot connect to upstream.
+pub const UPSTREAM_UNREACHABLE: &Row = own(9101);
+/// The proxy's answer if upstream does not answer in time.
+pub const UPSTREAM_TIMEOUT: &Row = own(9102);
+/// The proxy's answer if upstream's is not in Kling's form.
+pub const UPSTREAM_BAD_RESPONSE: &Row = own(9103);
+/// The proxy's answer if the connection to upstream is lost.
+pub const UPSTREAM_DISCONNECTED: &Row = own(9104);
+/// The proxy's answer if it has no credential.
+pub const CREDENTIALS_UNAVAILABLE: &Row = own(9201);
+/// The proxy's answer if too many requests are in flight.
+pub const OVERLOADED: &Row = own(9301);
+/// The proxy's answer while it shuts down.
+pub const DRAINING: &Row = own(9302);
+
+/// Finds the row of a code that Kling sent. The proxy's own codes are unknown there.
 pub fn sent_by_kling(code: i64) -> &'static Row {
     let known = find(code).filter(|row| row.code < Row::FIRST_OF_PROXY);
     known.unwrap_or(&UNKNOWN)
 }
 
-/// Looks a code up.
+/// Finds the row of a code.
 pub fn find(code: i64) -> Option<&'static Row> {
     let code = u16::try_from(code).ok()?;
     let index = TABLE.binary_search_by_key(&code, |row| row.code).ok()?;
     TABLE.get(index)
 }
 
-#[rustfmt::skip]
+/// Finds a row of the proxy's own. A constant without its row does not compile.
+const fn own(code: u16) -> &'static Row {
+    let mut index = 0;
+    while TABLE[index].code != code {
+        index += 1;
+    }
+    &TABLE[index]
+}
+
+/// Makes a row with the usual values in its other columns.
 const fn row(
-    code: u16, status: StatusCode, kind: &'static str, retry: Retry,
-    definition: &'static str, explanation: &'static str, solution: &'static str,
+    code: u16,
+    class: Class,
+    status: StatusCode,
+    kind: &'static str,
+    resend: Resend,
+    [definition, explanation, solution]: [&'static str; 3],
 ) -> Row {
-    Row { code, status, kind, retry, definition, explanation, solution }
+    Row {
+        code,
+        class,
+        status,
+        actionable_status: status,
+        kind,
+        resend,
+        retry_after: LONG_WAIT,
+        definition,
+        explanation,
+        solution,
+        hint: None,
+        phrases: &[],
+        closes_connection: false,
+    }
 }
 
 // === impl Row ===
@@ -211,7 +367,7 @@ impl Row {
     /// The first code of the proxy's own.
     const FIRST_OF_PROXY: u16 = 9000;
 
-    /// Who sends the code: `upstream` or `proxy`.
+    /// Returns the sender of the code: `upstream` or `proxy`.
     pub fn source(&self) -> &'static str {
         if self.code < Self::FIRST_OF_PROXY {
             "upstream"
@@ -220,24 +376,115 @@ impl Row {
         }
     }
 
-    /// What `Retry-After` says where upstream sent none.
-    pub fn wait(&self) -> Duration {
-        match self.code {
-            1302 | 9301 => SHORT_WAIT,
-            _ => LONG_WAIT,
+    /// Returns the other kind of credential that a message under this code asks for.
+    pub fn needs(&self, message: &str) -> Option<Needs> {
+        let phrase = self.phrases.iter().find(|p| message.contains(p.text));
+        phrase.map(|phrase| phrase.needs)
+    }
+
+    const fn actionable(self, actionable_status: StatusCode) -> Self {
+        Self {
+            actionable_status,
+            ..self
+        }
+    }
+
+    const fn retry_after(self, retry_after: Duration) -> Self {
+        Self {
+            retry_after,
+            ..self
+        }
+    }
+
+    const fn hint(self, hint: &'static str) -> Self {
+        Self {
+            hint: Some(hint),
+            ..self
+        }
+    }
+
+    const fn phrases(self, phrases: &'static [Phrase]) -> Self {
+        Self { phrases, ..self }
+    }
+
+    const fn closes_connection(self) -> Self {
+        Self {
+            closes_connection: true,
+            ..self
         }
     }
 }
 
-// === impl Retry ===
+// === impl Class ===
 
-impl Retry {
-    /// Whether a request with this effect may be sent again.
+impl Class {
+    /// Returns true if the credential itself was refused, or did not arrive.
+    pub fn refuses_credential(self) -> bool {
+        matches!(self, Self::Credential | Self::CredentialMissing)
+    }
+
+    /// Returns true if the credential or the time of its token was refused, so that Kling did not say if it
+    /// knows the account.
+    pub fn refuses_token(self) -> bool {
+        self.refuses_credential() || self == Self::TokenTime
+    }
+
+    /// Returns true if the metrics count errors of this class as attempts: upstream was asked, or could not be.
+    pub fn counts_as_attempt(self) -> bool {
+        match self {
+            Self::Success | Self::CredentialUnavailable => false,
+            _ => !self.counts_as_refusal(),
+        }
+    }
+
+    /// Returns true if the metrics count errors of this class as refusals: upstream is not asked.
+    pub fn counts_as_refusal(self) -> bool {
+        matches!(self, Self::Request | Self::Capacity)
+    }
+
+    /// Returns a stable name, and what errors of this class say of the credential, the clock, the account or
+    /// the request.
+    pub fn describe(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Success => ("success", "no error"),
+            Self::Credential => ("credential", "Kling does not take the credential"),
+            Self::CredentialMissing => ("credential_missing", "no credential arrived at Kling"),
+            Self::TokenTime => (
+                "token_time",
+                "the clocks of this machine and of Kling differ",
+            ),
+            Self::Account => (
+                "account",
+                "Kling knows the credential; its account may not have this",
+            ),
+            Self::Parameters => ("parameters", "the request is wrong"),
+            Self::Policy => ("policy", "a policy of Kling forbids the request"),
+            Self::Limit => ("limit", "the account has reached a limit"),
+            Self::Address => (
+                "address",
+                "the account does not admit this machine's address",
+            ),
+            Self::Internal => ("internal", "Kling failed"),
+            Self::Unknown => ("unknown", "the table does not have the code"),
+            Self::Request => ("request", "the proxy does not forward the request"),
+            Self::UpstreamFailure => ("upstream_failure", "there is no usable answer of Kling"),
+            Self::CredentialUnavailable => {
+                ("credential_unavailable", "the proxy has no credential")
+            }
+            Self::Capacity => ("capacity", "the proxy takes no more requests for now"),
+        }
+    }
+}
+
+// === impl Resend ===
+
+impl Resend {
+    /// Returns true if a client may send a request with this effect again.
     pub fn allows(self, effect: Effect) -> bool {
         match self {
             Self::Never => false,
             Self::Reads => effect == Effect::Read,
-            Self::Any => true,
+            Self::Unsent | Self::Refused | Self::NewToken | Self::ByClient => true,
         }
     }
 }
@@ -256,6 +503,90 @@ mod tests {
         let mut kinds: Vec<_> = TABLE.iter().map(|row| row.kind).collect();
         kinds.sort_unstable();
         assert!(kinds.is_sorted_by(|a, b| a < b), "{kinds:?}");
+    }
+
+    #[test]
+    fn names_are_those_of_their_rows() {
+        for (row, kind) in [
+            (BAD_REQUEST, "bad_request"),
+            (HOST_NOT_ALLOWED, "host_not_allowed"),
+            (ORIGIN_NOT_ALLOWED, "origin_not_allowed"),
+            (CLIENT_TOKEN_INVALID, "client_token_invalid"),
+            (PATH_NOT_ALLOWED, "path_not_allowed"),
+            (METHOD_NOT_ALLOWED, "method_not_allowed"),
+            (BODY_TOO_LARGE, "body_too_large"),
+            (NOT_FOUND, "not_found"),
+            (CLIENT_TOO_SLOW, "client_too_slow"),
+            (UPSTREAM_UNREACHABLE, "upstream_unreachable"),
+            (UPSTREAM_TIMEOUT, "upstream_timeout"),
+            (UPSTREAM_BAD_RESPONSE, "upstream_bad_response"),
+            (UPSTREAM_DISCONNECTED, "upstream_disconnected"),
+            (CREDENTIALS_UNAVAILABLE, "credentials_unavailable"),
+            (OVERLOADED, "overloaded"),
+            (DRAINING, "draining"),
+        ] {
+            assert_eq!(row.kind, kind);
+        }
+    }
+
+    /// The groups that the metrics, the tokens and `check` ask for.
+    #[test]
+    fn every_code_belongs_to_its_class() {
+        let codes = |belongs: fn(Class) -> bool| -> Vec<u16> {
+            let rows = TABLE.iter().filter(|row| belongs(row.class));
+            rows.map(|row| row.code).collect()
+        };
+        assert_eq!(codes(Class::refuses_credential), [1000, 1001, 1002]);
+        assert_eq!(codes(Class::refuses_token), [1000, 1001, 1002, 1003, 1004]);
+        let refusals = (9000..=9008).chain(9301..=9302);
+        assert_eq!(
+            codes(Class::counts_as_refusal),
+            refusals.collect::<Vec<_>>()
+        );
+        let elsewhere = codes(|class| !class.counts_as_refusal() && !class.counts_as_attempt());
+        assert_eq!(elsewhere, [0, 9201]);
+        assert!(UNKNOWN.class.counts_as_attempt() && !UNKNOWN.class.refuses_token());
+    }
+
+    #[test]
+    fn a_message_tells_the_credential_that_it_needs() {
+        let no_pairs = "Authentication error. The current API does not support AK/SK; please go to";
+        let no_key = "The token was expected to have 3 parts, but got 0";
+        for (code, message, needs) in [
+            (1000, no_key, Some(Needs::KeyPair)),
+            (1000, no_pairs, None),
+            (1001, no_key, None),
+            (1002, no_key, Some(Needs::KeyPair)),
+            (1002, no_pairs, Some(Needs::ApiKey)),
+            (1002, "signature is invalid", None),
+            (1003, no_pairs, None),
+        ] {
+            assert_eq!(
+                sent_by_kling(code).needs(message),
+                needs,
+                "{code} {message}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_create_is_never_freer_to_be_sent_again_than_a_read() {
+        for row in TABLE {
+            let allows = |effect| row.resend.allows(effect);
+            assert!(
+                allows(Effect::Read) || !allows(Effect::Create),
+                "{}",
+                row.code
+            );
+        }
+    }
+
+    #[test]
+    fn waits_are_whole_seconds() {
+        for row in TABLE {
+            let wait = row.retry_after;
+            assert!(!wait.is_zero() && wait.subsec_nanos() == 0, "{}", row.code);
+        }
     }
 
     #[test]

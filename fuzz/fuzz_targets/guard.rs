@@ -159,10 +159,9 @@ async fn answer(request: Request, rules: &'static Live<Rules>) -> Result<Respons
         assert_eq!(body, "");
     } else {
         let told: serde_json::Value = serde_json::from_slice(&body).expect("our body is JSON");
-        let code = told["code"]
-            .as_i64()
-            .filter(|code| *code >= Error::MALFORMED);
-        let row = code.and_then(service_code::find).expect("a code of ours");
+        let row = told["code"].as_i64().and_then(service_code::find);
+        let row = row.filter(|row| row.source() == "proxy");
+        let row = row.expect("a code of ours");
         assert_eq!(head.status, row.status);
         assert_eq!(head.headers["kling-proxy-error"], row.kind);
     }

@@ -3,19 +3,34 @@
 use serde::Serialize;
 
 use super::{Exit, Failure, Output, say};
-use crate::service_code::{self, Retry, Row, TABLE};
+use crate::effect::Effect;
+use crate::service_code::{self, Needs, Phrase, Resend, Row, TABLE, WITH_RETRY_AFTER};
 
 /// A row as JSON shows it.
 #[derive(Serialize)]
 struct Shown {
     code: u16,
     status: u16,
+    actionable_status: u16,
     r#type: &'static str,
     source: &'static str,
+    class: &'static str,
     definition: &'static str,
     explanation: &'static str,
     solution: &'static str,
+    hint: Option<&'static str>,
     retryable: &'static str,
+    resent: &'static str,
+    retry_after: Option<u64>,
+    closes_connection: bool,
+    phrases: Vec<ShownPhrase>,
+}
+
+/// A phrase as JSON shows it.
+#[derive(Serialize)]
+struct ShownPhrase {
+    text: &'static str,
+    needs: &'static str,
 }
 
 pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
@@ -33,40 +48,28 @@ pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
         (Output::Json, Some(row)) => say(json(&Shown::from(row))),
         (Output::Text, None) => {
             say(format_args!(
-                "{:<5} {:<7} {:<28} {:<10} meaning",
-                "code", "status", "type", "retryable"
+                "{:<5} {:<7} {:<28} {:<10} {:<7} meaning",
+                "code", "status", "type", "retryable", "resent"
             ));
             for row in TABLE {
                 let Row {
                     code,
                     kind,
                     explanation,
+                    resend,
                     ..
                 } = row;
                 let status = row.status.as_u16();
                 say(format_args!(
-                    "{code:<5} {status:<7} {kind:<28} {:<10} {explanation}",
-                    retryable(row.retry)
+                    "{code:<5} {status:<7} {kind:<28} {:<10} {:<7} {explanation}",
+                    retryable(*resend).0,
+                    resent(*resend).0
                 ));
             }
         }
         (Output::Text, Some(row)) => {
             say(format_args!("{} {}", row.code, row.kind));
-            for (name, text) in [
-                ("status", row.status.to_string().as_str()),
-                (
-                    "sent by",
-                    if row.source() == "proxy" {
-                        "the proxy"
-                    } else {
-                        "Kling"
-                    },
-                ),
-                ("definition", row.definition),
-                ("explanation", row.explanation),
-                ("solution", row.solution),
-                ("retryable", treatment(row.retry)),
-            ] {
+            for (name, text) in columns(row) {
                 say(format_args!("  {name:<12} {text}"));
             }
         }
@@ -81,12 +84,28 @@ impl From<&Row> for Shown {
         Self {
             code: row.code,
             status: row.status.as_u16(),
+            actionable_status: row.actionable_status.as_u16(),
             r#type: row.kind,
             source: row.source(),
+            class: row.class.describe().0,
             definition: row.definition,
             explanation: row.explanation,
             solution: row.solution,
-            retryable: retryable(row.retry),
+            hint: row.hint,
+            retryable: retryable(row.resend).0,
+            resent: resent(row.resend).0,
+            retry_after: retry_after(row),
+            closes_connection: row.closes_connection,
+            phrases: row.phrases.iter().map(ShownPhrase::from).collect(),
+        }
+    }
+}
+
+impl From<&Phrase> for ShownPhrase {
+    fn from(phrase: &Phrase) -> Self {
+        Self {
+            text: phrase.text,
+            needs: needed(phrase.needs).0,
         }
     }
 }
@@ -96,18 +115,81 @@ fn json(value: &impl Serialize) -> String {
     serde_json::to_string_pretty(value).unwrap_or_default()
 }
 
-fn retryable(retry: Retry) -> &'static str {
-    match retry {
-        Retry::Never => "no",
-        Retry::Reads => "reads",
-        Retry::Any => "yes",
+/// Lists the columns of a row in words, without those that say nothing for it.
+fn columns(row: &Row) -> Vec<(&'static str, String)> {
+    let sender = match row.source() {
+        "proxy" => "the proxy",
+        _ => "Kling",
+    };
+    let (class, subject) = row.class.describe();
+    let mut columns = vec![
+        ("status", row.status.to_string()),
+        ("sent by", sender.to_owned()),
+        ("class", format!("{class}: {subject}")),
+        ("definition", row.definition.to_owned()),
+        ("explanation", row.explanation.to_owned()),
+        ("solution", row.solution.to_owned()),
+    ];
+    columns.extend(row.hint.map(|hint| ("hint", hint.to_owned())));
+    columns.extend(row.phrases.iter().map(|phrase| {
+        let (_, needs) = needed(phrase.needs);
+        ("message", format!("with \"{}\": {needs}", phrase.text))
+    }));
+    columns.push(("retryable", retryable(row.resend).1.to_owned()));
+    columns.push(("resent", resent(row.resend).1.to_owned()));
+    columns.extend(retry_after(row).map(|seconds| {
+        let text = format!("{seconds} s, if Kling does not say another time");
+        ("retry-after", text)
+    }));
+    if row.actionable_status != row.status {
+        let text = format!(
+            "{}, with errors.status = \"actionable\"",
+            row.actionable_status
+        );
+        columns.push(("actionable", text));
+    }
+    if row.closes_connection {
+        columns.push(("connection", "closed after the answer".to_owned()));
+    }
+    columns
+}
+
+/// Returns the seconds of `Retry-After`; `None` for a row whose answers have no such header.
+fn retry_after(row: &Row) -> Option<u64> {
+    let waits = row.resend.allows(Effect::Read) && WITH_RETRY_AFTER.contains(&row.status);
+    waits.then_some(row.retry_after.as_secs())
+}
+
+/// Returns a word and a sentence on the requests that a client may send again.
+fn retryable(resend: Resend) -> (&'static str, &'static str) {
+    match [Effect::Read, Effect::Create].map(|effect| resend.allows(effect)) {
+        [_, true] => ("yes", "yes: nothing was done, send it again later"),
+        [true, false] => (
+            "reads",
+            "a read, yes; a create, no: its task may exist, look it up first",
+        ),
+        [false, false] => ("no", "no: something has to change first"),
     }
 }
 
-fn treatment(retry: Retry) -> &'static str {
-    match retry {
-        Retry::Never => "no: something has to change first",
-        Retry::Reads => "a read, yes; a create, no: its task may exist, look it up first",
-        Retry::Any => "yes: nothing was done, send it again later",
+/// Returns a word and a sentence on the requests that the proxy sends again.
+fn resent(resend: Resend) -> (&'static str, &'static str) {
+    match resend {
+        Resend::Never | Resend::ByClient => ("no", "no"),
+        Resend::Reads => ("reads", "a read, soon; a create, never"),
+        Resend::Unsent => ("yes", "yes, soon"),
+        Resend::Refused => ("later", "yes, after a longer wait each time"),
+        Resend::NewToken => (
+            "once",
+            "once, with a new token; with an API key, not at all",
+        ),
+    }
+}
+
+/// Returns a word and a sentence on the credential that a message asks for.
+fn needed(needs: Needs) -> (&'static str, &'static str) {
+    match needs {
+        Needs::ApiKey => ("api_key", "an API key is needed"),
+        Needs::KeyPair => ("key_pair", "an access key and a secret key are needed"),
     }
 }

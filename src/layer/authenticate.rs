@@ -44,9 +44,6 @@ pin_project! {
     }
 }
 
-/// The codes that say that the credential itself is wrong.
-const REFUSED: std::ops::RangeInclusive<i64> = 1000..=1002;
-
 // === impl AuthenticateLayer ===
 
 impl AuthenticateLayer {
@@ -118,7 +115,7 @@ where
         let this = self.project();
         let result = ready!(this.inner.poll(cx));
         if let Err(error) = &result
-            && REFUSED.contains(&error.code())
+            && error.row().class.refuses_credential()
         {
             let path = this.path.as_ref().map_or("/", PathAndQuery::path);
             let accepted = Accepts::of_plain(path);

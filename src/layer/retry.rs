@@ -17,11 +17,12 @@ use tower::retry::budget::{Budget, TpsBudget};
 
 use crate::clock::Clock;
 use crate::effect::Effect;
-use crate::error::{Error, Resend};
+use crate::error::Error;
 use crate::facts::Facts;
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::original::Original;
+use crate::service_code::Resend;
 use crate::telemetry::CREATES;
 use crate::token::Tokens;
 
@@ -114,7 +115,7 @@ impl RetryPolicy {
     /// How long to wait before the next attempt; `None` for no further one.
     fn wait(&mut self, effect: Effect, error: &Error) -> Option<Duration> {
         let longest = match error.resend() {
-            Resend::Never => return None,
+            Resend::Never | Resend::ByClient => return None,
             Resend::Reads if effect == Effect::Create => return None,
             Resend::Reads | Resend::Unsent => SOON,
             Resend::Refused => LATER,

@@ -19,6 +19,7 @@ use super::text::Text;
 use crate::envelope::{self, Envelope, Peek};
 use crate::error::BoxError;
 use crate::headers;
+use crate::service_code;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
 const BOUND: usize = 64 << 10;
@@ -62,7 +63,7 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     if status.is_success() && is_json {
         let mut patience = Patience::of(HOLD);
         match reader.peek(&mut patience).await {
-            Peek::Code(0) => return Verdict::Done,
+            Peek::Code(service_code::SUCCESS) => return Verdict::Done,
             Peek::NoEnvelope | Peek::Undecided => {}
             Peek::Code(_) => {
                 Box::pin(reader.read_error()).await;
@@ -83,7 +84,10 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
 async fn judge_error(answer: &mut http::Response<Download>) -> Verdict {
     let mut reader = Reader::of(answer);
     reader.read_error().await;
-    match reader.envelope().filter(|envelope| envelope.code != 0) {
+    match reader
+        .envelope()
+        .filter(|envelope| envelope.code != service_code::SUCCESS)
+    {
         Some(envelope) => Verdict::Service(envelope),
         None => Verdict::Bare(excerpt(reader.text.seen())),
     }

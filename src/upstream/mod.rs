@@ -51,9 +51,10 @@ use self::pool::{Load, Pool};
 use self::spare::Spare;
 use self::upload::{Progress, Upload};
 use crate::clock::{Clock, Correction};
-use crate::error::{Answer, BoxError, Error, LateAnswer, Resend, chain};
+use crate::error::{Answer, BoxError, Error, LateAnswer, chain};
 use crate::metrics::Metrics;
 use crate::original::{Attempt, AttemptedCreate};
+use crate::service_code::Class;
 
 /// What we call ourselves where no client does.
 pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
@@ -302,7 +303,7 @@ impl Exchange {
                 let Some(answer) = error.answer() else { return };
                 let headers = &answer.head.headers;
                 match minted_by {
-                    Some(correction) if error.resend() == Resend::NewToken => {
+                    Some(correction) if error.row().class == Class::TokenTime => {
                         clock.refused(correction, headers, asked);
                     }
                     _ => clock.learn(headers, asked),

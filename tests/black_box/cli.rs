@@ -1,7 +1,11 @@
 //! The commands: what they print and how they end.
 
-use std::{collections::BTreeSet, fs, process};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, process,
+};
 
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::support::{ACCESS_KEY, Command, SECRET_KEY, assert_has, claims, verify};
@@ -74,6 +78,105 @@ fn explain_speaks_json() {
     let row: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap();
     assert_eq!(row["code"], 1303, "{row}");
     assert_eq!(row["type"], "concurrency_limited", "{row}");
+}
+
+/// The text has the columns that say something for the row, and JSON has all.
+#[test]
+fn explain_shows_how_a_code_is_treated() {
+    let told = |code| {
+        let finished = Command::new(["explain", code]).run();
+        assert_eq!(finished.code, Some(0), "{finished:?}");
+        let lines = finished.stdout.lines().skip(1);
+        let columns = lines.map(|line| line.trim().split_once(' ').unwrap());
+        let columns = columns.map(|(name, text)| (name.to_owned(), text.trim().to_owned()));
+        columns.collect::<BTreeMap<_, _>>()
+    };
+    for (code, name, text) in [
+        (
+            "1102",
+            "class",
+            "account: Kling knows the credential; its account may not have this",
+        ),
+        ("1102", "resent", "no"),
+        (
+            "1102",
+            "actionable",
+            "402 Payment Required, with errors.status = \"actionable\"",
+        ),
+        (
+            "1004",
+            "resent",
+            "once, with a new token; with an API key, not at all",
+        ),
+        (
+            "1004",
+            "hint",
+            "this machine's clock and upstream's differ: correct this one's",
+        ),
+        ("1302", "resent", "yes, after a longer wait each time"),
+        (
+            "1302",
+            "retry-after",
+            "1 s, if Kling does not say another time",
+        ),
+        (
+            "5001",
+            "retry-after",
+            "5 s, if Kling does not say another time",
+        ),
+        (
+            "1000",
+            "message",
+            "with \"3 parts\": an access key and a secret key are needed",
+        ),
+        ("9000", "connection", "closed after the answer"),
+        ("9101", "resent", "yes, soon"),
+        (
+            "9301",
+            "retryable",
+            "yes: nothing was done, send it again later",
+        ),
+        ("9301", "resent", "no"),
+    ] {
+        let columns = told(code);
+        assert_eq!(
+            columns.get(name).map(String::as_str),
+            Some(text),
+            "{code}: {columns:?}"
+        );
+    }
+    for name in ["hint", "message", "retry-after", "actionable", "connection"] {
+        assert!(!told("1201").contains_key(name), "{name}");
+    }
+
+    let json = |code| -> Value {
+        let finished = Command::new(["explain", code, "--output", "json"]).run();
+        serde_json::from_str(&finished.stdout).unwrap()
+    };
+    let chosen = |code| {
+        let row = json(code);
+        [
+            "class",
+            "resent",
+            "retry_after",
+            "status",
+            "actionable_status",
+            "hint",
+            "closes_connection",
+            "phrases",
+        ]
+        .map(|name| row[name].clone())
+    };
+    let hint = "the account admits some addresses only: add this machine's public one";
+    let expected = json!(["address", "no", null, 429, 403, hint, false, []]);
+    assert_eq!(json!(chosen("1304")), expected);
+    let expected = json!(["capacity", "no", 1, 503, 503, null, false, []]);
+    assert_eq!(json!(chosen("9301")), expected);
+    let phrases = json!([
+        { "text": "does not support AK/SK", "needs": "api_key" },
+        { "text": "3 parts", "needs": "key_pair" },
+    ]);
+    assert_eq!(json("1002")["phrases"], phrases);
 }
 
 #[test]

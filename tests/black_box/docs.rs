@@ -66,8 +66,7 @@ fn every_setting_is_in_the_reference_with_its_default() {
 
 #[test]
 fn every_code_is_in_the_reference() {
-    let codes = Command::new(["explain", "--output", "json"]).run().stdout;
-    let codes: Vec<BTreeMap<String, Value>> = serde_json::from_str(&codes).unwrap();
+    let codes = codes();
     let names = [
         "code",
         "status",
@@ -86,6 +85,38 @@ fn every_code_is_in_the_reference() {
     });
     let text = table(names, rows);
     assert_section("docs/errors.md", "codes", &text);
+}
+
+#[test]
+fn what_follows_from_every_code_is_in_the_reference() {
+    let codes = codes();
+    let names = [
+        "code",
+        "class",
+        "resent",
+        "retry_after",
+        "actionable_status",
+        "hint",
+    ];
+    let errors = codes.iter().filter(|row| row["code"] != 0);
+    let rows = errors.map(|row| {
+        names.map(|name| match (&row[name], name) {
+            (Value::Null, _) => String::new(),
+            (status, "actionable_status") if *status == row["status"] => String::new(),
+            (Value::String(class), "class") => format!("`{class}`"),
+            (Value::String(text), _) => text.clone(),
+            (number, _) => number.to_string(),
+        })
+    });
+    let head = [
+        "code",
+        "class",
+        "resent",
+        "retry-after",
+        "actionable",
+        "hint",
+    ];
+    assert_section("docs/errors.md", "treatment", &table(head, rows));
 }
 
 #[test]
@@ -159,6 +190,12 @@ fn alerts_ask_for_metrics_and_labels_that_there_are() {
             assert!(metrics.contains(&series), "{name}: {label} {value}");
         }
     }
+}
+
+/// Every row of the table of codes, as JSON.
+fn codes() -> Vec<BTreeMap<String, Value>> {
+    let codes = Command::new(["explain", "--output", "json"]).run().stdout;
+    serde_json::from_str(&codes).unwrap()
 }
 
 /// What `/metrics` shows once each kind of event has happened that is not counted from the start.

@@ -17,7 +17,7 @@ use crate::cli::{Exit, send};
 use crate::clock::Clock;
 use crate::envelope::{self, Envelope};
 use crate::error::chain;
-use crate::service_code;
+use crate::service_code::{self, Class, Needs, Row};
 use crate::telemetry::printable;
 use crate::token::{Credential, Validity};
 use crate::upstream;
@@ -96,7 +96,7 @@ pub(super) async fn ask(
     };
     // Under the status of an error, the code of a success says nothing.
     let envelope = envelope::read_beginning(&body)
-        .filter(|envelope| envelope.code != 0 || status.is_success());
+        .filter(|envelope| envelope.code != service_code::SUCCESS || status.is_success());
     let Some(envelope) = envelope else {
         return Err(not_kling(status, &headers));
     };
@@ -120,34 +120,42 @@ pub(super) async fn ask_anew(way: &Way, credentials: &Credentials) -> Outcome<An
 
 /// Says whether the account is there and of use.
 pub(super) async fn judge(answer: &Answer, way: &Way, credentials: &Credentials) -> Outcome {
-    let code = answer.envelope.code;
-    let row = service_code::sent_by_kling(code);
-    let text = format!("{code} {}: {}", row.kind, answer.message);
+    let row = answer.row();
+    let text = format!("{} {}: {}", answer.envelope.code, row.kind, answer.message);
     let refused =
         |r#type, advice: &str| Err(Fault::new(Exit::Refused, r#type, text.clone(), advice));
-    let says = |words| answer.message.contains(words);
-    match (code, &credentials.credential) {
-        (0, credential) => Ok(known(answer, credential)),
-        (1002, Credential::Pair { .. }) if says("does not support AK/SK") => refused(
+    let needs = row.needs(&answer.message);
+    match (row.class, &credentials.credential) {
+        (Class::Success, credential) => Ok(known(answer, credential)),
+        (_, Credential::Pair { .. }) if needs == Some(Needs::ApiKey) => refused(
             "api_key_needed",
             "access key and secret key are not taken here: make an API key in Kling's console and \
              set KLING_API_KEY",
         ),
-        (1000 | 1002, Credential::ApiKey(_)) if says("3 parts") => refused(
+        (_, Credential::ApiKey(_)) if needs == Some(Needs::KeyPair) => refused(
             "key_pair_needed",
             "what is set as API key is none: if it is an access key or a secret key, set both, as \
              KLING_ACCESS_KEY and KLING_SECRET_KEY; else copy the API key again",
         ),
-        (1000..=1002, Credential::ApiKey(_)) => refused(
+        (Class::Credential | Class::CredentialMissing, Credential::ApiKey(_)) => refused(
             row.kind,
             "see in Kling's console that the API key is whole and has not been deleted, and that \
              upstream.url is the region that issued it; it was not sent anywhere else",
         ),
-        (1000 | 1002, Credential::Pair { .. }) => {
+        (Class::Credential, Credential::Pair { .. }) => {
             Err(region::find(&text, row.kind, way, credentials).await)
         }
-        (1001..=1004, _) => refused(row.kind, row.solution),
+        (Class::CredentialMissing | Class::TokenTime, _) => refused(row.kind, row.solution),
         _ => Err(Fault::new(Exit::Failed, row.kind, text, row.solution)),
+    }
+}
+
+// === impl Answer ===
+
+impl Answer {
+    /// Returns the row of upstream's code.
+    pub(super) fn row(&self) -> &'static Row {
+        service_code::sent_by_kling(self.envelope.code)
     }
 }
 

@@ -11,6 +11,7 @@ use super::network::Way;
 use super::report::{Fault, Found, Outcome};
 use crate::cli::Exit;
 use crate::clock::Clock;
+use crate::service_code::Class;
 use crate::token::Credential;
 use crate::upstream::UpstreamClock;
 
@@ -44,7 +45,7 @@ pub(super) fn compare(
     };
     let is_corrected = UpstreamClock::corrects(&way.origin, distance);
     let is_pair = matches!(credentials.credential, Credential::Pair { .. });
-    let refused = is_pair && !distance.is_zero() && [1003, 1004].contains(&answer.envelope.code);
+    let refused = is_pair && !distance.is_zero() && answer.row().class == Class::TokenTime;
     let advice = if is_corrected {
         "set this machine's clock, best by NTP; meanwhile the proxy makes tokens by upstream's"
     } else {

@@ -102,7 +102,7 @@ async fn ask_all(others: &[Origin], way: &Way, credentials: &Credentials) -> Tri
 /// Whether a host knows the pair: it may then still refuse for another reason.
 async fn ask(way: &Way, credentials: &Credentials) -> Result<bool, Fault> {
     let answer = account::ask_anew(way, credentials).await?.value;
-    Ok(!(1000..=1004).contains(&answer.envelope.code))
+    Ok(!answer.row().class.refuses_token())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use crate::effect::Effect;
 use crate::error::{self, Error};
 use crate::facts::Facts;
 use crate::json::Object;
+use crate::service_code::Needs;
 
 /// Most bodies are shorter, in bytes.
 const USUAL: usize = 1536;
@@ -67,25 +68,17 @@ fn hint(error: &Error, effect: Effect) -> Option<&'static str> {
              external_task_id or in the list of tasks",
         );
     }
-    let wants_api_key = |message: &str| message.contains("does not support AK/SK");
     match error {
-        Error::Service { envelope, .. } => match envelope.code {
-            1002 if envelope.message.as_deref().is_some_and(wants_api_key) => Some(
-                "this path takes an API key only: set KLING_API_KEY for the proxy, or use the \
-                 path below /v1",
-            ),
-            1000..=1002 => Some(
-                "the proxy's credential was refused, not what the client sent: check the keys of \
-                 the proxy, and that `upstream.url` is the region that issued them",
-            ),
-            1003 | 1004 => Some("this machine's clock and upstream's differ: correct this one's"),
-            1303 => Some(
-                "all keys of the account share its slots, and a task holds one until it ends: \
-                 poll those that run, then send this again",
-            ),
-            1304 => Some("the account admits some addresses only: add this machine's public one"),
-            _ => None,
-        },
+        Error::Service { envelope, .. } => {
+            let message = envelope.message.as_deref().unwrap_or_default();
+            match error.row().needs(message) {
+                Some(Needs::ApiKey) => Some(
+                    "this path takes an API key only: set KLING_API_KEY for the proxy, or use the \
+                     path below /v1",
+                ),
+                Some(Needs::KeyPair) | None => error.row().hint,
+            }
+        }
         Error::EgressRefused(StatusCode::PROXY_AUTHENTICATION_REQUIRED) => Some(
             "the egress proxy wants credentials, or others: set user and password in \
              `upstream.proxy`, as in http://user:password@proxy.example:3128",
@@ -93,6 +86,6 @@ fn hint(error: &Error, effect: Effect) -> Option<&'static str> {
         Error::EgressRefused(_) => Some(
             "the egress proxy of `upstream.proxy` must allow CONNECT to the host of `upstream.url`",
         ),
-        _ => None,
+        _ => error.row().hint,
     }
 }

@@ -6,7 +6,6 @@ mod body;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
@@ -23,6 +22,7 @@ use crate::effect::Effect;
 use crate::error::{Error, Failure};
 use crate::facts::{Facts, Inbound};
 use crate::live::Live;
+use crate::service_code::{Row, WITH_RETRY_AFTER};
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -107,11 +107,12 @@ impl Look {
         if let Some(facts) = facts {
             facts.failed(Failure::from(&error));
         }
-        let kind = error.kind();
-        let malformed = error.code() == Error::MALFORMED;
+        let row = error.row();
         let retryable = error.retryable(effect);
-        let wait = error.row().wait();
-        let status = self.status(&error);
+        let status = match self.statuses {
+            Statuses::Documented => error.status(),
+            Statuses::Actionable => error.actionable_status(),
+        };
         let json = body::render(&error, effect, facts);
         let (mut head, body) = match (self.format, error.into_answer()) {
             (Format::Upstream, Some(answer)) => (answer.head, answer.body.into_inner()),
@@ -121,20 +122,11 @@ impl Look {
                 Body::from(json),
             ),
         };
-        advise(&mut head, kind, retryable, wait);
-        if malformed {
-            // Nobody can say where the next request begins.
+        advise(&mut head, row, retryable);
+        if row.closes_connection {
             head.headers.insert(CONNECTION, CLOSE);
         }
         Response::from_parts(head, body)
-    }
-
-    fn status(self, error: &Error) -> StatusCode {
-        match (self.statuses, error.code()) {
-            (Statuses::Actionable, 1100..=1102) => StatusCode::PAYMENT_REQUIRED,
-            (Statuses::Actionable, 1304) => StatusCode::FORBIDDEN,
-            _ => error.status(),
-        }
     }
 }
 
@@ -192,19 +184,15 @@ fn ours(mut head: response::Parts, status: StatusCode) -> response::Parts {
 }
 
 /// Says besides the body what failed, and whether and when to send again.
-fn advise(head: &mut response::Parts, kind: &'static str, retryable: bool, wait: Duration) {
-    let waits = [
-        StatusCode::TOO_MANY_REQUESTS,
-        StatusCode::SERVICE_UNAVAILABLE,
-    ];
+fn advise(head: &mut response::Parts, row: &'static Row, retryable: bool) {
     let should_retry = HeaderValue::from_static(if retryable { "true" } else { "false" });
     let headers = &mut head.headers;
-    headers.insert(ERROR_TYPE, HeaderValue::from_static(kind));
+    headers.insert(ERROR_TYPE, HeaderValue::from_static(row.kind));
     headers.insert(SHOULD_RETRY, should_retry);
     if !retryable {
         // Clients that obey it would send again whatever `x-should-retry` says.
         headers.remove(RETRY_AFTER);
-    } else if waits.contains(&head.status) && !headers.contains_key(RETRY_AFTER) {
-        headers.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs()));
+    } else if WITH_RETRY_AFTER.contains(&head.status) && !headers.contains_key(RETRY_AFTER) {
+        headers.insert(RETRY_AFTER, HeaderValue::from(row.retry_after.as_secs()));
     }
 }
