@@ -31,6 +31,8 @@ pub(super) struct Head(Arc<Received>);
 
 struct Received {
     heads: Arc<Heads>,
+    /// Whether no head was whole so far.
+    is_first: AtomicBool,
     /// Whether what comes belongs to a body, whose reader bounds it.
     is_body: AtomicBool,
     /// What has come and is not known to have been used, in bytes.
@@ -72,6 +74,7 @@ impl Head {
     pub(super) fn new(heads: &Arc<Heads>) -> Self {
         Self(Arc::new(Received {
             heads: Arc::clone(heads),
+            is_first: AtomicBool::new(true),
             is_body: AtomicBool::new(false),
             size: AtomicUsize::new(0),
             last: AtomicUsize::new(0),
@@ -114,8 +117,14 @@ impl Head {
         counted(self.0.size.load(Relaxed)) > 0 && self.0.heads.are_too_large()
     }
 
+    /// Whether something has come, and no whole head so far.
+    pub(super) fn is_unfinished(&self) -> bool {
+        self.0.is_first.load(Relaxed) && self.0.size.load(Relaxed) > 0
+    }
+
     /// Takes a head out of what has come. The rest does not count yet.
     fn take<B>(&self, request: &Request<B>) {
+        self.0.is_first.store(false, Relaxed);
         let size = self.0.size.load(Relaxed);
         self.0.heads.free(size);
         // A small one does not count in any case.

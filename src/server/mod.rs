@@ -1,6 +1,7 @@
 //! Accepts connections and serves them; given its sockets, its service and the word to stop.
 
 mod balance;
+mod connections;
 mod evictor;
 mod head;
 mod listener;
@@ -28,6 +29,7 @@ use tower::Service;
 
 pub use self::balance::Worker;
 use self::balance::{Arrival, Crew};
+use self::connections::Connections;
 pub use self::evictor::Evictor;
 use self::head::Head;
 pub use self::head::Heads;
@@ -107,13 +109,13 @@ where
     // One for all connections of this thread: a clone for each request would cost more than the guard.
     let service = Arc::new(Mutex::new(service));
     let graceful = GracefulShutdown::new();
-    let mut connections = JoinSet::new();
+    let mut connections = Connections::default();
     let told = stop.clone();
-    let serve = |arrival: Arrival| {
+    let serve = |arrival: Arrival, head: Head| {
         let (service, crew) = (Arc::clone(&service), Arc::clone(&crew));
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
-        let (reset, head) = (Reset::default(), Head::new(&limits.heads));
+        let reset = Reset::default();
         async move {
             let Arrival {
                 socket,
@@ -145,12 +147,13 @@ where
             // A sender that has gone is the word to stop too.
             _ = stop.wait_for(|stop| *stop > Stop::Never) => break,
             Some(arrival) = arrivals.recv() => {
-                let connection = connections.spawn(serve(arrival));
+                let head = Head::new(&limits.heads);
+                let connection = connections.begin(head.clone(), serve(arrival, head));
                 if let Some(evictor) = &limits.evictor {
                     evictor.begun(connection);
                 }
             }
-            Some(_) = connections.join_next() => {
+            Some(()) = connections.ended() => {
                 if let Some(evictor) = &limits.evictor {
                     evictor.restock();
                 }
@@ -160,14 +163,15 @@ where
     accepting.shutdown().await;
     arrivals.close();
     while let Some(arrival) = arrivals.recv().await {
-        connections.spawn(serve(arrival));
+        let head = Head::new(&limits.heads);
+        connections.begin(head.clone(), serve(arrival, head));
     }
+    connections.close_unfinished();
     tokio::select! {
         () = graceful.shutdown() => {}
         _ = stop.wait_for(|stop| *stop == Stop::Now) => {}
     }
-    while connections.try_join_next().is_some() {}
-    Ok(connections.len())
+    Ok(connections.count())
 }
 
 /// Has the service answer a request.

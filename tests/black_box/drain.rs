@@ -128,6 +128,35 @@ fn signal_after_quit_is_the_first() {
     assert_eq!(proxy.end().0, Some(0));
 }
 
+/// Nothing is lost with it, and its client may never send the rest.
+#[test]
+fn head_that_is_not_whole_does_not_hold_up_the_end() {
+    // Longer than a test waits for the end of a connection.
+    let (_upstream, proxy) = started_with(&[
+        ("shutdown.drain", "30s"),
+        ("shutdown.delay", "100ms"),
+        ("limits.header_timeout", "1h"),
+    ]);
+    let head = get("/v1/x");
+    let mut unfinished = [1, head.len() / 2, head.len() - 1].map(|size| {
+        let mut connection = proxy.connect();
+        connection.send(&head[..size]);
+        connection
+    });
+    let mut second = proxy.connect();
+    assert_eq!(second.send(&head).answer().status(), 200);
+    second.send(&head[..9]);
+    // By then it has read what was sent before.
+    assert_eq!(proxy.get("/v1/x").status(), 200);
+    proxy.signal(Signal::TERM);
+    for connection in unfinished.iter_mut().chain([&mut second]) {
+        assert_eq!(connection.rest(), b"");
+    }
+    let (code, log) = proxy.end();
+    assert_eq!(code, Some(0));
+    assert!(!log.contains("cut."), "{log}");
+}
+
 /// To its client it would look whole otherwise.
 #[test]
 fn answer_to_http_1_0_that_is_cut_by_the_end_ends_with_a_reset() {
