@@ -18,7 +18,7 @@ pub struct Envelope {
     pub code: i64,
     /// What upstream says of it.
     pub message: Option<String>,
-    /// Upstream's name for the request.
+    /// Upstream's name for the request. Never empty.
     pub request_id: Option<String>,
     /// Any further data, to the letter: its integers do not fit a float. Never `null`.
     pub data: Option<Box<RawValue>>,
@@ -216,7 +216,9 @@ impl<'de> Visitor<'de> for &mut Members {
                     }
                 }
                 Name::Message => self.message = text(map.next_value()?),
-                Name::RequestId => self.request_id = text(map.next_value()?),
+                Name::RequestId => {
+                    self.request_id = text(map.next_value()?).filter(|id| !id.is_empty());
+                }
                 Name::Data => self.data = some_data(map.next_value()?),
                 Name::Other => {
                     map.next_value::<IgnoredAny>()?;
@@ -386,6 +388,12 @@ mod tests {
                 Some(r#"{"id": 842250903629086785}"#)
             )
         );
+    }
+
+    #[test]
+    fn empty_request_id_is_none() {
+        let read = read(br#"{"code":1201,"message":"","request_id":""}"#).unwrap();
+        assert_eq!((read.message.as_deref(), read.request_id), (Some(""), None));
     }
 
     #[test]
