@@ -10,9 +10,10 @@
 //!            normalise      errors become one body; outside of here nothing fails
 //!            drain          answers what a shutdown gives up
 //!            guard          refuses before anything is spent
+//!            original       drops the client's credentials; keeps the rest, to send it again
 //!            detach         finishes a create that is being sent even if its client leaves
 //!            retry          sends again what cannot have worked
-//!            authenticate   drops the client's credentials, adds token and host
+//!            authenticate   adds the proxy's token, and the host of upstream
 //!            upstream       sends; reads service codes; streams both ways
 //!              │
 //!              └──> https://api-singapore.klingai.com, or the embedded sandbox

@@ -157,7 +157,8 @@ impl Shared {
     /// `detached` tracks what goes on after its client has gone.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> drain -> guard -> detach -> retry -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> drain -> guard -> original -> detach -> retry -> authenticate
+    ///          -> upstream
     /// ```
     ///
     /// There is no router: that cost a poll more than all the checks of the guard, for one prefix.
@@ -183,6 +184,7 @@ impl Shared {
                 lifecycle: Arc::clone(&self.lifecycle),
                 metrics,
             }) // refuses before anything is spent
+            // Without the client's credentials from here on.
             .map_request(move |inbound| Original::new(inbound, &keeper, is_marked))
             .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.retry_policy.for_thread())) // never a create that may have worked
