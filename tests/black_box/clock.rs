@@ -5,13 +5,15 @@ use std::{
         Arc,
         atomic::{AtomicI64, Ordering::Relaxed},
     },
+    thread,
     time::{Duration, SystemTime},
 };
 
 use tokio::time::Instant;
 
 use crate::support::{
-    Credential, Message, Proxy, SUCCESS, Signal, Upstream, assert_has, claims, now, reply, send,
+    Credential, Message, PAUSE, Proxy, SUCCESS, Signal, Upstream, assert_has, claims, now, reply,
+    send,
 };
 
 const HOUR: i64 = 3_600;
@@ -172,6 +174,7 @@ fn front_with_another_clock_locks_nobody_out() {
             while begun.elapsed() < Duration::from_millis(1_500) {
                 assert_eq!(proxy.get("/v1/next").status(), 200, "{case}");
                 count += 1;
+                thread::sleep(PAUSE);
             }
             let seen = upstream.seen().requests.len();
             assert_eq!(seen, attempts + count, "{case}: refused again");

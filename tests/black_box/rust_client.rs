@@ -5,9 +5,9 @@ use std::io;
 use futures_util::stream;
 use reqwest::{Body, Client};
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use crate::support::{Command, PATIENCE, started};
+use crate::support::{Command, PATIENCE, PAUSE, started};
 
 const VIDEOS: &str = "/v1/videos/text2video";
 
@@ -37,6 +37,7 @@ async fn a_task_is_created_polled_and_downloaded() -> reqwest::Result<()> {
             if task["task_status"] == "succeed" {
                 break reqwest::Result::Ok(task["task_result"]["videos"][0]["url"].take());
             }
+            sleep(PAUSE).await;
         }
     };
     let video = timeout(PATIENCE, succeeded).await.unwrap()?;

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::support::{
-    Command, Connection, Message, Proxy, Signal, assert_has, get, mint, now, request,
+    Command, Connection, Message, Proxy, Signal, assert_has, eventually, get, mint, now, request,
 };
 
 const VIDEOS: &str = "/v1/videos/text2video";
@@ -29,15 +29,14 @@ fn ended(proxy: &Proxy, family: &str, created: &Message) -> Value {
     let id = created.json()["data"]["task_id"].take();
     let path = format!("{family}/{}", id.as_str().expect("a task id"));
     let mut connection = proxy.connect();
-    loop {
-        let data = connection.send(get(&path)).answer().json()["data"].take();
-        if !["submitted", "processing"]
+    let mut data = Value::Null;
+    eventually("the task ends", || {
+        data = connection.send(get(&path)).answer().json()["data"].take();
+        !["submitted", "processing"]
             .map(Value::from)
             .contains(&data["task_status"])
-        {
-            return data;
-        }
-    }
+    });
+    data
 }
 
 /// Fetches a file by its URL, past the proxy.

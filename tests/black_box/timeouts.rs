@@ -5,7 +5,7 @@ use std::{net::TcpListener, thread, time::Duration};
 use tokio::time::Instant;
 
 use crate::support::{
-    PATIENCE, Proxy, SUCCESS, Signal, Step, Upstream, get, is_cut_off, kling, post,
+    PATIENCE, PAUSE, Proxy, SUCCESS, Signal, Step, Upstream, get, is_cut_off, kling, post,
     raise_descriptor_limit, request, send, started_with,
 };
 
@@ -220,6 +220,7 @@ fn thousand_slow_clients_hold_up_neither_an_ordinary_request_nor_the_end() {
         let ended = scope.spawn(|| proxy.end());
         while !ended.is_finished() {
             dribble();
+            thread::sleep(PAUSE);
         }
         ended.join().unwrap()
     });

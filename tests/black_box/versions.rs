@@ -71,8 +71,8 @@ fn thread_that_borrowed_gets_a_connection_for_many_requests() {
     upstream.wait(|seen| seen.shared == 1);
     gate.open();
     assert_eq!(first.answer().status(), 200);
+    let mut clients: Vec<_> = (0..CROWD).map(|_| proxy.connect()).collect();
     eventually("a thread has one of its own", || {
-        let mut clients: Vec<_> = (0..CROWD).map(|_| proxy.connect()).collect();
         for client in &mut clients {
             client.send(get("/v1/x"));
         }

@@ -16,7 +16,7 @@ mod tls;
 mod token;
 mod upstream;
 
-use std::{env, net::SocketAddr, time::Duration};
+use std::{env, net::SocketAddr, thread, time::Duration};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Socket, Type};
@@ -38,6 +38,8 @@ pub use upstream::{Gate, SUCCESS, Step, Upstream, send};
 
 /// The longest wait for anything that should come. Failing tests reach it, others never do.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Between two looks at something that should come.
+pub const PAUSE: Duration = Duration::from_millis(2);
 
 /// An upstream that answers with success, and a proxy before it.
 pub fn started() -> (Upstream, Proxy) {
@@ -85,11 +87,12 @@ pub fn raise_descriptor_limit() {
     setrlimit(Resource::Nofile, raised).unwrap();
 }
 
-/// Asks again until the answer is yes.
+/// Asks again until the answer is yes, and leaves the machine to others meanwhile.
 pub fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !happened() {
         assert!(Instant::now() < deadline, "never happened: {what}");
+        thread::sleep(PAUSE);
     }
 }
 
