@@ -1,5 +1,6 @@
 //! A command that prints the credential: when it is run, with what, and what may go wrong.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::Path;
 
@@ -23,6 +24,20 @@ fn printing(upstream: &Upstream, printed: &str) -> Command {
 
 fn pair(access_key: &str, secret_key: &str) -> String {
     json!({ "access_key": access_key, "secret_key": secret_key }).to_string()
+}
+
+/// Has the command print another key pair, asks by SIGHUP for the `nth` time for a new credential, and waits
+/// until the log tells that it is there. By then whatever had the command run before has done so.
+fn hang_up(proxy: &Proxy, home: &Path, nth: usize) {
+    let printed = pair(ACCESS_KEY, &format!("{SECRET_KEY}{nth}"));
+    fs::write(home.join("printed"), printed).unwrap();
+    proxy.signal(Signal::HUP);
+    let reloads = Cell::new(0);
+    let is_changed = proxy.stderr.find(|line| {
+        reloads.set(reloads.get() + usize::from(line.contains("settings reloaded")));
+        reloads.get() == nth && line.contains("credential changed")
+    });
+    assert!(is_changed.is_some(), "{}", proxy.stderr.to_end());
 }
 
 fn runs(home: &Path) -> usize {
@@ -73,36 +88,40 @@ fn command_gets_the_environment_without_our_secrets() {
 
 #[test]
 fn command_is_run_again_on_sighup_and_after_a_refusal() {
-    let upstream = Upstream::ok();
+    let upstream = Upstream::expecting(Credential::Any);
     let command = printing(&upstream, &pair(ACCESS_KEY, SECRET_KEY));
     let home = command.home();
     let proxy = command.start();
     assert_eq!(runs(&home), 1);
-    proxy.signal(Signal::HUP);
-    eventually("it is run again", || runs(&home) == 2);
+    hang_up(&proxy, &home, 1);
+    assert_eq!(runs(&home), 2);
 
-    // Within the minute a refusal is no reason.
+    // Within the minute a refusal is no reason. It may be heard of after the signal, but not after many.
     upstream.answer(kling(401, r#"{"code":1002,"message":"no"}"#));
     assert_eq!(proxy.get("/v1/x").refusal(), (401, 1002));
-    proxy.signal(Signal::HUP);
-    eventually("it is run again", || runs(&home) == 3);
+    for nth in 2..8 {
+        hang_up(&proxy, &home, nth);
+        assert_eq!(runs(&home), 1 + nth);
+    }
 }
 
 #[test]
 fn first_refusal_fetches_the_new_credential() {
-    let upstream = Upstream::expecting(Credential::ApiKey("second-api-key"));
-    let command = printing(&upstream, r#"{"api_key":"second-api-key"}"#);
+    let upstream = Upstream::expecting(Credential::Any);
+    let command = printing(&upstream, r#"{"api_key":"first-api-key"}"#);
     let home = command.home();
     let proxy = command.start();
+    fs::write(home.join("printed"), r#"{"api_key":"second-api-key"}"#).unwrap();
     upstream.answer(kling(401, r#"{"code":1000,"message":"no"}"#));
-    for _ in 0..3 {
+    eventually("the second key is shown", || {
         assert_eq!(proxy.get("/v1/x").refusal(), (401, 1000));
-    }
-    eventually("it is run again", || runs(&home) == 2);
+        upstream.last().header("authorization") == Some("Bearer second-api-key")
+    });
     assert_eq!(proxy.get("/v1/x").refusal(), (401, 1000));
-    proxy.signal(Signal::HUP);
-    eventually("it is run again", || runs(&home) > 2);
-    assert_eq!(runs(&home), 3, "not for each refusal");
+    for nth in 1..7 {
+        hang_up(&proxy, &home, nth);
+        assert_eq!(runs(&home), 2 + nth, "not for each refusal");
+    }
 }
 
 /// A stranger could have the command run by asking for a path that takes no key pair.

@@ -6,13 +6,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::process::geteuid;
 use serde_json::json;
 
 use crate::support::{
     ACCESS_KEY, Command, Connection, Credential, Message, Proxy, SECRET_KEY, SUCCESS, Signal, Step,
-    TOKEN, Upstream, assert_has, eventually, get, kling, mint, now, raw, reply, request, send,
-    unprivileged,
+    TOKEN, Upstream, assert_has, eventually, get, kling, may_give_away, mint, now, raw, reply,
+    request, send, unprivileged,
 };
 
 const API_KEY: &str = "ApiKeyOfTheBlackBoxTests00000001";
@@ -414,8 +413,7 @@ fn secret_file_is_warned_of_if_others_can_read_it_and_refused_if_they_can_write_
 /// R22.
 #[test]
 fn secret_file_of_another_user_is_refused() {
-    // Only root can give a file away.
-    if !geteuid().is_root() {
+    if !may_give_away("secrets::secret_file_of_another_user_is_refused") {
         return;
     }
     let upstream = Upstream::ok();

@@ -2,21 +2,24 @@
 
 use std::{
     fs,
+    mem::MaybeUninit,
     os::unix::{
         fs::{FileTypeExt as _, MetadataExt as _, chown},
         net::{UnixListener, UnixStream},
     },
     path::PathBuf,
-    thread,
 };
 
-use rustix::process::geteuid;
+use rustix::{
+    fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags},
+    io::Errno,
+};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::TempDir;
 
 use crate::support::{
     Command, Connection, Proxy, SUCCESS, Signal, Step, Upstream, assert_has, closed, eventually,
-    get, post, send,
+    get, may_give_away, post, send,
 };
 
 /// A path for a Unix socket in a folder of its own.
@@ -104,19 +107,18 @@ fn proxy_without_any_listener_does_not_start() {
 #[test]
 fn unix_socket_is_open_to_its_owner_only_from_the_first_moment() {
     let (upstream, place) = (Upstream::ok(), Place::new());
-    let path = place.path.clone();
-    let first_seen = thread::spawn(move || {
-        let mut first = None;
-        eventually("the socket is there", || {
-            first = fs::symlink_metadata(&path).ok();
-            first.is_some()
-        });
-        first.map(|found| found.mode() & 0o777)
-    });
+    let watch = inotify::init(CreateFlags::NONBLOCK).unwrap();
+    let made_or_changed = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ATTRIB;
+    inotify::add_watch(&watch, place.path.parent().unwrap(), made_or_changed).unwrap();
     let _proxy = place.proxy(&upstream).after("umask 000;").start();
-    assert_eq!(first_seen.join().unwrap(), Some(0o600));
     let now = fs::symlink_metadata(&place.path).unwrap();
     assert_eq!(now.mode() & 0o777, 0o600);
+    // It was made at its path, and its mode was never another.
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(&watch, &mut buffer);
+    let first = events.next().unwrap().events();
+    assert_eq!(first, ReadFlags::CREATE);
+    assert_eq!(events.next().map(|event| event.events()), Err(Errno::AGAIN));
 }
 
 #[test]
@@ -180,8 +182,8 @@ fn file_in_the_place_of_the_socket_is_left_alone() {
 /// R23.
 #[test]
 fn stale_socket_of_another_user_is_left_alone() {
-    if !geteuid().is_root() {
-        return; // nobody else can give a file away
+    if !may_give_away("unix_socket::stale_socket_of_another_user_is_left_alone") {
+        return;
     }
     let (upstream, place) = (Upstream::ok(), Place::new());
     drop(UnixListener::bind(&place.path).unwrap());

@@ -112,7 +112,8 @@ fn what_goes_over_the_kept_connection_is_not_cut_by_the_end() {
     upstream.wait(|seen| seen.requests.len() == 2);
     assert_eq!(upstream.seen().connections, 1, "on the kept one");
     proxy.signal(Signal::TERM);
-    proxy.stderr.find(|line| line.contains("shutting down"));
+    let drains = |line: &str| line.contains("shutting down");
+    assert!(proxy.stderr.find(drains).is_some());
     gate.open();
     assert_eq!(client.answer().status(), 200);
     assert_eq!(proxy.end().0, Some(0));

@@ -29,7 +29,7 @@ pub use http::{
     Message, documented, get, gzip, is_cut_off, kling, parse_headers, post, reply, request,
 };
 pub use key_files::{KeyFiles, Way, keys, pair, shows};
-pub use namespace::in_namespace;
+pub use namespace::{in_namespace, may_give_away};
 pub use process::{Command, Finished, Proxy, unprivileged};
 pub use rustix::process::Signal;
 pub use tls::{Issued, Root};

@@ -1,6 +1,10 @@
-//! Runs a test in network and mount namespaces of its own (namespaces(7)).
+//! Runs a test in namespaces of its own (namespaces(7)).
 
-use std::{env, fs, process::Command};
+use std::{
+    env, fs,
+    io::{self, Write as _},
+    process::Command,
+};
 
 use rustix::process::geteuid;
 
@@ -29,4 +33,34 @@ pub fn in_namespace(test: &str, hosts: &str) -> bool {
         .status();
     assert!(status.expect("unshare is installed").success(), "{test}");
     true
+}
+
+/// Returns true if this process may give its files to other users. Where it may not, the named test is run
+/// again by root of a user namespace that has other users, and fails if it does; where there can be none, a
+/// line says that the test is skipped.
+pub fn may_give_away(test: &str) -> bool {
+    if geteuid().is_root() {
+        return true;
+    }
+    let as_root = || {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--user", "--map-root-user", "--map-auto"]);
+        unshare
+    };
+    let tried = as_root().arg("true").output();
+    if !tried.is_ok_and(|tried| tried.status.success()) {
+        let skipped = format!(
+            "test {test} ... SKIPPED: it gives a file to another user, for which it has to run as root, or \
+             with newuidmap and a range of users in /etc/subuid\n"
+        );
+        // What a macro prints is shown of tests that fail only.
+        io::stderr().write_all(skipped.as_bytes()).unwrap();
+        return false;
+    }
+    let status = as_root()
+        .arg(env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .status();
+    assert!(status.unwrap().success(), "{test}");
+    false
 }
