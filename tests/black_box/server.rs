@@ -1,6 +1,6 @@
 //! The process: how it starts, tells its health, drains and ends.
 
-use std::{collections::BTreeMap, net::TcpStream, time::Duration};
+use std::{collections::BTreeMap, net::TcpStream, thread, time::Duration};
 
 use tokio::time::Instant;
 
@@ -162,15 +162,26 @@ fn drain_finishes_slow_requests_uploads_and_downloads() {
 
 #[test]
 fn stopping_proxy_serves_on_for_its_delay_but_is_not_ready() {
-    let (upstream, proxy) = started_with(&[("shutdown.delay", "3s")]);
-    let begun = Instant::now();
+    let (_upstream, proxy) = started_with(&[("shutdown.delay", "1h")]);
+    let mut idle = proxy.connect();
     proxy.signal(Signal::TERM);
     eventually("not ready", || proxy.admin("/health/ready").status() == 503);
-    assert_eq!(proxy.get("/v1/x").status(), 200);
+    for _ in 0..20 {
+        assert_eq!(proxy.get("/v1/x").status(), 200);
+        assert_eq!(idle.send(get("/v1/x")).answer().status(), 200);
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn drain_begins_after_the_delay() {
+    let (upstream, proxy) = started_with(&[("shutdown.delay", "1s")]);
     let gate = upstream.hold();
     let mut slow = in_flight(&upstream, &proxy);
+    let begun = Instant::now();
+    proxy.signal(Signal::TERM);
     drain_began(&proxy);
-    assert!(begun.elapsed() >= Duration::from_secs(3));
+    assert!(begun.elapsed() >= Duration::from_secs(1));
     gate.open();
     assert_eq!(slow.answer().status(), 200);
     assert_eq!(proxy.end().0, Some(0));

@@ -15,7 +15,8 @@ const WAY: Duration = Duration::from_millis(100);
 fn one_shot_client_pays_one_round_trip() {
     for protocol in PROTOCOLS {
         let upstream = Upstream::far_away(protocol, WAY);
-        let slowest_shot = |()| {
+        // A busy machine may hold up the shots of many a proxy, but not those of each.
+        eventually("no shot waits for more", || {
             let proxy = Proxy::to(&upstream)
                 .setting("upstream.keep_warm", "1m")
                 .start_warm();
@@ -24,12 +25,8 @@ fn one_shot_client_pays_one_round_trip() {
                 assert_eq!(proxy.get("/v1/x").status(), 200);
                 start.elapsed()
             };
-            (1..=3).map(shot).max().unwrap()
-        };
-        // A busy machine may hold up a shot, but not one of each proxy.
-        let slowest = [(); 3].map(slowest_shot);
-        let one_round_trip = slowest.iter().any(|shot| *shot < 4 * WAY);
-        assert!(one_round_trip, "{protocol}: {slowest:?}");
+            (1..=3).map(shot).all(|took| took < 4 * WAY)
+        });
     }
 }
 
