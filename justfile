@@ -32,6 +32,12 @@ test:
     cargo test --locked
     BLACK_BOX_LOG_FILTER=trace cargo test --locked --test black_box
 
+# Each night: what `test` does with the same seeds each time, with others. What fails prints its seed.
+nightly:
+    seed=$(date +%s) && FAULTS_SEED=$seed FAULTS_COUNT=5000 SOAK_SEED=$seed \
+        cargo test --locked --test black_box -- faults:: soak:: --nocapture
+    SIMULATION_SEEDS=200000 cargo test --locked --test simulation
+
 # Half an hour of mixed load, in which nothing may grow or get lost.
 soak:
     SOAK_SECONDS=1800 cargo test --locked --release --test black_box soak:: -- --nocapture
