@@ -5,7 +5,7 @@ use std::time::Duration;
 /// How far a peer is behind: how long it was waited for, less what its bytes have made up for.
 ///
 /// One that moves nothing is given up after a limit, and so is one that moves a byte now and then. One
-/// that moves [500 bytes a second](PER_BYTE) is waited for without end.
+/// that moves 500 bytes a second (`PER_BYTE`) is waited for without end.
 #[derive(Default)]
 pub struct Pace {
     behind: Duration,
