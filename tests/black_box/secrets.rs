@@ -4,6 +4,7 @@ use std::{
     fs::{self, Permissions},
     os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
+    thread,
 };
 
 use serde_json::json;
@@ -155,11 +156,17 @@ fn everything(command: Command, format: &str) -> String {
         .setting("limits.header_timeout", "500ms")
         .setting("upstream.idle_timeout", "300ms")
         .setting("upstream.response_timeout", "300ms")
+        // A create that was never answered is waited for as long.
+        .setting("shutdown.drain", "500ms")
         .start();
-    let requests = requests().into_iter();
-    let mut heard: Vec<u8> = requests
-        .flat_map(|request| raw(proxy.address, request))
-        .collect();
+    // All at once, since most of them wait.
+    let address = proxy.address;
+    let mut heard: Vec<u8> = thread::scope(|scope| {
+        let ask = |request| scope.spawn(move || raw(address, request));
+        let asked: Vec<_> = requests().into_iter().map(ask).collect();
+        let answers = asked.into_iter().map(|asked| asked.join().unwrap());
+        answers.flatten().collect()
+    });
     for path in [
         "/metrics",
         "/health/startup",
