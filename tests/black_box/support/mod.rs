@@ -77,14 +77,15 @@ pub fn given(variable: &str) -> Option<u64> {
 }
 
 /// Lets this process, and those that it starts, have as many descriptors as they may: a connection takes
-/// one at each end, and the usual soft limit is 1024.
-pub fn raise_descriptor_limit() {
+/// one at each end, and the usual soft limit is 1024. Returns how many that is.
+pub fn raise_descriptor_limit() -> usize {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: maximum,
         maximum,
     };
     setrlimit(Resource::Nofile, raised).unwrap();
+    maximum.map_or(usize::MAX, |maximum| usize::try_from(maximum).unwrap())
 }
 
 /// Asks again until the answer is yes, and leaves the machine to others meanwhile.
