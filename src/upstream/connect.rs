@@ -26,9 +26,9 @@ use super::upload::Progress;
 use crate::error::{BoxError, Error};
 use crate::quiet::{Awaited, Quiet};
 
-/// What a connection of HTTP/1.1 holds at most of what it reads and of what it writes, in bytes, each:
-/// as much as that of a client.
-const LARGEST_BUFFER: usize = 64 << 10;
+/// What a connection of HTTP/1.1 holds at most of what it reads and of what it writes, in bytes, each. Less
+/// than that of a client, since answers are small, and each one that its client does not read holds some.
+const LARGEST_BUFFER: usize = 16 << 10;
 
 /// Makes connections.
 #[derive(Clone)]
