@@ -13,7 +13,6 @@ mod cli;
 mod clock;
 mod credential_command;
 mod credentials;
-mod crowd;
 mod detach;
 mod docs;
 mod drain;

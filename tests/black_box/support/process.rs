@@ -318,11 +318,6 @@ impl Proxy {
         fs::read_to_string(self.path(name)).unwrap()
     }
 
-    /// How many descriptors it has open.
-    pub fn descriptors(&self) -> usize {
-        fs::read_dir(self.path("fd")).unwrap().count()
-    }
-
     /// Where a file of `/proc/PID` is.
     pub fn path(&self, name: &str) -> PathBuf {
         format!("/proc/{}/{name}", self.child.id()).into()
