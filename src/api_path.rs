@@ -28,11 +28,7 @@ const PATHS: [(&str, Accepts); 8] = [
 impl Accepts {
     /// What a path takes; `None` for one that is not Kling's, as far as is known.
     pub fn of(path: &str) -> Option<Self> {
-        let is_below = |prefix: &str| {
-            let rest = path.strip_prefix(prefix);
-            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        };
-        let row = PATHS.iter().find(|(prefix, _)| is_below(prefix));
+        let row = PATHS.iter().find(|(prefix, _)| is_under(path, prefix));
         row.map(|(_, accepts)| *accepts)
     }
 
@@ -43,6 +39,12 @@ impl Accepts {
         let accepts = Self::of(path)?;
         (path.bytes().all(is_plain) && !path.split('/').any(is_dots)).then_some(accepts)
     }
+}
+
+/// Returns true if a path begins with these whole segments.
+pub fn is_under(path: &str, prefix: &str) -> bool {
+    path.strip_prefix(prefix)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use http::header::{HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, TRANSFER_EN
 use http::{Method, Uri};
 use percent_encoding::percent_decode;
 
+use crate::api_path::is_under;
 use crate::client_token::{Client, ClientTokens};
 use crate::error::Error;
 
@@ -43,13 +44,22 @@ impl Rules {
     /// What may pass on the admin listener: the same hosts, and no page but its own.
     #[must_use]
     pub fn for_admin(&self) -> Self {
+        Self::of_hosts(self.allowed_hosts.clone(), Vec::new(), ByteSize::b(0))
+    }
+
+    /// Rules about hosts, pages and the largest body. All else may pass.
+    pub fn of_hosts(
+        allowed_hosts: Vec<String>,
+        allowed_origins: Vec<HeaderValue>,
+        request_body: ByteSize,
+    ) -> Self {
         Self {
-            allowed_hosts: self.allowed_hosts.clone(),
-            allowed_origins: Vec::new(),
+            allowed_hosts,
+            allowed_origins,
             allowed_methods: Vec::new(),
             allowed_paths: Vec::new(),
             client_tokens: None,
-            request_body: ByteSize::b(0),
+            request_body,
             in_flight: u64::MAX,
         }
     }
@@ -243,12 +253,6 @@ pub fn check_reserved(path: &str) -> Result<(), Error> {
     } else {
         Ok(())
     }
-}
-
-/// Whether a path begins with these whole segments.
-fn is_under(path: &str, prefix: &str) -> bool {
-    path.strip_prefix(prefix)
-        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 #[cfg(test)]

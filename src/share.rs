@@ -61,6 +61,8 @@ const LOCAL: u64 = 1;
 const WANTED: Duration = Duration::from_secs(10);
 /// From so many peers on those are forgotten that have nothing in flight.
 const MANY_PEERS: usize = 1024;
+/// The part of an IPv6 address that names a network (RFC 4291, section 2.5.4).
+const NETWORK: u128 = u128::MAX << 64;
 
 // === impl Shares ===
 
@@ -105,16 +107,16 @@ impl Shares {
         limit: u64,
     ) -> Result<Option<Held>, NoPlace> {
         let is_wanted = self.is_wanted(share.as_ref().map_or(LOCAL, |share| share.client));
-        let are_others = share.is_some() || is_wanted.is_some();
         let held = share.map(Held::new);
         let own = match &held {
             Some(Held(share)) => share.held.load(Relaxed),
             None => in_flight.saturating_sub(self.foreign.load(Relaxed)),
         };
-        let most = match is_wanted {
-            Some(true) => limit.div_ceil(2),
-            Some(false) | None if are_others => limit - limit / 8,
-            Some(false) | None => limit,
+        let most = match (is_wanted, &held) {
+            (Some(true), _) => limit.div_ceil(2),
+            // There is nobody else.
+            (None, None) => limit,
+            (Some(false), _) | (None, Some(_)) => limit - limit / 8,
         };
         if in_flight > limit || own > most {
             return Err(NoPlace);
@@ -194,9 +196,6 @@ impl Peer {
         (!ours.contains(&number)).then_some(Self::User(number))
     }
 }
-
-/// The part of an IPv6 address that names a network (RFC 4291, section 2.5.4).
-const NETWORK: u128 = u128::MAX << 64;
 
 #[cfg(test)]
 mod tests {

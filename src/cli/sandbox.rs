@@ -32,7 +32,12 @@ pub(super) fn run(
     })?;
     let address = listener.local_addr().map_err(failed)?;
     let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
-    let rules = rules(&settings);
+    // All but hosts and pages is the sandbox's own to judge, as it is Kling's.
+    let rules = Rules::of_hosts(
+        settings.access.allowed_hosts,
+        settings.access.allowed_origins,
+        settings.limits.request_body,
+    );
     let sandbox = Sandbox::new(settings.sandbox, address, Arc::new(SystemClock));
     let sandbox = stack::sandbox(sandbox, rules, settings.errors, metrics);
     raise_descriptor_limit();
@@ -73,17 +78,4 @@ fn refuse_exposed(address: SocketAddr, settings: &Settings) -> Result<(), Failur
     );
     let problem = Problem::new("--address", reason);
     Err(Failure::new(Exit::Settings, problem.to_string()))
-}
-
-/// The rules of the proxy about hosts and pages. All else is the sandbox's own to judge, as it is Kling's.
-fn rules(settings: &Settings) -> Rules {
-    Rules {
-        allowed_hosts: settings.access.allowed_hosts.clone(),
-        allowed_origins: settings.access.allowed_origins.clone(),
-        allowed_methods: Vec::new(),
-        allowed_paths: Vec::new(),
-        client_tokens: None,
-        request_body: settings.limits.request_body,
-        in_flight: u64::MAX,
-    }
 }

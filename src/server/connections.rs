@@ -1,14 +1,16 @@
 //! The connections that a thread serves.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use tokio::task::{AbortHandle, Id, JoinSet};
 
-use super::head::Head;
+use super::head::{Head, Heads};
 
 /// The tasks that serve them.
-#[derive(Default)]
 pub(super) struct Connections {
+    /// What the heads of all may take.
+    heads: Arc<Heads>,
     tasks: JoinSet<()>,
     /// Those of `tasks` whose end was not noted yet, and what their clients have sent.
     known: HashMap<Id, (AbortHandle, Head)>,
@@ -17,13 +19,21 @@ pub(super) struct Connections {
 // === impl Connections ===
 
 impl Connections {
-    /// Starts to serve one.
-    pub(super) fn begin(
-        &mut self,
-        head: Head,
-        serve: impl Future<Output = ()> + Send + 'static,
-    ) -> AbortHandle {
-        let task = self.tasks.spawn(serve);
+    pub(super) fn new(heads: Arc<Heads>) -> Self {
+        Self {
+            heads,
+            tasks: JoinSet::new(),
+            known: HashMap::new(),
+        }
+    }
+
+    /// Starts to serve one, whose first head is to come.
+    pub(super) fn begin<F>(&mut self, serve: impl FnOnce(Head) -> F) -> AbortHandle
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let head = Head::new(&self.heads);
+        let task = self.tasks.spawn(serve(head.clone()));
         self.known.insert(task.id(), (task.clone(), head));
         task
     }

@@ -109,7 +109,7 @@ where
     // One for all connections of this thread: a clone for each request would cost more than the guard.
     let service = Arc::new(Mutex::new(service));
     let graceful = GracefulShutdown::new();
-    let mut connections = Connections::default();
+    let mut connections = Connections::new(Arc::clone(&limits.heads));
     let told = stop.clone();
     let serve = |arrival: Arrival, head: Head| {
         let (service, crew) = (Arc::clone(&service), Arc::clone(&crew));
@@ -147,8 +147,7 @@ where
             // A sender that has gone is the word to stop too.
             _ = stop.wait_for(|stop| *stop > Stop::Never) => break,
             Some(arrival) = arrivals.recv() => {
-                let head = Head::new(&limits.heads);
-                let connection = connections.begin(head.clone(), serve(arrival, head));
+                let connection = connections.begin(|head| serve(arrival, head));
                 if let Some(evictor) = &limits.evictor {
                     evictor.begun(connection);
                 }
@@ -163,8 +162,7 @@ where
     accepting.shutdown().await;
     arrivals.close();
     while let Some(arrival) = arrivals.recv().await {
-        let head = Head::new(&limits.heads);
-        connections.begin(head.clone(), serve(arrival, head));
+        connections.begin(|head| serve(arrival, head));
     }
     connections.close_unfinished();
     tokio::select! {

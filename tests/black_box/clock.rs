@@ -80,10 +80,7 @@ fn assert_on_time(upstream: &Upstream, begun: u64, case: &str) {
 
 /// What the metrics say of upstream's clock.
 fn gauge(proxy: &Proxy) -> f64 {
-    let answer = proxy.admin("/metrics");
-    let mut lines = answer.text().lines();
-    let value = lines.find_map(|line| line.strip_prefix("kling_proxy_clock_offset_seconds "));
-    value.expect("a gauge").parse().unwrap()
+    proxy.metric("kling_proxy_clock_offset_seconds")
 }
 
 #[test]

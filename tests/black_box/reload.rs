@@ -1,6 +1,6 @@
 //! What changes while the proxy runs: client tokens and settings, and who called.
 
-use std::{fs, thread, time::Duration};
+use std::{fs, path::PathBuf, thread, time::Duration};
 
 use tokio::time::Instant;
 
@@ -17,6 +17,16 @@ fn status(proxy: &Proxy, token: &str) -> u16 {
     proxy.send(request("GET /v1/x", &header, "")).status()
 }
 
+/// A proxy that wants one of these client tokens, and their file.
+fn admitting(upstream: &Upstream, tokens: &str) -> (PathBuf, Proxy) {
+    let command = Proxy::to(upstream);
+    let file = command.file("tokens", tokens);
+    let proxy = command
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .start();
+    (file, proxy)
+}
+
 /// Waits for a line of the log with all these parts.
 fn logged(proxy: &Proxy, parts: &[&str]) {
     let wanted = |line: &str| parts.iter().all(|part| line.contains(part));
@@ -27,12 +37,7 @@ fn logged(proxy: &Proxy, parts: &[&str]) {
 #[test]
 fn name_of_a_client_token_stands_in_logs_and_metrics() {
     let upstream = Upstream::ok();
-    let command = Proxy::to(&upstream);
-    let tokens = "studio:first-token-01234\nsecond-token-01234\n";
-    let file = command.file("tokens", tokens);
-    let proxy = command
-        .setting("access.client_tokens_file", file.to_str().unwrap())
-        .start();
+    let (_file, proxy) = admitting(&upstream, "studio:first-token-01234\nsecond-token-01234\n");
     for token in ["first-token-01234", "second-token-01234"] {
         let header = format!("authorization: Bearer {token}");
         let answer = proxy.send(request("POST /v1/x", &header, "{}"));
@@ -52,11 +57,7 @@ fn name_of_a_client_token_stands_in_logs_and_metrics() {
 #[test]
 fn changed_client_tokens_are_noticed_and_a_broken_file_keeps_the_old_ones() {
     let upstream = Upstream::ok();
-    let command = Proxy::to(&upstream);
-    let file = command.file("tokens", "first-token-01234\n");
-    let proxy = command
-        .setting("access.client_tokens_file", file.to_str().unwrap())
-        .start();
+    let (file, proxy) = admitting(&upstream, "first-token-01234\n");
     assert_eq!(status(&proxy, "first-token-01234"), 200);
 
     // No signal: it is noticed by itself.
@@ -95,11 +96,7 @@ fn is_told_closed(proxy: &Proxy, closed: bool) -> bool {
 #[test]
 fn emptied_file_of_client_tokens_closes_the_proxy_at_once() {
     let upstream = Upstream::ok();
-    let command = Proxy::to(&upstream);
-    let file = command.file("tokens", "first-token-01234\n");
-    let proxy = command
-        .setting("access.client_tokens_file", file.to_str().unwrap())
-        .start();
+    let (file, proxy) = admitting(&upstream, "first-token-01234\n");
     assert!(is_told_closed(&proxy, false));
     for empty in ["", "# first-token-01234\n"] {
         fs::write(&file, empty).unwrap();
@@ -125,11 +122,7 @@ fn file_of_client_tokens_that_stays_wrong_closes_the_proxy_after_a_minute() {
     let upstream = Upstream::ok();
     let tokens = "first-token-01234\n";
     let [short, missing] = [Some("short\n"), None].map(|broken| {
-        let command = Proxy::to(&upstream);
-        let file = command.file("tokens", tokens);
-        let proxy = command
-            .setting("access.client_tokens_file", file.to_str().unwrap())
-            .start();
+        let (file, proxy) = admitting(&upstream, tokens);
         let begun = Instant::now();
         match broken {
             Some(text) => fs::write(&file, text).unwrap(),
@@ -205,11 +198,7 @@ fn file_of_client_tokens_that_is_being_written_is_waited_for() {
 fn changes_are_noticed_while_upstream_refuses_everything() {
     let upstream = Upstream::ok();
     upstream.answer(kling(401, r#"{"code":1000}"#));
-    let command = Proxy::to(&upstream);
-    let file = command.file("tokens", "first-token-01234\n");
-    let proxy = command
-        .setting("access.client_tokens_file", file.to_str().unwrap())
-        .start();
+    let (file, proxy) = admitting(&upstream, "first-token-01234\n");
     fs::write(&file, "second-token-01234\n").unwrap();
     eventually("the old token is refused", || {
         let header = "kling-proxy-token: first-token-01234";

@@ -171,10 +171,7 @@ fn descriptors(proxy: &Proxy) -> usize {
 }
 
 fn in_flight(proxy: &Proxy) -> f64 {
-    let metrics = proxy.admin("/metrics");
-    let mut lines = metrics.text().lines();
-    let value = lines.find_map(|line| line.strip_prefix("kling_proxy_requests_in_flight "));
-    value.unwrap().parse().unwrap()
+    proxy.metric("kling_proxy_requests_in_flight")
 }
 
 /// R16, R32, R33, R36, R37.

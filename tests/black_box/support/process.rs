@@ -303,6 +303,17 @@ impl Proxy {
             .answer()
     }
 
+    /// The value of a metric that has no labels.
+    pub fn metric(&self, name: &str) -> f64 {
+        let answer = self.admin("/metrics");
+        let mut samples = answer
+            .text()
+            .lines()
+            .filter_map(|line| line.split_once(' '));
+        let sample = samples.find(|(known, _)| *known == name);
+        sample.expect("a sample").1.parse().unwrap()
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
