@@ -46,7 +46,7 @@ pub mod metrics;
 pub mod original;
 pub mod pace;
 pub mod pending_create;
-pub mod quiet;
+pub mod read_when_woken;
 pub mod replay;
 pub mod request_id;
 pub mod rules;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::Request;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use http::{Uri, request};
 use tokio::task::yield_now;
 
 use crate::clock::Correction;
@@ -15,11 +15,9 @@ use crate::replay::{Keeper, Replay};
 
 /// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
 /// requests are answered at the first attempt.
+#[derive(Clone)]
 pub struct Original {
-    head: Arc<Head>,
-    /// The headers as a map, for whoever sends it first: with room for more, since hyper passes its
-    /// maps from message to message.
-    headers: Option<HeaderMap>,
+    head: Arc<request::Parts>,
     effect: Effect,
     facts: Option<Facts>,
     /// For a create that runs on its own.
@@ -47,13 +45,6 @@ pub struct AttemptedCreate {
 /// counts as read: one for its rest, and one for the end of its connection.
 const QUIET_TURNS: u32 = 2;
 
-/// What every attempt has.
-struct Head {
-    method: Method,
-    uri: Uri,
-    headers: Vec<(HeaderName, HeaderValue)>,
-}
-
 // === impl Original ===
 
 impl Original {
@@ -64,17 +55,10 @@ impl Original {
         let effect = Effect::of(&request);
         let (mut head, body) = request.into_parts();
         headers::strip_request(&mut head.headers, is_marked);
-        let headers = head.headers.iter();
-        let kept = Head {
-            method: head.method,
-            uri: head.uri,
-            headers: headers.map(|(k, v)| (k.clone(), v.clone())).collect(),
-        };
         let create = facts.as_ref().filter(|_| effect == Effect::Create);
         let body = Replay::new(body, keeper, create);
         Self {
-            head: Arc::new(kept),
-            headers: Some(head.headers),
+            head: Arc::new(head),
             effect,
             facts,
             create: None,
@@ -109,39 +93,18 @@ impl Original {
 
     /// One attempt to send it, without a token.
     pub fn attempt(self) -> Attempt {
-        let Head {
-            method,
-            uri,
-            headers,
-        } = &*self.head;
-        let headers = self
-            .headers
-            .unwrap_or_else(|| headers.iter().cloned().collect());
         let create = self.create.map(|pending| AttemptedCreate {
             pending,
             body: self.body.clone(),
         });
         let mut request = Request::new(self.body.into_body());
-        request.method_mut().clone_from(method);
-        request.uri_mut().clone_from(uri);
-        *request.headers_mut() = headers;
+        request.method_mut().clone_from(&self.head.method);
+        request.uri_mut().clone_from(&self.head.uri);
+        request.headers_mut().clone_from(&self.head.headers);
         Attempt {
             request,
             create,
             minted_by: None,
-        }
-    }
-}
-
-impl Clone for Original {
-    fn clone(&self) -> Self {
-        Self {
-            head: Arc::clone(&self.head),
-            headers: None,
-            effect: self.effect,
-            facts: self.facts.clone(),
-            create: self.create.clone(),
-            body: self.body.clone(),
         }
     }
 }

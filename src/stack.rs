@@ -169,11 +169,8 @@ impl Shared {
     + Send
     + use<> {
         let (keeper, is_marked) = (Arc::clone(&self.keeper), self.hop.is_some());
-        // What each request takes hold of is the thread's own: two cores that count up and down in
-        // one place wait for one another.
-        let metrics = Arc::new(Metrics::clone(&self.metrics));
         ServiceBuilder::new()
-            .layer(TraceLayer::new(Arc::clone(&metrics))) // one id and one span, refusals too
+            .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
             .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
             .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
             .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers what a shutdown gives up
@@ -182,15 +179,15 @@ impl Shared {
                 shares: Arc::clone(&self.shares),
                 hop: self.hop.clone(),
                 lifecycle: Arc::clone(&self.lifecycle),
-                metrics,
+                metrics: Arc::clone(&self.metrics),
             }) // refuses before anything is spent
             // Without the client's credentials from here on.
             .map_request(move |inbound| Original::new(inbound, &keeper, is_marked))
             .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
-            .layer(RetryLayer::new(self.retry_policy.for_thread())) // never a create that may have worked
+            .layer(RetryLayer::new(self.retry_policy.clone())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
-                &self.origin.host(),
+                self.origin.host(),
             ))
             .service(self.upstream.for_thread())
     }

@@ -48,9 +48,7 @@ pin_project! {
 
 impl AuthenticateLayer {
     /// Shows `tokens` to the upstream that is called `host`.
-    pub fn new(tokens: Arc<Tokens>, host: &HeaderValue) -> Self {
-        // A copy of its own: clones of one value count together, those of all threads.
-        let host = HeaderValue::from_bytes(host.as_bytes()).unwrap_or_else(|_| host.clone());
+    pub fn new(tokens: Arc<Tokens>, host: HeaderValue) -> Self {
         Self(Arc::new(Means { tokens, host }))
     }
 }
@@ -158,7 +156,7 @@ mod tests {
         let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
         let host = HeaderValue::from_static("kling.test");
         let stack = ServiceBuilder::new()
-            .layer(AuthenticateLayer::new(Arc::new(tokens), &host))
+            .layer(AuthenticateLayer::new(Arc::new(tokens), host))
             .service(service_fn(|Attempt { request, .. }| async move {
                 let mut answer = Response::new(Body::empty());
                 *answer.headers_mut() = request.into_parts().0.headers;

@@ -98,15 +98,6 @@ impl RetryPolicy {
         }
     }
 
-    /// One for another thread, within the same limits and budget.
-    #[must_use]
-    pub fn for_thread(&self) -> Self {
-        Self {
-            shared: Arc::new(Shared::clone(&self.shared)),
-            ..self.clone()
-        }
-    }
-
     /// Holds the next requests to other limits.
     pub fn set_limits(&self, limits: Limits) {
         self.shared.limits.store(limits);

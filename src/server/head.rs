@@ -9,8 +9,8 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::Request;
 use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
 
-use crate::quiet::Pieces;
 
 /// Largest head of a request, in bytes. hyper answers a larger one with 431.
 pub(super) const LARGEST: usize = 64 << 10;
@@ -43,7 +43,7 @@ struct Received {
 
 /// A body of a request. When it is dropped, the next head is expected.
 pub(super) struct Behind {
-    pieces: Pieces,
+    body: Incoming,
     head: Head,
 }
 
@@ -105,10 +105,10 @@ impl Head {
     }
 
     /// The head is whole, and this body follows.
-    pub(super) fn followed_by<B>(self, request: &Request<B>, pieces: Pieces) -> Behind {
+    pub(super) fn followed_by<B>(self, request: &Request<B>, body: Incoming) -> Behind {
         self.take(request);
         self.0.is_body.store(true, Relaxed);
-        Behind { pieces, head: self }
+        Behind { body, head: self }
     }
 
     /// Whether the connection is to be closed after an answer: the next head has begun, and all heads
@@ -161,7 +161,7 @@ impl Body for Behind {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = self.get_mut();
-        let frame = Pin::new(&mut this.pieces).poll_frame(cx);
+        let frame = Pin::new(&mut this.body).poll_frame(cx);
         if let Poll::Ready(Some(Ok(frame))) = &frame
             && let Some(data) = frame.data_ref()
         {
@@ -172,11 +172,11 @@ impl Body for Behind {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.pieces.is_end_stream()
+        self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.pieces.size_hint()
+        self.body.size_hint()
     }
 }
 

@@ -39,7 +39,7 @@ use self::reset::Reset;
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::error::BoxError;
-use crate::quiet::{Awaited, Pieces, Quiet};
+use crate::read_when_woken::ReadWhenWoken;
 
 /// What a connection holds at most of what it reads and of what it writes, in bytes, each. More makes
 /// large bodies no faster, and is held for each client that does not read its answer.
@@ -135,8 +135,9 @@ where
                 }
                 answer(&service, request, &reset, &head)
             });
-            let connection = http.serve_connection(Awaited::new(TokioIo::new(stream)), service);
-            if let Err(error) = Quiet::new(watcher.watch(connection)).await {
+            let stream = ReadWhenWoken::new(TokioIo::new(stream));
+            let connection = http.serve_connection(stream, service);
+            if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, "connection ended early");
             }
         }
@@ -218,7 +219,7 @@ fn boxed(request: hyper::Request<Incoming>, head: &Head) -> (Request, Option<Hea
     }
     let (parts, body) = request.into_parts();
     let request = Request::from_parts(parts, ());
-    let behind = head.clone().followed_by(&request, Pieces::from(body));
+    let behind = head.clone().followed_by(&request, body);
     let request = request.map(|()| axum::body::Body::new(behind));
     (request, Some(head.clone()))
 }

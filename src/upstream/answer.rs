@@ -6,13 +6,12 @@
 //! for that, only what has come already is looked at.
 
 use std::future::poll_fn;
-use std::pin::pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::task::yield_now;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout;
 
 use super::download::Download;
 use super::text::Text;
@@ -61,11 +60,10 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     let mut reader = Reader::of(answer);
     let mut verdict = Verdict::Success;
     if status.is_success() && is_json {
-        let mut patience = Patience::of(HOLD);
-        match reader.peek(&mut patience).await {
-            Peek::Code(service_code::SUCCESS) => return Verdict::Done,
-            Peek::NoEnvelope | Peek::Undecided => {}
-            Peek::Code(_) => {
+        match timeout(HOLD, reader.peek()).await {
+            Ok(Peek::Code(service_code::SUCCESS)) => return Verdict::Done,
+            Ok(Peek::NoEnvelope | Peek::Undecided) | Err(_) => {}
+            Ok(Peek::Code(_)) => {
                 Box::pin(reader.read_error()).await;
                 if let Some(envelope) = reader.envelope() {
                     verdict = Verdict::Service(envelope);
@@ -101,13 +99,6 @@ struct Reader<'a> {
     end: End,
 }
 
-/// How long a body may keep somebody waiting. It counts from the first wait on: mostly all is there,
-/// and nobody looks at a clock.
-struct Patience {
-    limit: Duration,
-    deadline: Option<Instant>,
-}
-
 /// How a body ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -135,8 +126,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads until the code is known, or cannot be known in time.
-    async fn peek(&mut self, patience: &mut Patience) -> Peek {
+    /// Reads until the code is known, or cannot be known from what is kept.
+    async fn peek(&mut self) -> Peek {
         let mut worth_a_look = 1;
         loop {
             let seen = self.text.seen();
@@ -148,9 +139,7 @@ impl<'a> Reader<'a> {
                     decided => return decided,
                 }
             }
-            if !patience.lasts(self.read()).await {
-                return Peek::Undecided;
-            }
+            self.read().await;
         }
     }
 
@@ -167,11 +156,13 @@ impl<'a> Reader<'a> {
 
     /// Reads an error's body as far as the bounds allow.
     async fn read_error(&mut self) {
-        let mut patience = Patience::of(ERROR_BODY);
-        while !self.is_over() {
-            if !patience.lasts(self.read()).await {
-                self.end = End::Cut;
+        let read = async {
+            while !self.is_over() {
+                self.read().await;
             }
+        };
+        if timeout(ERROR_BODY, read).await.is_err() {
+            self.end = End::Cut;
         }
     }
 
@@ -207,28 +198,6 @@ impl<'a> Reader<'a> {
             End::Whole | End::NotYet => envelope::read_beginning(self.text.seen()),
             End::Cut => None,
         }
-    }
-}
-
-// === impl Patience ===
-
-impl Patience {
-    fn of(limit: Duration) -> Self {
-        Self {
-            limit,
-            deadline: None,
-        }
-    }
-
-    /// Waits for something. Tells whether it came in time.
-    async fn lasts(&mut self, step: impl Future<Output = ()>) -> bool {
-        let mut step = pin!(step);
-        if step.as_mut().now_or_never().is_some() {
-            return true;
-        }
-        let limit = self.limit;
-        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + limit);
-        Box::pin(timeout_at(deadline, step)).await.is_ok()
     }
 }
 

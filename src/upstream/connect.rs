@@ -24,7 +24,7 @@ use super::http2;
 use super::origin::Origin;
 use super::upload::Progress;
 use crate::error::{BoxError, Error};
-use crate::quiet::{Awaited, Quiet};
+use crate::read_when_woken::ReadWhenWoken;
 
 /// What a connection of HTTP/1.1 holds at most of what it reads and of what it writes, in bytes, each. Less
 /// than that of a client, since answers are small, and each one that its client does not read holds some.
@@ -161,9 +161,9 @@ impl Http1 {
         let (io, flushed) = FlushTracker::new(io);
         let mut http = http1::Builder::new();
         http.max_buf_size(LARGEST_BUFFER);
-        let io = Awaited::new(TokioIo::new(io));
+        let io = ReadWhenWoken::new(TokioIo::new(io));
         let (sender, connection) = http.handshake(io).await?;
-        tokio::spawn(Quiet::new(connection));
+        tokio::spawn(connection);
         Ok(Self { sender, flushed })
     }
 

@@ -18,7 +18,6 @@ use super::http2;
 use super::pool::Pool;
 use super::upload::Progress;
 use crate::error::{BoxError, Error};
-use crate::quiet::Pieces;
 
 /// What one poll of a body gives.
 pub(super) type Step = Result<Frame<Bytes>, BoxError>;
@@ -42,7 +41,7 @@ struct Silence(Duration);
 
 /// A body as a connection brings it.
 pub(super) enum Incoming {
-    Http1(Pieces),
+    Http1(body::Incoming),
     /// Boxed, since it is large, and answers are moved.
     Http2(Box<http2::Body>),
 }
@@ -59,7 +58,7 @@ pub(super) struct Lease {
 
 impl From<body::Incoming> for Incoming {
     fn from(body: body::Incoming) -> Self {
-        Self::Http1(body.into())
+        Self::Http1(body)
     }
 }
 
