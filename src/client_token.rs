@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderName};
 use ring::error::Unspecified;
 use ring::hmac;
 use ring::rand::{self, SystemRandom};
@@ -17,10 +17,12 @@ use serde::Deserialize;
 use subtle::ConstantTimeEq;
 
 use crate::clock::Clock;
-use crate::headers::CLIENT_TOKEN;
 use crate::secret::Secret;
 use crate::share::Share;
 use crate::trusted_file::{self, TrustedFileError};
+
+/// The header in which a client may show its token to the proxy.
+pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
 
 /// The tokens that are accepted. What a request costs here does not depend on how many there are.
 pub struct ClientTokens {

@@ -6,10 +6,9 @@ use http::header::{
 };
 
 use crate::accept_encoding;
-use crate::hop::HOP;
 
-/// Where a client may show its token to the proxy.
-pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
+/// Lists the proxies that a request came through, by id; see [`Hop`](crate::hop).
+pub const HOP: HeaderName = HeaderName::from_static("kling-proxy-hop");
 
 /// A type is what it says.
 const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");

@@ -2,9 +2,10 @@
 //! upstream's upstream, through others or at once, and a request would go round for ever.
 
 use http::header::Entry;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderValue};
 
 use crate::error::Error;
+use crate::headers::HOP;
 use crate::request_id::RequestId;
 use crate::upstream::Origin;
 
@@ -13,9 +14,6 @@ pub struct Hop {
     /// The name of this process, which no other has.
     id: HeaderValue,
 }
-
-/// Has the ids of the proxies that a request came through.
-pub const HOP: HeaderName = HeaderName::from_static("kling-proxy-hop");
 
 // === impl Hop ===
 

@@ -11,7 +11,6 @@ use http::Request;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-
 /// Largest head of a request, in bytes. hyper answers a larger one with 431.
 pub(super) const LARGEST: usize = 64 << 10;
 /// As much of each head does not count, in bytes: clients of the Kling API send less. So what counts

@@ -28,7 +28,7 @@ use http::HeaderMap;
 use http::header::{AGE, DATE};
 use tokio::time::Instant;
 
-use super::Origin;
+use super::origin::Origin;
 use crate::clock::{Clock, Correction};
 use crate::metrics::Metrics;
 

@@ -17,13 +17,14 @@ use hyper::client::conn::{TrySendError, http1};
 use hyper_util::rt::TokioIo;
 
 use super::dial::{Dial, NoHttp1, Transport, Versions};
-use super::download::Incoming;
 use super::egress::final_status;
 use super::flush::{FlushTracker, Flushed};
 use super::http2;
+use super::incoming::Incoming;
 use super::origin::Origin;
+use super::send_error::SendError;
 use super::upload::Progress;
-use crate::error::{BoxError, Error};
+use crate::error::BoxError;
 use crate::read_when_woken::ReadWhenWoken;
 
 /// What a connection of HTTP/1.1 holds at most of what it reads and of what it writes, in bytes, each. Less
@@ -78,19 +79,6 @@ pub(super) enum Sent {
 }
 
 type Waiting<B, E> = Pin<Box<dyn Future<Output = Result<http::Response<B>, E>> + Send>>;
-
-/// Why there is no answer.
-#[derive(Debug)]
-pub(super) enum SendError {
-    /// Nothing was sent. This is the request.
-    Unsent(Box<Request>, BoxError),
-    /// Upstream says that it has not processed the request, of which some was sent.
-    Unprocessed(BoxError),
-    /// What came is not HTTP.
-    NotHttp(BoxError),
-    /// The connection or the stream ended. The request may have been carried out.
-    Disconnected(BoxError),
-}
 
 // === impl Connector ===
 
@@ -250,29 +238,6 @@ impl Future for Sent {
             },
             Self::Http2(answer) => Ok(ready!(answer.as_mut().poll(cx))?.map(Incoming::from)),
         })
-    }
-}
-
-// === impl SendError ===
-
-impl SendError {
-    /// The error of the request, unless it is [`Unsent`](Self::Unsent) and can go on.
-    pub(super) fn into_error(self) -> Error {
-        match self {
-            Self::Unsent(_, cause) | Self::Unprocessed(cause) => Error::Unreachable(cause),
-            Self::NotHttp(cause) => Error::NotHttp(cause),
-            Self::Disconnected(cause) => Error::Disconnected(cause),
-        }
-    }
-}
-
-impl From<TrySendError<Request>> for SendError {
-    fn from(mut error: TrySendError<Request>) -> Self {
-        match error.take_message() {
-            Some(request) => Self::Unsent(Box::new(request), error.into_error().into()),
-            None if error.error().is_parse() => Self::NotHttp(error.into_error().into()),
-            None => Self::Disconnected(error.into_error().into()),
-        }
     }
 }
 

@@ -10,17 +10,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::connect::Connection;
-use super::http2;
+use super::incoming::{Incoming, Step};
 use super::pool::Pool;
 use super::upload::Progress;
 use crate::error::{BoxError, Error};
-
-/// What one poll of a body gives.
-pub(super) type Step = Result<Frame<Bytes>, BoxError>;
 
 /// A body that passes as it comes.
 pub(super) struct Download {
@@ -39,59 +35,12 @@ pub(super) struct Download {
 #[error("upstream was silent for {0:?} inside a body")]
 struct Silence(Duration);
 
-/// A body as a connection brings it.
-pub(super) enum Incoming {
-    Http1(body::Incoming),
-    /// Boxed, since it is large, and answers are moved.
-    Http2(Box<http2::Body>),
-}
-
 /// The connection that a body comes over. It goes back to its pool when the exchange is over, and is
 /// closed when the exchange ends in any other way.
 pub(super) struct Lease {
     pool: Arc<Pool>,
     connection: Option<Connection>,
     upload: Arc<Progress>,
-}
-
-// === impl Incoming ===
-
-impl From<body::Incoming> for Incoming {
-    fn from(body: body::Incoming) -> Self {
-        Self::Http1(body)
-    }
-}
-
-impl From<http2::Body> for Incoming {
-    fn from(body: http2::Body) -> Self {
-        Self::Http2(Box::new(body))
-    }
-}
-
-impl Body for Incoming {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Step>> {
-        match self.get_mut() {
-            Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(BoxError::from),
-            Self::Http2(body) => Pin::new(&mut **body).poll_frame(cx).map_err(BoxError::from),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Http1(body) => body.is_end_stream(),
-            Self::Http2(body) => body.is_end_stream(),
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Http1(body) => body.size_hint(),
-            Self::Http2(body) => body.size_hint(),
-        }
-    }
 }
 
 // === impl Lease ===

@@ -15,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use percent_encoding::percent_decode_str;
 use tokio::net::TcpStream;
 
-use super::origin::{Origin, without_brackets};
+use super::origin::{NAME, Origin, without_brackets};
 use crate::error::BoxError;
 
 /// An HTTP proxy that opens tunnels (`CONNECT`: RFC 9110, section 9.3.6).
@@ -98,7 +98,7 @@ impl EgressProxy {
             .method(Method::CONNECT)
             .uri(&authority)
             .header(HOST, &authority)
-            .header(USER_AGENT, super::NAME)
+            .header(USER_AGENT, NAME)
             .body(Empty::new())?;
         if let Some(authorization) = &self.authorization {
             let headers = request.headers_mut();

@@ -23,10 +23,10 @@ use http_body::{Body as _, Frame, SizeHint};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
-use super::connect::SendError;
 use super::dial::Stream;
 use super::empty_frames::EmptyFrameFilter;
 use super::flush::{FlushTracker, Flushed};
+use super::send_error::SendError;
 use super::upload::Progress;
 use crate::error::BoxError;
 

@@ -1,4 +1,4 @@
-//! The way to Kling: sends a request over a kept or new connection, and answers with a response
+//! The inner to Kling: sends a request over a kept or new connection, and answers with a response
 //! that passes as it came, or with a typed error.
 //!
 //! One [`Upstream`] belongs to one thread, so that connections are neither shared nor woken across
@@ -15,13 +15,17 @@ mod egress;
 mod empty_frames;
 mod flush;
 mod http2;
+mod incoming;
 mod origin;
 mod pool;
-mod spare;
+mod request_class;
+mod send_error;
 mod tcp;
 mod text;
+mod timeouts;
 mod trust;
 mod upload;
+mod warm;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -40,48 +44,38 @@ use tower::Service;
 pub use self::clock::UpstreamClock;
 pub use self::dial::{Dial, Dialing, Network, NoHttp1, Stream, Transport, Versions};
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
-pub use self::origin::{Origin, OriginError};
+pub use self::origin::{NAME, Origin, OriginError};
 pub use self::text::Decoder;
+pub use self::timeouts::Timeouts;
 pub use self::trust::{TlsError, TrustRoots, client_config, trust_roots};
 
 use self::answer::Verdict;
-use self::connect::{Connection, Connector, SendError, Sent};
+use self::connect::{Connection, Connector, Sent};
 use self::download::{Download, Lease};
-use self::pool::{Load, Pool};
-use self::spare::Spare;
+use self::incoming::Incoming;
+use self::pool::Pool;
+use self::request_class::RequestClass;
+use self::send_error::SendError;
 use self::upload::{Progress, Upload};
+use self::warm::WarmConnection;
 use crate::clock::{Clock, Correction};
 use crate::error::{Answer, BoxError, Error, LateAnswer, chain};
 use crate::metrics::Metrics;
 use crate::original::{Attempt, AttemptedCreate};
 use crate::service_code::Class;
 
-/// What we call ourselves where no client does.
-pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
-
 /// A request that comes at once goes first: two handshakes at a time would slow it down.
 const HEAD_START: Duration = Duration::from_millis(100);
 
-/// How long upstream may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Timeouts {
-    /// Name resolution, TCP and TLS together.
-    pub connect: Duration,
-    /// From the last byte of a request to the head of its answer.
-    pub response: Duration,
-    /// Longest silence inside a body, either way.
-    pub idle: Duration,
-}
-
 /// Sends requests to the one upstream.
 #[derive(Clone)]
-pub struct Upstream(Arc<Way>);
+pub struct Upstream(Arc<Inner>);
 
 /// What sends them.
 #[derive(Clone)]
-struct Way {
+struct Inner {
     pool: Arc<Pool>,
-    spare: Arc<Spare>,
+    warm: Arc<WarmConnection>,
     timeouts: Timeouts,
     /// Where answers teach the time. Nobody vouches for what comes without TLS.
     learner: Option<Arc<UpstreamClock>>,
@@ -90,8 +84,8 @@ struct Way {
 
 /// One attempt to send a request, while it runs.
 struct Exchange {
-    way: Arc<Way>,
-    load: Load,
+    inner: Arc<Inner>,
+    class: RequestClass,
     progress: Arc<Progress>,
     /// For a create. Boxed, since a read has no use for its room.
     create: Option<Box<AttemptedCreate>>,
@@ -114,10 +108,10 @@ impl Upstream {
         metrics: Arc<Metrics>,
     ) -> Self {
         let connector = Connector::new(dial, origin);
-        let spare = Spare::new(Pool::new(connector, timeouts.connect, clock).spare());
-        Self(Arc::new(Way {
-            pool: Arc::clone(spare.pool()),
-            spare: Arc::new(spare),
+        let warm = WarmConnection::new(Pool::new(connector, timeouts.connect, clock).warm());
+        Self(Arc::new(Inner {
+            pool: Arc::clone(warm.pool()),
+            warm: Arc::new(warm),
             timeouts,
             learner: origin.is_secure().then_some(upstream_clock),
             metrics,
@@ -127,9 +121,9 @@ impl Upstream {
     /// One for another thread, with connections of its own.
     #[must_use]
     pub fn for_thread(&self) -> Self {
-        Self(Arc::new(Way {
-            pool: Arc::new(self.0.pool.another()),
-            ..Way::clone(&self.0)
+        Self(Arc::new(Inner {
+            pool: Arc::new(self.0.pool.for_thread()),
+            ..Inner::clone(&self.0)
         }))
     }
 
@@ -161,13 +155,13 @@ impl Upstream {
 
     /// Keeps a connection ready until nobody has asked for this long, and again once somebody does.
     pub async fn keep_warm(&self, warm: Duration) {
-        self.0.spare.keep(warm).await;
+        self.0.warm.keep(warm).await;
     }
 }
 
-// === impl Way ===
+// === impl Inner ===
 
-impl Way {
+impl Inner {
     /// Sends a request and judges its answer.
     ///
     /// Mostly there is a connection, and a read leaves on it at once: what waits for the answer has no
@@ -182,11 +176,11 @@ impl Way {
             minted_by,
         } = attempt;
         let now = Instant::now();
-        self.spare.note(now);
-        let (load, busy) = self.pool.begin(request.body());
-        let (request, progress) = Upload::record(request, now, busy);
+        self.warm.note(now);
+        let (class, in_flight) = self.pool.in_flight().begin(request.body());
+        let (request, progress) = Upload::record(request, now, in_flight);
         let kept = match create {
-            None => self.pool.checkout(load),
+            None => self.pool.checkout(class),
             Some(_) => None,
         };
         let first = match kept {
@@ -197,8 +191,8 @@ impl Way {
             None => Err(Box::new(request)),
         };
         let exchange = Exchange {
-            way: self,
-            load,
+            inner: self,
+            class,
             progress,
             create: create.map(Box::new),
         };
@@ -223,14 +217,14 @@ impl Way {
         }
     }
 
-    /// A kept connection, and where it goes back to: our own, or else the spare one.
-    async fn checkout(&self, load: Load) -> Option<(Connection, &Arc<Pool>)> {
-        if let Some(connection) = self.pool.checkout(load) {
+    /// A kept connection, and where it goes back to: our own, or else the warm one.
+    async fn checkout(&self, class: RequestClass) -> Option<(Connection, &Arc<Pool>)> {
+        if let Some(connection) = self.pool.checkout(class) {
             return Some((connection, &self.pool));
         }
-        let connection = Box::pin(self.spare.pool().lend(load)).await?;
-        self.pool.borrowed(load);
-        Some((connection, self.spare.pool()))
+        let connection = Box::pin(self.warm.pool().checkout_shared(class)).await?;
+        self.pool.note_miss(class);
+        Some((connection, self.warm.pool()))
     }
 }
 
@@ -243,10 +237,12 @@ impl Exchange {
         first: Result<(Connection, Sent), Box<Request>>,
     ) -> Result<http::Response<Download>, Error> {
         let request = match first {
-            Ok((connection, sent)) => match self.wait(sent, (connection, &self.way.pool)).await? {
-                Ok(answer) => return Ok(answer),
-                Err((unsent, _)) => unsent,
-            },
+            Ok((connection, sent)) => {
+                match self.wait(sent, (connection, &self.inner.pool)).await? {
+                    Ok(answer) => return Ok(answer),
+                    Err((unsent, _)) => unsent,
+                }
+            }
             Err(request) => request,
         };
         Box::pin(self.send(request)).await
@@ -256,16 +252,16 @@ impl Exchange {
     /// one.
     async fn send(&self, mut request: Box<Request>) -> Result<http::Response<Download>, Error> {
         loop {
-            let checkout = self.way.checkout(self.load).await;
+            let checkout = self.inner.checkout(self.class).await;
             let kept = checkout.is_some();
             let (mut connection, home) = if let Some(checkout) = checkout {
                 checkout
             } else {
-                let connected = self.way.pool.connect(self.load).await;
-                (connected.map_err(unreachable)?, &self.way.pool)
+                let connected = self.inner.pool.connect(self.class).await;
+                (connected.map_err(unreachable)?, &self.inner.pool)
             };
             // HTTP/2 takes it away, and the next connection may speak HTTP/1.1.
-            request.headers_mut().insert(HOST, self.way.pool.host());
+            request.headers_mut().insert(HOST, self.inner.pool.host());
             if let Some(create) = &self.create {
                 let begun = create.begin_sending().await;
                 begun.map_err(|left| Error::Unreachable(left.into()))?;
@@ -288,7 +284,7 @@ impl Exchange {
         is_done: bool,
         minted_by: Option<Correction>,
     ) {
-        let Some(clock) = &self.way.learner else {
+        let Some(clock) = &self.inner.learner else {
             return;
         };
         let asked = self.progress.since();
@@ -318,7 +314,11 @@ impl Exchange {
         mut sent: Sent,
         (connection, home): (Connection, &Arc<Pool>),
     ) -> Result<Outcome, Error> {
-        let answered = match self.progress.supervise(&mut sent, self.way.timeouts).await {
+        let answered = match self
+            .progress
+            .supervise(&mut sent, self.inner.timeouts)
+            .await
+        {
             Ok(answered) => answered,
             Err(error) => return Err(self.give_up(error, sent, connection, home)),
         };
@@ -348,7 +348,7 @@ impl Exchange {
             return error;
         }
         let lease = Lease::new(Arc::clone(home), connection, Arc::clone(&self.progress));
-        let idle = self.way.timeouts.idle;
+        let idle = self.inner.timeouts.idle;
         let late = LateAnswer::new(async move {
             let answer = sent.await.map_err(SendError::into_error)?;
             let mut answer = answer.map(|body| Download::new(body, lease, idle));
@@ -363,12 +363,12 @@ impl Exchange {
 
     fn lease(
         &self,
-        answer: http::Response<download::Incoming>,
+        answer: http::Response<Incoming>,
         connection: Connection,
         home: &Arc<Pool>,
     ) -> http::Response<Download> {
         let lease = Lease::new(Arc::clone(home), connection, Arc::clone(&self.progress));
-        let idle = self.way.timeouts.idle;
+        let idle = self.inner.timeouts.idle;
         answer.map(|body| Download::new(body, lease, idle))
     }
 }
@@ -383,12 +383,12 @@ impl Service<Attempt> for Upstream {
     }
 
     fn call(&mut self, attempt: Attempt) -> Self::Future {
-        let [way, counting] = [(); 2].map(|()| Arc::clone(&self.0));
+        let [inner, counting] = [(); 2].map(|()| Arc::clone(&self.0));
         let count = move |outcome: &Result<_, Error>| {
             let error = outcome.as_ref().err().map(Error::kind);
             counting.metrics.attempted(error);
         };
-        Box::pin(way.forward(attempt).inspect(count))
+        Box::pin(inner.forward(attempt).inspect(count))
     }
 }
 

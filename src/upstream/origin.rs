@@ -5,6 +5,9 @@ use std::fmt;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Uri};
 
+/// The proxy's own `User-Agent`, for requests that it sends for itself.
+pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
+
 /// Where requests go: scheme and authority of `upstream.url`, and nothing a request says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {

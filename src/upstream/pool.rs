@@ -6,14 +6,13 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use axum::body::Body;
 use http::HeaderValue;
-use http_body::Body as _;
 use tokio::time::timeout;
 
 use super::connect::{Connected, Connection, Connector, Http1};
 use super::http2;
 use super::origin::Origin;
+use super::request_class::{FEW, InFlightCount, RequestClass};
 use crate::clock::Clock;
 use crate::error::BoxError;
 
@@ -42,31 +41,10 @@ pub(super) struct Pool {
     timeout: Duration,
     most_idle: usize,
     kept: Mutex<Kept>,
-    /// Held by each request on its way.
-    busy: Busy,
+    in_flight: InFlightCount,
     /// Held while connecting, until upstream is known to want a connection for each request.
     turn: tokio::sync::Mutex<()>,
 }
-
-/// What a request is to a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Load {
-    /// Few others are on their way.
-    Few,
-    Many,
-    /// Its body takes longer on HTTP/2 than a handshake does.
-    Large,
-}
-
-/// Counts its clones.
-#[derive(Clone, Default)]
-pub(super) struct Busy(Arc<()>);
-
-/// As many requests as a thread sends by HTTP/1.1 at once. Measured: 16 at once cost less so, 128 more.
-const FEW: usize = 32;
-/// A body from this size on is [`Load::Large`], in bytes. A server mostly lets 64 KiB of a stream be on
-/// their way at once, so that this takes four round trips; a handshake takes two or three.
-const LARGE: u64 = 256 << 10;
 
 struct Kept {
     /// Read with the lock held: to a thread that had read it before, what another did meanwhile would
@@ -97,13 +75,13 @@ impl Pool {
             most_idle: MOST_IDLE,
             kept: Mutex::new(Kept::new(clock, connector.origin())),
             connector,
-            busy: Busy::default(),
+            in_flight: InFlightCount::default(),
             turn: tokio::sync::Mutex::default(),
         }
     }
 
     /// Another one to the same upstream, for one connection that is to stay ready.
-    pub(super) fn spare(&self) -> Self {
+    pub(super) fn warm(&self) -> Self {
         Self {
             most_idle: 1,
             ..Self::new(
@@ -115,7 +93,7 @@ impl Pool {
     }
 
     /// Another one to the same upstream, for another thread.
-    pub(super) fn another(&self) -> Self {
+    pub(super) fn for_thread(&self) -> Self {
         Self::new(
             self.connector.clone(),
             self.timeout,
@@ -123,16 +101,9 @@ impl Pool {
         )
     }
 
-    /// What a request with this body is; it counts as on its way while the other is held.
-    ///
-    /// Without a declared length a body may be of any size.
-    pub(super) fn begin(&self, body: &Body) -> (Load, Busy) {
-        let load = match body.size_hint().upper() {
-            Some(LARGE..) | None => Load::Large,
-            Some(..LARGE) if Arc::strong_count(&self.busy.0) <= FEW => Load::Few,
-            Some(..LARGE) => Load::Many,
-        };
-        (load, self.busy.clone())
+    /// The requests that this pool's thread has in flight.
+    pub(super) fn in_flight(&self) -> &InFlightCount {
+        &self.in_flight
     }
 
     /// What upstream is called.
@@ -141,17 +112,17 @@ impl Pool {
     }
 
     /// A connection that was open a moment ago.
-    pub(super) fn checkout(&self, load: Load) -> Option<Connection> {
+    pub(super) fn checkout(&self, class: RequestClass) -> Option<Connection> {
         let mut kept = self.lock();
-        match load {
-            Load::Many => kept.shared(load).or_else(|| kept.idle()),
-            Load::Few | Load::Large => kept.idle().or_else(|| kept.shared(load)),
+        match class {
+            RequestClass::Many => kept.shared(class).or_else(|| kept.idle()),
+            RequestClass::Few | RequestClass::Large => kept.idle().or_else(|| kept.shared(class)),
         }
     }
 
     /// The same for another thread. What that has seen the end of may still be busy here.
-    pub(super) async fn lend(&self, load: Load) -> Option<Connection> {
-        if let Some(shared) = self.lock().shared(load) {
+    pub(super) async fn checkout_shared(&self, class: RequestClass) -> Option<Connection> {
+        if let Some(shared) = self.lock().shared(class) {
             return Some(shared);
         }
         loop {
@@ -167,9 +138,9 @@ impl Pool {
     /// # Errors
     ///
     /// Name resolution, TCP or TLS failed, or took too long together.
-    pub(super) async fn connect(&self, load: Load) -> Result<Connection, BoxError> {
+    pub(super) async fn connect(&self, class: RequestClass) -> Result<Connection, BoxError> {
         let connecting = async {
-            match self.connect_http1(load).await? {
+            match self.connect_http1(class).await? {
                 Some(connection) => Ok(Connection::Http1(connection)),
                 None => self.connect_in_turn().await,
             }
@@ -181,8 +152,8 @@ impl Pool {
     }
 
     /// One of HTTP/1.1, where that is better, and possible.
-    async fn connect_http1(&self, load: Load) -> Result<Option<Http1>, BoxError> {
-        if load == Load::Many || self.lock().is_http2_only() {
+    async fn connect_http1(&self, class: RequestClass) -> Result<Option<Http1>, BoxError> {
+        if class == RequestClass::Many || self.lock().is_http2_only() {
             return Ok(None);
         }
         let connected = self.connector.connect_http1().await?;
@@ -201,7 +172,7 @@ impl Pool {
         // Whoever had the turn before may have learned that all can connect at once,
         let turn = turn.filter(|_| !self.lock().one_at_a_time);
         // or have brought a connection for all.
-        if let Some(shared) = self.lock().shared(Load::Many) {
+        if let Some(shared) = self.lock().shared(RequestClass::Many) {
             return Ok(shared);
         }
         let connected = self.connector.connect().await?;
@@ -216,7 +187,7 @@ impl Pool {
                 kept.one_at_a_time = connection.limit() <= FEW;
                 let now = kept.clock.now();
                 kept.shared.push((connection, now));
-                let shared = kept.shared(Load::Many);
+                let shared = kept.shared(RequestClass::Many);
                 shared.ok_or("upstream allows no request on a new connection")?
             }
         };
@@ -251,7 +222,7 @@ impl Pool {
             return true;
         }
         // One of HTTP/2 serves several threads.
-        match self.connect(Load::Many).await {
+        match self.connect(RequestClass::Many).await {
             Ok(connection) => {
                 self.checkin(connection);
                 tracing::debug!("connection kept ready");
@@ -270,7 +241,7 @@ impl Pool {
 
     /// Had to borrow a connection. Who does so again before one of its own would have aged gets
     /// one: requests that follow one another are not to go through another thread.
-    pub(super) fn borrowed(self: &Arc<Self>, load: Load) {
+    pub(super) fn note_miss(self: &Arc<Self>, class: RequestClass) {
         let mut kept = self.lock();
         let now = kept.clock.now();
         let again = kept
@@ -283,7 +254,7 @@ impl Pool {
         kept.preparing = true;
         let pool = Arc::clone(self);
         tokio::spawn(async move {
-            if let Ok(connection) = pool.connect(load).await {
+            if let Ok(connection) = pool.connect(class).await {
                 pool.checkin(connection);
             }
             pool.lock().preparing = false;
@@ -319,8 +290,8 @@ impl Kept {
     }
 
     /// A free stream of a connection of HTTP/2.
-    fn shared(&mut self, load: Load) -> Option<Connection> {
-        if load == Load::Large && !self.is_http2_only() {
+    fn shared(&mut self, class: RequestClass) -> Option<Connection> {
+        if class == RequestClass::Large && !self.is_http2_only() {
             return None;
         }
         let now = self.clock.now();
@@ -353,7 +324,7 @@ impl Kept {
         let now = self.clock.now();
         // Asking for the shared one makes it young again, and rightly: upstream has answered a ping,
         // or the connection would be closed.
-        self.shared(Load::Many).is_some()
+        self.shared(RequestClass::Many).is_some()
             || self.idle.iter().any(|(connection, since)| {
                 let age = now.duration_since(*since);
                 connection.sender.is_ready() && age.is_ok_and(|age| age < RENEWAL)
@@ -394,7 +365,7 @@ mod tests {
     }
 
     /// A spare pool, and the connections that come to its upstream.
-    async fn spare(clock: &Arc<Hand>) -> (Pool, mpsc::UnboundedReceiver<TcpStream>) {
+    async fn warm(clock: &Arc<Hand>) -> (Pool, mpsc::UnboundedReceiver<TcpStream>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let origin = format!("http://{}", listener.local_addr().unwrap());
         let (sender, accepted) = mpsc::unbounded_channel();
@@ -408,13 +379,13 @@ mod tests {
         let network = Network::new(&origin, None, &client_config(None).unwrap(), patience);
         let connector = Connector::new(Arc::new(network), &origin);
         let clock: Arc<dyn Clock> = Arc::<Hand>::clone(clock);
-        (Pool::new(connector, patience, clock).spare(), accepted)
+        (Pool::new(connector, patience, clock).warm(), accepted)
     }
 
     #[tokio::test]
     async fn a_connection_that_stays_ready_is_replaced_before_it_is_too_old_to_use() {
         let clock = Arc::new(Hand::default());
-        let (pool, _accepted) = spare(&clock).await;
+        let (pool, _accepted) = warm(&clock).await;
         for (second, made) in [(0, 0), (11, 0), (39, 0), (40, 40), (79, 40), (91, 91)] {
             clock.0.store(second, Relaxed);
             pool.renew().await;
@@ -430,7 +401,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_upstream_closed_is_replaced() {
         let clock = Arc::new(Hand::default());
-        let (pool, mut accepted) = spare(&clock).await;
+        let (pool, mut accepted) = warm(&clock).await;
         pool.renew().await;
         drop(accepted.recv().await);
         while pool.lock().is_ready() {
@@ -442,7 +413,7 @@ mod tests {
         while !pool.lock().is_ready() {
             tokio::task::yield_now().await;
         }
-        assert!(pool.checkout(Load::Few).is_some());
+        assert!(pool.checkout(RequestClass::Few).is_some());
     }
 
     /// Refuses HTTP/1.1, and chooses it all the same where it may choose. Counts the refusals.
@@ -490,7 +461,12 @@ mod tests {
             (1_000, 3, "the clock went back"),
         ] {
             clock.0.store(second, Relaxed);
-            assert!(pool.connect_http1(Load::Few).await.unwrap().is_none());
+            assert!(
+                pool.connect_http1(RequestClass::Few)
+                    .await
+                    .unwrap()
+                    .is_none()
+            );
             assert_eq!(upstream.0.load(Relaxed), refusals, "{second}: {why}");
         }
     }
@@ -500,7 +476,7 @@ mod tests {
     async fn refusal_of_http_1_is_forgotten_when_upstream_chooses_it() {
         let (_, upstream, pool) = moody();
         for refusals in 1..=3 {
-            let connected = pool.connect(Load::Few).await.unwrap();
+            let connected = pool.connect(RequestClass::Few).await.unwrap();
             assert!(matches!(connected, Connection::Http1(_)));
             assert_eq!(upstream.0.load(Relaxed), refusals);
         }

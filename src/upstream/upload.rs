@@ -11,8 +11,8 @@ use http_body::{Body as _, Frame, SizeHint};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::Timeouts;
-use super::pool::Busy;
+use super::request_class::InFlightCount;
+use super::timeouts::Timeouts;
 use crate::error::Error;
 use crate::pace::Pace;
 
@@ -27,8 +27,8 @@ pub(super) struct Progress {
     state: Mutex<State>,
     /// Told when nothing is left to send: another limit counts from then on.
     done: Notify,
-    /// The request is on its way for as long as this is there.
-    _busy: Busy,
+    /// Counts the request as in flight.
+    _in_flight: InFlightCount,
 }
 
 struct State {
@@ -59,9 +59,13 @@ enum Turn {
 // === impl Upload ===
 
 impl Upload {
-    /// Makes the body of a request, if it has one, record its progress from `now` on. The request is
-    /// `busy` until it is over.
-    pub(super) fn record(request: Request, now: Instant, busy: Busy) -> (Request, Arc<Progress>) {
+    /// Makes the body of a request, if it has one, record its progress from `now` on. The request counts
+    /// as in flight until it is over.
+    pub(super) fn record(
+        request: Request,
+        now: Instant,
+        in_flight: InFlightCount,
+    ) -> (Request, Arc<Progress>) {
         let empty = request.body().is_end_stream();
         let turn = if empty { Turn::Done } else { Turn::Upstream };
         let state = State {
@@ -76,7 +80,7 @@ impl Upload {
         let progress = Arc::new(Progress {
             state: Mutex::new(state),
             done: Notify::new(),
-            _busy: busy,
+            _in_flight: in_flight,
         });
         if empty {
             return (request, progress);

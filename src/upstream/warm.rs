@@ -20,7 +20,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 const MOMENT: Duration = Duration::from_secs(1);
 
 /// Knows when a connection is worth keeping.
-pub(super) struct Spare {
+pub(super) struct WarmConnection {
     pool: Arc<Pool>,
     /// Upstream was asked.
     asked: Last,
@@ -28,9 +28,9 @@ pub(super) struct Spare {
     news: Notify,
 }
 
-// === impl Spare ===
+// === impl WarmConnection ===
 
-impl Spare {
+impl WarmConnection {
     pub(super) fn new(pool: Pool) -> Self {
         Self {
             pool: Arc::new(pool),
@@ -112,10 +112,10 @@ mod tests {
             let origin = "https://kling.test".parse().unwrap();
             let connector = Connector::new(Arc::<Refusing>::clone(&egress), &origin);
             let pool = Pool::new(connector, Duration::from_secs(5), Arc::new(SystemClock));
-            let spare = Spare::new(pool.spare());
+            let warm = WarmConnection::new(pool.warm());
             for _ in 0..2 {
-                spare.note(Instant::now());
-                let _ = timeout(minutes, spare.keep(minutes)).await;
+                warm.note(Instant::now());
+                let _ = timeout(minutes, warm.keep(minutes)).await;
             }
             let count = egress.1.load(Relaxed);
             assert!(asked.contains(&count), "{status}: asked {count} times");
