@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::listing::{API_KEY_NAME, PACK_ID, PACK_NAME, Page, product_type};
+use super::listing::{API_KEY_NAME, PACK_ID, PACK_NAME, product_type};
 use super::order::invalid;
+use super::page::Page;
 use super::reply::Refusal;
 use super::report::milliseconds;
 use super::task::Task;

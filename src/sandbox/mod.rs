@@ -15,6 +15,7 @@ mod files;
 mod ids;
 mod listing;
 mod order;
+mod page;
 mod presets;
 mod reply;
 mod report;
