@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::create_request::invalid;
 use super::listing::{API_KEY_NAME, PACK_ID, PACK_NAME, product_type};
-use super::order::invalid;
 use super::page::Page;
 use super::reply::Refusal;
-use super::report::milliseconds;
 use super::task::Task;
+use super::task_view::milliseconds;
 
 /// Units of the one pack: more than a test uses up, since nobody could buy another.
 const UNITS: u32 = 1_000_000;
@@ -68,7 +68,7 @@ fn entry(task: &Task) -> Value {
     let before = units(task.spent_before);
     let after = units(task.spent_before + task.price());
     let product_function = task
-        .family
+        .endpoint
         .path
         .rsplit('/')
         .find(|part| !part.contains('{'));
@@ -76,7 +76,7 @@ fn entry(task: &Task) -> Value {
         "task_id": task.id.to_string(),
         "api_key_name": API_KEY_NAME,
         "product_function": product_function,
-        "model_name": task.order.echo.get("model_name"),
+        "model_name": task.request.echo.get("model_name"),
         "package_id": PACK_ID,
         "product_type": product_type(task),
         "deduction_time": milliseconds(task.created_at).to_string(),

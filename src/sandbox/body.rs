@@ -1,7 +1,7 @@
 //! Reads the body of a request without holding it.
 //!
 //! A picture in Base64 has tens of megabytes, of which only the beginning is looked at. So of each text
-//! no more is kept, while the body comes, than the rules of `families` ask for.
+//! no more is kept, while the body comes, than the rules of `endpoints` ask for.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ enum Place {
 const PATIENCE: Duration = Duration::from_secs(30);
 /// In bytes. Ten images in Base64 come to 133 MB.
 const LARGEST_BODY: usize = 256 << 20;
-/// Bytes kept of a text. The longest one that `families` allows has 3072 characters, each of 12 bytes at
+/// Bytes kept of a text. The longest one that `endpoints` allows has 3072 characters, each of 12 bytes at
 /// most where it is escaped.
 const LONGEST_TEXT: usize = 48 << 10;
 /// Bytes kept of a body. A value of JSON takes up to 16 times as much as its text.

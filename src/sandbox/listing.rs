@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use super::families::Serves;
+use super::endpoints::EndpointKind;
 use super::task::Task;
 
 /// A path that lists tasks.
@@ -23,12 +23,12 @@ pub(super) type Filtered = fn(&Task, Instant) -> &'static str;
 pub(super) static TASKS: Listing = Listing {
     path: "/tasks",
     includes: |task| {
-        let serves = task.family.serves;
-        task.family.has_tasks() && matches!(serves, Serves::Tasks | Serves::NewTasks)
+        let kind = task.endpoint.kind;
+        task.endpoint.has_tasks() && matches!(kind, EndpointKind::Tasks | EndpointKind::NewTasks)
     },
     filters: &[
         ("status", |task, now| task.status(now).name()),
-        ("product_type", |task, _| task.family.output.product()),
+        ("product_type", |task, _| task.endpoint.output.product()),
     ],
     default_limit: 100,
     needs_times: false,
@@ -36,7 +36,7 @@ pub(super) static TASKS: Listing = Listing {
 
 pub(super) static SOLUTIONS: Listing = Listing {
     path: "/solutions",
-    includes: |task| task.family.serves == Serves::Solutions,
+    includes: |task| task.endpoint.kind == EndpointKind::Solutions,
     filters: &[("status", |task, now| task.status(now).name())],
     default_limit: 500,
     ..TASKS
@@ -70,7 +70,7 @@ pub(super) const PACK_ID: &str = "00000000000000000000000000000000";
 
 /// How the ledger calls the sort of product.
 pub(super) fn product_type(task: &Task) -> &'static str {
-    match task.family.output.product() {
+    match task.endpoint.output.product() {
         "try_on" => "try-on",
         product => product,
     }

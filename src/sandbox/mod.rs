@@ -1,32 +1,32 @@
 //! A strict stand-in for the Kling API, so that a client can be tested without an account or a network.
 //!
-//! It serves every documented path of both generations of the API (`families` is the table of them), and verifies
+//! It serves every documented path of both generations of the API (`endpoints` is the table of them), and verifies
 //! credentials by literals of its own. Tasks succeed with time and point at playable results. Words in a request
 //! ask for faults, such as `sandbox:1303`, `sandbox:failed`, `sandbox:slow=5s`, `sandbox:html` and `sandbox:reset`.
 //!
-//! A request goes from `routes` by way of `body` and `order` to `tasks`, and comes back as a `report` of a task.
+//! A request goes from `routes` by way of `body` and `request` to `tasks`, and comes back as a `task_view` of a task.
 
-mod answers;
 mod authorization;
 mod billing;
 mod body;
-mod families;
+mod create_request;
+mod endpoints;
+mod fault;
 mod files;
 mod ids;
+mod immediate;
+mod list_query;
 mod listing;
-mod order;
 mod page;
 mod presets;
 mod reply;
-mod report;
 mod results;
 mod routes;
-mod selection;
 mod task;
+mod task_view;
 mod tasks;
 #[cfg(test)]
 mod tests;
-mod trigger;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -44,8 +44,8 @@ use tower::{Service, ServiceExt};
 use crate::clock::Clock;
 use files::Files;
 use reply::Reply;
-use report::Report;
 use task::{Status, Task};
+use task_view::TaskView;
 use tasks::Tasks;
 
 /// The access key of the sandbox's one account.
@@ -190,8 +190,8 @@ impl Account {
         shifted.min(END_OF_TIME)
     }
 
-    fn report<'a>(&'a self, task: &'a Task, status: Status) -> Report<'a> {
-        Report {
+    fn task_view<'a>(&'a self, task: &'a Task, status: Status) -> TaskView<'a> {
+        TaskView {
             task,
             status,
             files: &self.files,

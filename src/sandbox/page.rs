@@ -6,12 +6,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::create_request::invalid;
+use super::list_query::ListQuery;
 use super::listing::Listing;
-use super::order::invalid;
 use super::reply::Refusal;
-use super::report::milliseconds;
-use super::selection::Selection;
 use super::task::Task;
+use super::task_view::milliseconds;
 use super::tasks::Tasks;
 
 /// One page.
@@ -77,10 +77,10 @@ impl Listing {
         time: Duration,
         now: Instant,
     ) -> Result<Page<'a>, Refusal> {
-        let selection = Selection::read(self, body, time)?;
-        let (start, end) = selection.times;
+        let query = ListQuery::read(self, body, time)?;
+        let (start, end) = query.times;
         let mut rest = tasks.newest();
-        if let Some(cursor) = selection.after {
+        if let Some(cursor) = query.after {
             let id = cursor.parse().ok();
             // Those of the same listing come after it, whatever was created since.
             rest.find(|task| Some(task.id) == id)
@@ -89,9 +89,9 @@ impl Listing {
         let mut found = rest.filter(|task| {
             (self.includes)(task)
                 && (start..end).contains(&milliseconds(task.created_at))
-                && selection.passes(task, now)
+                && query.passes(task, now)
         });
-        let tasks: Vec<_> = found.by_ref().take(selection.limit).collect();
+        let tasks: Vec<_> = found.by_ref().take(query.limit).collect();
         let has_more = found.next().is_some();
         let last = tasks.last().filter(|_| has_more);
         Ok(Page {
@@ -107,9 +107,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::sandbox::families::tests::family;
+    use crate::sandbox::create_request::CreateRequest;
+    use crate::sandbox::endpoints::tests::endpoint;
     use crate::sandbox::listing::{BALANCE, PACKAGE, SOLUTIONS, TASKS};
-    use crate::sandbox::order::Order;
 
     const TIME: Duration = Duration::from_hours(500_000);
 
@@ -128,18 +128,24 @@ mod tests {
                     { "type": "speech_script", "text": "a" },
                 ],
             });
-            let order = Order::parse(family(path), body.to_string().as_bytes()).unwrap();
+            let request =
+                CreateRequest::parse(endpoint(path), body.to_string().as_bytes()).unwrap();
             let age = Duration::from_secs((paths.len() - 1 - index) as u64);
             let created = now.checked_sub(age).unwrap();
             tasks
-                .create(family(path), order, TIME.checked_sub(age).unwrap(), created)
+                .create(
+                    endpoint(path),
+                    request,
+                    TIME.checked_sub(age).unwrap(),
+                    created,
+                )
                 .unwrap();
         }
         (tasks, now)
     }
 
     fn names<'a>(tasks: impl IntoIterator<Item = &'a &'a Task>) -> Vec<&'a str> {
-        let name = |task: &&'a Task| task.order.external_id.as_deref().unwrap();
+        let name = |task: &&'a Task| task.request.external_id.as_deref().unwrap();
         tasks.into_iter().map(name).collect()
     }
 

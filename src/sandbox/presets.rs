@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::families::Family;
-use super::order::Order;
+use super::create_request::CreateRequest;
+use super::endpoints::Endpoint;
 use super::task::Task;
 
 /// Ids of 18 digits, and names.
@@ -19,17 +19,17 @@ const PRESETS: &[(u64, &str)] = &[
 const CREATED_AT: Duration = Duration::from_hours(24 * 20_454);
 
 /// The elements or voices of a row that lists them.
-pub(super) fn of(family: &'static Family, now: Instant) -> Vec<Task> {
+pub(super) fn of(endpoint: &'static Endpoint, now: Instant) -> Vec<Task> {
     let preset = |&(id, name): &(u64, &str)| {
         let fields = ["element_name", "element_description", "voice_name"];
-        let order = Order {
+        let request = CreateRequest {
             echo: fields
                 .map(|field| (field.to_owned(), json!(name)))
                 .into_iter()
                 .collect(),
-            ..Order::default()
+            ..CreateRequest::default()
         };
-        Task::preset(family, id, order, CREATED_AT, now)
+        Task::preset(endpoint, id, request, CREATED_AT, now)
     };
     PRESETS.iter().map(preset).collect()
 }

@@ -1,17 +1,17 @@
-//! What a task has made, in either generation's words. Shapes are those of the vendor's pages (see `families`).
+//! What a task has made, in either generation's words. Shapes are those of the vendor's pages (see `endpoints`).
 
 use serde_json::{Value, json};
 
-use super::families::Output;
-use super::report::Report;
+use super::endpoints::Output;
+use super::task_view::TaskView;
 
 // === impl Report ===
 
-impl Report<'_> {
+impl TaskView<'_> {
     /// The `task_result` of the legacy API.
     pub(super) fn result(&self) -> Value {
         let numbered = |(index, url)| json!({ "index": index, "url": url });
-        match self.task.family.output {
+        match self.task.endpoint.output {
             Output::Video | Output::ChildVideo => json!({ "videos": [self.video()] }),
             Output::VideoSound => json!({ "videos": [self.video()], "audios": [self.sound()] }),
             Output::Images | Output::TryOn => {
@@ -63,7 +63,7 @@ impl Report<'_> {
                 "mp3_duration": "1", "wav_duration": "1",
             })
         };
-        match self.task.family.output {
+        match self.task.endpoint.output {
             Output::Video | Output::ChildVideo => json!([video()]),
             Output::VideoSound => json!([video(), sound()]),
             Output::Sound => json!([sound()]),
@@ -145,7 +145,7 @@ impl Report<'_> {
         });
         let session = self.echo("session_id");
         // Of those that name a session, a lip sync is a child and has none in its result.
-        if session.is_string() && self.task.family.output == Output::Video {
+        if session.is_string() && self.task.endpoint.output == Output::Video {
             video["session_id"] = session;
         }
         video
@@ -160,9 +160,9 @@ impl Report<'_> {
     }
 
     fn images(&self) -> impl Iterator<Item = String> {
-        let count = match self.task.family.output {
+        let count = match self.task.endpoint.output {
             Output::Shots => 9,
-            _ => self.task.order.count,
+            _ => self.task.request.count,
         };
         (0..count).map(|index| self.file(&format!("-{index}.png")))
     }
@@ -173,7 +173,7 @@ impl Report<'_> {
 
     /// A field of the create, null where it had none.
     pub(super) fn echo(&self, name: &str) -> Value {
-        let value = self.task.order.echo.get(name);
+        let value = self.task.request.echo.get(name);
         value.cloned().unwrap_or_default()
     }
 

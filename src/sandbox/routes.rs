@@ -14,18 +14,18 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
 use super::body::read;
-use super::families::{self, Family, Output, Serves};
+use super::create_request::{self, CreateRequest};
+use super::endpoints::{self, Endpoint, EndpointKind, Output};
+use super::fault::Ending;
 use super::files::{self, RESULTS};
 use super::listing::{self, Listing};
-use super::order::{self, Order};
 use super::reply::{Refusal, Reply};
 use super::task::{Status, Task};
-use super::trigger::Ending;
 use super::{Account, authorization, billing, presets};
 
 type Answer = Result<Reply, Refusal>;
 type Parameters = Query<HashMap<String, String>>;
-type FamilyState = State<(Arc<Account>, &'static Family)>;
+type EndpointState = State<(Arc<Account>, &'static Endpoint)>;
 type ListingState = State<(Arc<Account>, &'static Listing)>;
 
 const PAGES: RangeInclusive<usize> = 1..=1000;
@@ -36,18 +36,18 @@ pub(super) fn router(account: Arc<Account>) -> Router {
     let mut api = Router::new()
         .route("/account/costs", get(costs))
         .with_state(account.clone());
-    for family in families::all() {
-        let routes = match family.serves {
-            Serves::Tasks => Router::new()
-                .route(family.path, get(list).post(create))
-                .route(&format!("{}/{{id}}", family.path), get(query)),
-            Serves::NewTasks | Serves::Solutions | Serves::Answers => {
-                Router::new().route(family.path, post(create))
+    for endpoint in endpoints::all() {
+        let routes = match endpoint.kind {
+            EndpointKind::Tasks => Router::new()
+                .route(endpoint.path, get(list).post(create))
+                .route(&format!("{}/{{id}}", endpoint.path), get(query)),
+            EndpointKind::NewTasks | EndpointKind::Solutions | EndpointKind::Immediate => {
+                Router::new().route(endpoint.path, post(create))
             }
-            Serves::Presets => Router::new().route(family.path, get(list)),
-            Serves::Deletes(_) => Router::new().route(family.path, post(delete)),
+            EndpointKind::Presets => Router::new().route(endpoint.path, get(list)),
+            EndpointKind::Deletes(_) => Router::new().route(endpoint.path, post(delete)),
         };
-        api = api.merge(routes.with_state((account.clone(), family)));
+        api = api.merge(routes.with_state((account.clone(), endpoint)));
     }
     for listing in [&listing::TASKS, &listing::SOLUTIONS] {
         let routes = get(tasks_by_ids).post(tasks_by_cursor);
@@ -77,94 +77,99 @@ async fn authorize(
 }
 
 async fn create(
-    State((account, family)): FamilyState,
+    State((account, endpoint)): EndpointState,
     Path(path): Path<HashMap<String, String>>,
     body: Body,
 ) -> Answer {
     let model = path.get("model");
-    if model.is_some_and(|model| !family.models.contains(&model.as_str())) {
+    if model.is_some_and(|model| !endpoint.models.contains(&model.as_str())) {
         return Err(Refusal::documented(1203));
     }
-    let mut order = Order::parse(family, &read(body).await?)?;
+    let mut request = CreateRequest::parse(endpoint, &read(body).await?)?;
     if let Some(model) = model {
         let model = json!(model);
-        order.echo.insert("model_name".to_owned(), model);
+        request.echo.insert("model_name".to_owned(), model);
     }
-    let delay = order.trigger.delay;
-    let answer = place(&account, family, order);
+    let delay = request.fault.delay;
+    let answer = place(&account, endpoint, request);
     sleep(delay).await;
     answer
 }
 
 /// Carries out an order at once; only the answer may be delayed.
-fn place(account: &Account, family: &'static Family, order: Order) -> Answer {
+fn place(account: &Account, endpoint: &'static Endpoint, request: CreateRequest) -> Answer {
     let mut tasks = account.tasks();
-    tasks.check_unused(order.external_id.as_deref())?;
-    match &order.trigger.ending {
+    tasks.check_unused(request.external_id.as_deref())?;
+    match &request.fault.ending {
         Ending::Refuse(refusal) => return Err(refusal.clone()),
         Ending::BrokenGateway => return Ok(Reply::BrokenGateway),
         // Guessed: an old element has no task that could fail.
-        Ending::Fail if family.output == Output::OldElement => {
+        Ending::Fail if endpoint.output == Output::OldElement => {
             return Err(Refusal::documented(1301));
         }
         Ending::Succeed | Ending::Fail | Ending::Reset => {}
     }
-    let is_reset = order.trigger.ending == Ending::Reset;
+    let is_reset = request.fault.ending == Ending::Reset;
     let now = Instant::now();
-    let task = tasks.create(family, order, account.now(), now)?;
+    let task = tasks.create(endpoint, request, account.now(), now)?;
     if is_reset {
         return Ok(Reply::Reset);
     }
     // However short it is, a task begins as submitted.
-    let status = if family.has_tasks() {
+    let status = if endpoint.has_tasks() {
         Status::Submitted
     } else {
         task.status(now)
     };
-    Ok(Reply::Success(account.report(task, status).created()))
+    Ok(Reply::Success(account.task_view(task, status).created()))
 }
 
-async fn query(State((account, family)): FamilyState, Path(id): Path<String>) -> Answer {
+async fn query(State((account, endpoint)): EndpointState, Path(id): Path<String>) -> Answer {
     let tasks = account.tasks();
-    let task = tasks.find(family, &id)?;
+    let task = tasks.find(endpoint, &id)?;
     let status = task.status(Instant::now());
-    Ok(Reply::Success(account.report(task, status).legacy()))
+    Ok(Reply::Success(account.task_view(task, status).legacy()))
 }
 
 /// One page of a family, newest first.
-async fn list(State((account, family)): FamilyState, Query(parameters): Parameters) -> Answer {
+async fn list(State((account, endpoint)): EndpointState, Query(parameters): Parameters) -> Answer {
     let page = number(&parameters, "pageNum", PAGES)?.unwrap_or(1);
-    let size = number(&parameters, "pageSize", 1..=family.largest_page)?.unwrap_or(PAGE_SIZE);
+    let size = number(&parameters, "pageSize", 1..=endpoint.largest_page)?.unwrap_or(PAGE_SIZE);
     let now = Instant::now();
-    let report = |task: &Task| account.report(task, task.status(now)).legacy();
+    let task_view = |task: &Task| account.task_view(task, task.status(now)).legacy();
     let skip = (page - 1) * size;
-    let page: Value = if family.serves == Serves::Presets {
-        let presets = presets::of(family, now);
-        presets.iter().skip(skip).take(size).map(report).collect()
+    let page: Value = if endpoint.kind == EndpointKind::Presets {
+        let presets = presets::of(endpoint, now);
+        presets
+            .iter()
+            .skip(skip)
+            .take(size)
+            .map(task_view)
+            .collect()
     } else {
         let tasks = account.tasks();
-        let newest = tasks.of(family).rev();
-        newest.skip(skip).take(size).map(report).collect()
+        let newest = tasks.of(endpoint).rev();
+        newest.skip(skip).take(size).map(task_view).collect()
     };
     Ok(Reply::Success(page))
 }
 
 /// Guessed: the id and the status of what does the deleting.
-async fn delete(State((account, family)): FamilyState, body: Body) -> Answer {
-    let Serves::Deletes(name) = family.serves else {
+async fn delete(State((account, endpoint)): EndpointState, body: Body) -> Answer {
+    let EndpointKind::Deletes(name) = endpoint.kind else {
         return Err(Refusal::documented(1203));
     };
-    let body = order::object(&read(body).await?)?;
+    let body = create_request::object(&read(body).await?)?;
     let id = match &body[name] {
         Value::String(id) if !id.is_empty() => id.clone(),
         Value::Number(id) => id.to_string(),
         Value::Null | Value::String(_) => {
             return Err(Refusal::parameter(format!("{name} is missing or empty")));
         }
-        value => return Err(order::invalid(name, value)),
+        value => return Err(create_request::invalid(name, value)),
     };
     let mut tasks = account.tasks();
-    tasks.delete(family.output, &id, Instant::now())?;
+    tasks.delete(endpoint.output, &id, Instant::now())?;
     let id = tasks.ids.number().to_string();
     Ok(Reply::Success(
         json!({ "task_id": id, "task_status": "succeed" }),
@@ -179,18 +184,18 @@ async fn tasks_by_ids(
     let found = listing.by_ids(&tasks, &parameters)?;
     let reports = found
         .iter()
-        .map(|task| account.report(task, task.status(now)).standard());
+        .map(|task| account.task_view(task, task.status(now)).standard());
     Ok(Reply::Success(reports.collect()))
 }
 
 async fn tasks_by_cursor(State((account, listing)): ListingState, body: Body) -> Answer {
-    let body = order::object(&read(body).await?)?;
+    let body = create_request::object(&read(body).await?)?;
     let (tasks, now) = (account.tasks(), Instant::now());
     let page = listing.page(&tasks, &body, account.now(), now)?;
     let reports = page
         .tasks
         .iter()
-        .map(|task| account.report(task, task.status(now)).standard());
+        .map(|task| account.task_view(task, task.status(now)).standard());
     Ok(Reply::Success(json!({
         "result": reports.collect::<Value>(),
         "count": page.tasks.len(),
@@ -200,7 +205,7 @@ async fn tasks_by_cursor(State((account, listing)): ListingState, body: Body) ->
 }
 
 async fn ledger(State((account, listing)): ListingState, body: Body) -> Answer {
-    let body = order::object(&read(body).await?)?;
+    let body = create_request::object(&read(body).await?)?;
     let tasks = account.tasks();
     let page = listing.page(&tasks, &body, account.now(), Instant::now())?;
     Ok(Reply::Success(billing::ledger(&page)))
@@ -229,6 +234,6 @@ fn number(
     };
     match text.parse() {
         Ok(number) if range.contains(&number) => Ok(Some(number)),
-        _ => Err(order::invalid(name, &json!(text))),
+        _ => Err(create_request::invalid(name, &json!(text))),
     }
 }

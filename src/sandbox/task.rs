@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::families::{Family, Output, Serves};
-use super::order::Order;
-use super::trigger::Ending;
+use super::create_request::CreateRequest;
+use super::endpoints::{Endpoint, EndpointKind, Output};
+use super::fault::Ending;
 
 /// A task, or an answer.
 #[derive(Debug)]
@@ -14,8 +14,8 @@ pub(super) struct Task {
     pub(super) id: u64,
     /// The id of the one thing that it makes: a video, an element, a session.
     pub(super) product: u64,
-    pub(super) family: &'static Family,
-    pub(super) order: Order,
+    pub(super) endpoint: &'static Endpoint,
+    pub(super) request: CreateRequest,
     /// What clients are told, since the epoch.
     pub(super) created_at: Duration,
     /// What the age is counted from.
@@ -41,17 +41,17 @@ pub(super) enum Status {
 impl Task {
     /// Something that Kling provides.
     pub(super) fn preset(
-        family: &'static Family,
+        endpoint: &'static Endpoint,
         id: u64,
-        order: Order,
+        request: CreateRequest,
         created_at: Duration,
         now: Instant,
     ) -> Self {
         Self {
             id,
             product: id,
-            family,
-            order,
+            endpoint,
+            request,
             created_at,
             created: now,
             time: Duration::ZERO,
@@ -75,26 +75,26 @@ impl Task {
 
     /// In units. Guessed: a unit for each result, and nothing for a task that fails.
     pub(super) fn price(&self) -> u32 {
-        if self.fails() || self.family.serves == Serves::Presets {
+        if self.fails() || self.endpoint.kind == EndpointKind::Presets {
             0
         } else {
-            self.order.count
+            self.request.count
         }
     }
 
     pub(super) fn fails(&self) -> bool {
-        self.order.trigger.ending == Ending::Fail
+        self.request.fault.ending == Ending::Fail
     }
 
     /// Whether this is its external id.
     pub(super) fn is_called(&self, external_id: &str) -> bool {
-        self.order.external_id.as_deref() == Some(external_id)
+        self.request.external_id.as_deref() == Some(external_id)
     }
 
     /// Whether lists leave it out: an element that was deleted stays, with another status (documented). That
     /// others do not is guessed.
     pub(super) fn is_gone(&self) -> bool {
-        self.is_deleted && self.family.output != Output::Element
+        self.is_deleted && self.endpoint.output != Output::Element
     }
 
     pub(super) fn age(&self, now: Instant) -> Duration {

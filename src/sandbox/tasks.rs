@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::families::{Family, Output};
+use super::create_request::CreateRequest;
+use super::endpoints::{Endpoint, Output};
 use super::ids::Ids;
-use super::order::Order;
 use super::reply::Refusal;
 use super::task::{Status, Task};
 
@@ -53,20 +53,20 @@ impl Tasks {
     /// Creates a task; 1303 when it finds too few free slots.
     pub(super) fn create(
         &mut self,
-        family: &'static Family,
-        order: Order,
+        endpoint: &'static Endpoint,
+        request: CreateRequest,
         created_at: Duration,
         now: Instant,
     ) -> Result<&Task, Refusal> {
         let is_running = |task: &Task| task.age(now) < task.time;
-        if family.has_tasks() {
+        if endpoint.has_tasks() {
             let youngest = self.known.iter().rev();
             let held: u32 = youngest
                 .take_while(|task| task.age(now) < self.task_time)
                 .filter(|task| is_running(task))
-                .map(|task| task.order.count)
+                .map(|task| task.request.count)
                 .sum();
-            if held + order.count > self.concurrency {
+            if held + request.count > self.concurrency {
                 return Err(Refusal::documented(1303));
             }
         }
@@ -78,11 +78,11 @@ impl Tasks {
         let task = Task {
             id,
             product,
-            family,
-            order,
+            endpoint,
+            request,
             created_at,
             created: now,
-            time: if family.has_tasks() {
+            time: if endpoint.has_tasks() {
                 self.task_time
             } else {
                 Duration::ZERO
@@ -97,26 +97,26 @@ impl Tasks {
 
     /// The task of a family with this id, or external id where the family allows; 1201, not 404, where there is
     /// none (measured).
-    pub(super) fn find(&self, family: &Family, id: &str) -> Result<&Task, Refusal> {
+    pub(super) fn find(&self, endpoint: &Endpoint, id: &str) -> Result<&Task, Refusal> {
         let number = id.parse().ok();
         let is_it = |task: &&Task| {
-            let name = match family.output {
+            let name = match endpoint.output {
                 // Guessed: an old element has no other id.
                 Output::OldElement => task.product,
                 _ => task.id,
             };
-            number == Some(name) || (family.by_external_id && task.is_called(id))
+            number == Some(name) || (endpoint.by_external_id && task.is_called(id))
         };
-        self.of(family)
+        self.of(endpoint)
             .find(is_it)
             .ok_or_else(|| Refusal::parameter(format!("Task not found by id/external id: {id}")))
     }
 
     /// The tasks of a family, oldest first.
-    pub(super) fn of(&self, family: &Family) -> impl DoubleEndedIterator<Item = &Task> {
+    pub(super) fn of(&self, endpoint: &Endpoint) -> impl DoubleEndedIterator<Item = &Task> {
         self.known
             .iter()
-            .filter(|task| task.family.path == family.path && !task.is_gone())
+            .filter(|task| task.endpoint.path == endpoint.path && !task.is_gone())
     }
 
     /// All tasks, newest first.
@@ -132,8 +132,8 @@ impl Tasks {
     pub(super) fn delete(&mut self, output: Output, id: &str, now: Instant) -> Result<(), Refusal> {
         let number = id.parse().ok();
         let found = self.known.iter_mut().find(|task| {
-            let is_of_sort = task.family.output == output
-                || (output, task.family.output) == (Output::OldElement, Output::Element);
+            let is_of_sort = task.endpoint.output == output
+                || (output, task.endpoint.output) == (Output::OldElement, Output::Element);
             is_of_sort
                 && number == Some(task.product)
                 && task.status(now) == Status::Succeeded
@@ -154,7 +154,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::sandbox::families::tests::family;
+    use crate::sandbox::endpoints::tests::endpoint;
 
     const TIME: Duration = Duration::from_secs(3);
 
@@ -168,8 +168,8 @@ mod tests {
         body: &Value,
         now: Instant,
     ) -> Result<&'a Task, Refusal> {
-        let order = Order::parse(family(path), body.to_string().as_bytes())?;
-        tasks.create(family(path), order, Duration::from_secs(1000), now)
+        let request = CreateRequest::parse(endpoint(path), body.to_string().as_bytes())?;
+        tasks.create(endpoint(path), request, Duration::from_secs(1000), now)
     }
 
     #[test]
@@ -273,7 +273,11 @@ mod tests {
         });
         for (path, by_external_id) in [("text2video", true), ("ai-multi-shot", false)] {
             let id = create(&mut tasks, path, &body, now).unwrap().id.to_string();
-            let found = |path, id| tasks.find(family(path), id).map(|task| task.id.to_string());
+            let found = |path, id| {
+                tasks
+                    .find(endpoint(path), id)
+                    .map(|task| task.id.to_string())
+            };
             assert_eq!(found(path, &id), Ok(id.clone()), "{path}");
             assert_eq!(found(path, "mine").is_ok(), by_external_id, "{path}");
             let message = format!("Task not found by id/external id: {id}");
@@ -295,7 +299,7 @@ mod tests {
             ("advanced-custom-elements", 1),
             ("/custom-elements", 0),
         ] {
-            let output = family(path).output;
+            let output = endpoint(path).output;
             let product = create(&mut tasks, path, &body, now)
                 .unwrap()
                 .product
@@ -307,7 +311,7 @@ mod tests {
             tasks.delete(other, &product, now + TIME).unwrap_err();
             assert_eq!(tasks.delete(output, &product, now + TIME), Ok(()), "{path}");
             tasks.delete(output, &product, now + TIME).unwrap_err();
-            assert_eq!(tasks.of(family(path)).count(), listed, "{path}");
+            assert_eq!(tasks.of(endpoint(path)).count(), listed, "{path}");
         }
         let product = create(&mut tasks, "custom-voices", &body, now + TIME)
             .unwrap()
@@ -329,8 +333,8 @@ mod tests {
             let task = create(&mut tasks, "text2video", &body, now).unwrap();
             ids.push(task.id.to_string());
         }
-        assert!(tasks.find(family("text2video"), &ids[0]).is_err());
-        assert!(tasks.find(family("text2video"), &ids[1]).is_ok());
+        assert!(tasks.find(endpoint("text2video"), &ids[0]).is_err());
+        assert!(tasks.find(endpoint("text2video"), &ids[1]).is_ok());
         assert_eq!(tasks.newest().count(), MOST_TASKS);
         assert_eq!(tasks.spent, 10_001);
     }
@@ -349,7 +353,7 @@ mod tests {
             )
             .unwrap();
         }
-        assert!(tasks.find(family("text2video"), &id).is_ok());
+        assert!(tasks.find(endpoint("text2video"), &id).is_ok());
         assert_eq!(tasks.newest().count(), MOST_TASKS);
     }
 }

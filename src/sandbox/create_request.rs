@@ -4,18 +4,18 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
-use super::families::{Family, Output};
+use super::endpoints::{Endpoint, Output};
+use super::fault::Fault;
 use super::reply::Refusal;
-use super::trigger::Trigger;
 
 /// A create whose parameters are in order.
 #[derive(Debug, Default)]
-pub(super) struct Order {
+pub(super) struct CreateRequest {
     pub(super) external_id: Option<String>,
     /// Pictures to make, and slots held until they are: `n` for images, 1 for all else
     /// (vendor's page "Concurrency Rules", as quoted by `aself101/kling-api`, read 2026-11-22).
     pub(super) count: u32,
-    pub(super) trigger: Trigger,
+    pub(super) fault: Fault,
     /// The fields that come back in an answer.
     pub(super) echo: Map<String, Value>,
 }
@@ -49,21 +49,21 @@ const LONGEST_ECHO: usize = 1024;
 
 // === impl Order ===
 
-impl Order {
+impl CreateRequest {
     /// Reads and checks the body of a create.
     ///
     /// # Errors
     ///
     /// 1200 when it is no JSON object, 1201 when a value is missing or illegal.
-    pub(super) fn parse(family: &Family, body: &[u8]) -> Result<Self, Refusal> {
+    pub(super) fn parse(endpoint: &Endpoint, body: &[u8]) -> Result<Self, Refusal> {
         let body = object(body)?;
-        for names in family.required {
+        for names in endpoint.required {
             require(&body, names)?;
         }
-        for &(name, longest) in family.limits {
+        for &(name, longest) in endpoint.limits {
             text(&body, name, longest)?;
         }
-        for &(name, values) in family.values {
+        for &(name, values) in endpoint.values {
             let value = at(&body, name).filter(|value| !value.is_null());
             if let Some(value) = value
                 && !value.as_str().is_some_and(|text| values.contains(&text))
@@ -75,14 +75,14 @@ impl Order {
             let message = format!("{name} must be Base64 without a data: prefix");
             return Err(Refusal::parameter(message));
         }
-        let external_id = match family.external_id {
+        let external_id = match endpoint.external_id {
             Some(name) => text(&body, name, LONGEST_EXTERNAL_ID)?,
             None => None,
         };
         Ok(Self {
             external_id: external_id.map(str::to_owned),
-            count: count(family.output, &body)?,
-            trigger: Trigger::of(&body)?,
+            count: count(endpoint.output, &body)?,
+            fault: Fault::of(&body)?,
             echo: echo(&body),
         })
     }
@@ -108,7 +108,7 @@ pub(super) fn invalid(name: &str, value: &Value) -> Refusal {
     Refusal::parameter(format!("{name} value '{value}' is invalid"))
 }
 
-/// The value at a path as the rows of `families` write it.
+/// The value at a path as the rows of `endpoints` write it.
 pub(super) fn at<'a>(body: &'a Value, path: &str) -> Option<&'a Value> {
     path.split('.').try_fold(body, |value, step| match value {
         Value::Array(items) => match step.parse::<usize>() {
@@ -200,16 +200,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::sandbox::families::tests::family;
+    use crate::sandbox::endpoints::tests::endpoint;
 
-    fn parse(path: &str, body: &Value) -> Result<Order, Refusal> {
-        Order::parse(family(path), body.to_string().as_bytes())
+    fn parse(path: &str, body: &Value) -> Result<CreateRequest, Refusal> {
+        CreateRequest::parse(endpoint(path), body.to_string().as_bytes())
     }
 
     #[test]
     fn a_body_that_is_no_json_object_is_refused_with_1200() {
         for body in ["", "{", "[]", "\"a\"", "prompt=a"] {
-            let refusal = Order::parse(family("text2video"), body.as_bytes()).unwrap_err();
+            let refusal =
+                CreateRequest::parse(endpoint("text2video"), body.as_bytes()).unwrap_err();
             assert_eq!(
                 (refusal.status.as_u16(), refusal.code),
                 (400, 1200),
@@ -372,8 +373,8 @@ mod tests {
             ("/text-to-video/{model}", Some("ours")),
             ("tts", None),
         ] {
-            let order = parse(path, &body).unwrap();
-            assert_eq!(order.external_id.as_deref(), external_id, "{path}");
+            let request = parse(path, &body).unwrap();
+            assert_eq!(request.external_id.as_deref(), external_id, "{path}");
         }
         let body = json!({ "prompt": "a", "external_task_id": "" });
         assert_eq!(parse("text2video", &body).unwrap().external_id, None);
@@ -384,9 +385,9 @@ mod tests {
         let long = "a".repeat(LONGEST_ECHO + 1);
         let body =
             json!({ "prompt": "a", "model_name": "kling-v3", "video_url": long, "session_id": {} });
-        let order = parse("text2video", &body).unwrap();
+        let request = parse("text2video", &body).unwrap();
         assert_eq!(
-            Value::Object(order.echo),
+            Value::Object(request.echo),
             json!({ "model_name": "kling-v3" })
         );
     }

@@ -3,9 +3,9 @@
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 
-use super::families::Output;
+use super::endpoints::Output;
 use super::files::IMAGE;
-use super::report::Report;
+use super::task_view::TaskView;
 
 /// What `image-recognize` looks for.
 const SEGMENTS: [&str; 4] = ["object_seg", "head_seg", "face_seg", "cloth_seg"];
@@ -18,9 +18,9 @@ const EMPTY_MASK: &str = "PXh1";
 
 // === impl Report ===
 
-impl Report<'_> {
+impl TaskView<'_> {
     pub(super) fn answer(&self) -> Value {
-        let mut answer = match self.task.family.output {
+        let mut answer = match self.task.endpoint.output {
             Output::Speech => return self.legacy(),
             Output::Faces => self.faces(),
             Output::Segments => self.segments(),
@@ -62,7 +62,7 @@ impl Report<'_> {
         let (width, height, rate, frames) = FRAMES;
         let status = u8::from(self.task.fails());
         let mut answer = json!({ "status": status, "session_id": self.echo("session_id") });
-        match self.task.family.output {
+        match self.task.endpoint.output {
             Output::Selection => {
                 answer["session_id"] = json!(self.product());
                 answer["fps"] = json!(f64::from(rate));

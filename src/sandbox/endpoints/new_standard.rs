@@ -1,11 +1,11 @@
 //! The rows of the new standard: the model is in the path, and the task in one place for all.
 
 use super::Output::TryOn;
-use super::{Family, Serves, TASKS};
+use super::{Endpoint, EndpointKind, TASKS};
 
 // Guessed: the longest prompt, which is 2500 for some models.
-const NEW_TASKS: Family = Family {
-    serves: Serves::NewTasks,
+const NEW_TASKS: Endpoint = Endpoint {
+    kind: EndpointKind::NewTasks,
     limits: &[("prompt", 3072), ("contents.prompt.text", 3072)],
     values: &[("settings.resolution", &["720p", "1080p", "4k"])],
     external_id: Some("options.external_task_id"),
@@ -13,8 +13,8 @@ const NEW_TASKS: Family = Family {
     ..TASKS
 };
 
-const SOLUTIONS: Family = Family {
-    serves: Serves::Solutions,
+const SOLUTIONS: Endpoint = Endpoint {
+    kind: EndpointKind::Solutions,
     limits: &[],
     values: &[("settings.resolution", &["720p", "1080p"])],
     ..NEW_TASKS
@@ -27,27 +27,27 @@ const MODELS: &[&str] = &[
     "kling-2.5-turbo",
 ];
 
-pub(super) static ROWS: &[Family] = &[
-    Family {
+pub(super) static ROWS: &[Endpoint] = &[
+    Endpoint {
         path: "/text-to-video/{model}",
         required: &["prompt"],
         models: MODELS,
         ..NEW_TASKS
     },
-    Family {
+    Endpoint {
         path: "/image-to-video/{model}",
         required: &["contents", "contents.first_frame.url"],
         models: MODELS,
         ..NEW_TASKS
     },
-    Family {
+    Endpoint {
         path: "/omni-video/{model}",
         required: &["contents"],
         models: &["kling-3.0-omni", "kling-o1"],
         ..NEW_TASKS
     },
     // Guessed: that an element can stand for the image.
-    Family {
+    Endpoint {
         path: "/motion-control/{model}",
         required: &[
             "contents",
@@ -62,7 +62,7 @@ pub(super) static ROWS: &[Family] = &[
         models: &["kling-3.0", "kling-2.6"],
         ..NEW_TASKS
     },
-    Family {
+    Endpoint {
         path: "/solutions/virtual_try_on",
         output: TryOn,
         required: &[
@@ -73,7 +73,7 @@ pub(super) static ROWS: &[Family] = &[
         is_hybrid: true,
         ..SOLUTIONS
     },
-    Family {
+    Endpoint {
         path: "/solutions/talking_agent",
         required: &[
             "contents",
@@ -83,12 +83,12 @@ pub(super) static ROWS: &[Family] = &[
         limits: &[("contents.speech_script.text", 2000)],
         ..SOLUTIONS
     },
-    Family {
+    Endpoint {
         path: "/solutions/drama_subtitle",
         required: &["contents", "contents.source_video"],
         ..SOLUTIONS
     },
-    Family {
+    Endpoint {
         path: "/solutions/e-commerce/goods_studio",
         required: &[
             "contents",
@@ -99,7 +99,7 @@ pub(super) static ROWS: &[Family] = &[
         ..SOLUTIONS
     },
     // Guessed: which contents are required.
-    Family {
+    Endpoint {
         path: "/solutions/e-commerce/clothing_dupe",
         required: &["contents"],
         ..SOLUTIONS

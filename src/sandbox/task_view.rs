@@ -5,13 +5,13 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::END_OF_TIME;
-use super::families::{Output, Serves};
+use super::endpoints::{EndpointKind, Output};
 use super::files::{Files, LIFE};
 use super::task::{Status, Task};
 
 /// A task as it is at some moment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Report<'a> {
+pub(super) struct TaskView<'a> {
     pub(super) task: &'a Task,
     pub(super) status: Status,
     /// Where its results are.
@@ -26,50 +26,50 @@ const CREATOR: &str = "100000001";
 
 // === impl Report ===
 
-impl Report<'_> {
+impl TaskView<'_> {
     /// The answer to the create.
     pub(super) fn created(&self) -> Value {
-        let family = self.task.family;
-        match family.serves {
-            Serves::Answers => self.answer(),
-            Serves::NewTasks | Serves::Solutions => {
+        let endpoint = self.task.endpoint;
+        match endpoint.kind {
+            EndpointKind::Immediate => self.answer(),
+            EndpointKind::NewTasks | EndpointKind::Solutions => {
                 let mut head = self.standard_head();
-                if family.is_hybrid {
+                if endpoint.is_hybrid {
                     head["task_id"] = head["id"].take();
                     head.as_object_mut().map(|head| head.remove("id"));
                 }
                 head
             }
-            _ if family.output == Output::OldElement => self.old_element(),
+            _ if endpoint.output == Output::OldElement => self.old_element(),
             _ => self.legacy_head(),
         }
     }
 
     /// The answer to a query below the family's own path.
     pub(super) fn legacy(&self) -> Value {
-        if self.task.family.output == Output::OldElement {
+        if self.task.endpoint.output == Output::OldElement {
             return self.old_element();
         }
-        let mut report = self.legacy_head();
-        report["task_status_msg"] = json!(self.message());
+        let mut task_view = self.legacy_head();
+        task_view["task_status_msg"] = json!(self.message());
         if self.status == Status::Succeeded {
-            report["task_result"] = self.result();
+            task_view["task_result"] = self.result();
         }
         if self.has_ended() && !self.is_preset() {
-            self.add_deduction(&mut report);
+            self.add_deduction(&mut task_view);
         }
-        report
+        task_view
     }
 
     /// The answer to a query at `/tasks` or `/solutions`.
     pub(super) fn standard(&self) -> Value {
-        let mut report = self.standard_head();
-        report["message"] = json!(self.message());
-        report["outputs"] = match self.status {
+        let mut task_view = self.standard_head();
+        task_view["message"] = json!(self.message());
+        task_view["outputs"] = match self.status {
             Status::Succeeded => self.outputs(),
             _ => json!([]),
         };
-        report["billing"] = match self.task.price() {
+        task_view["billing"] = match self.task.price() {
             price if price > 0 && self.has_ended() => json!([{
                 "charge_type": "unit",
                 "amount": price.to_string(),
@@ -77,7 +77,7 @@ impl Report<'_> {
             }]),
             _ => json!([]),
         };
-        report
+        task_view
     }
 
     fn legacy_head(&self) -> Value {
@@ -88,19 +88,19 @@ impl Report<'_> {
             "created_at": created_at,
             "updated_at": updated_at,
         });
-        if self.task.family.has_tasks() {
+        if self.task.endpoint.has_tasks() {
             head["task_info"] = self.info();
         }
         head
     }
 
     fn info(&self) -> Value {
-        let echo = &self.task.order.echo;
+        let echo = &self.task.request.echo;
         let mut info = json!({});
-        if let Some(id) = &self.task.order.external_id {
+        if let Some(id) = &self.task.request.external_id {
             info["external_task_id"] = json!(id);
         }
-        if let Output::ChildVideo | Output::VideoSound = self.task.family.output {
+        if let Output::ChildVideo | Output::VideoSound = self.task.endpoint.output {
             let id = echo.get("video_id").cloned();
             let url = echo.get("video_url").cloned();
             info["parent_video"] = json!({
@@ -116,22 +116,22 @@ impl Report<'_> {
         let [create_time, update_time] = self.times();
         json!({
             "id": self.task.id.to_string(),
-            "status": self.word(if self.task.family.is_hybrid { "succeed" } else { "succeeded" }),
+            "status": self.word(if self.task.endpoint.is_hybrid { "succeed" } else { "succeeded" }),
             "create_time": create_time,
             "update_time": update_time,
-            "external_id": self.task.order.external_id.as_deref().unwrap_or_default(),
+            "external_id": self.task.request.external_id.as_deref().unwrap_or_default(),
         })
     }
 
     /// Adds what it has cost: units of a resource pack, and no money.
-    pub(super) fn add_deduction(&self, report: &mut Value) {
-        report["final_unit_deduction"] = json!(self.task.price().to_string());
-        report["final_balance_deduction"] = json!({ "quota": "0", "list_price": "0" });
+    pub(super) fn add_deduction(&self, task_view: &mut Value) {
+        task_view["final_unit_deduction"] = json!(self.task.price().to_string());
+        task_view["final_balance_deduction"] = json!({ "quota": "0", "list_price": "0" });
     }
 
     /// Packs have no sort for try-on here (page "Query Task").
     fn package(&self) -> &'static str {
-        match self.task.family.output.product() {
+        match self.task.endpoint.output.product() {
             "try_on" => "image",
             product => product,
         }
@@ -167,7 +167,7 @@ impl Report<'_> {
     }
 
     fn is_preset(&self) -> bool {
-        self.task.family.serves == Serves::Presets
+        self.task.endpoint.kind == EndpointKind::Presets
     }
 
     pub(super) fn owner(&self) -> &'static str {
@@ -194,23 +194,25 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::sandbox::families::tests::family;
-    use crate::sandbox::order::Order;
+    use crate::sandbox::create_request::CreateRequest;
+    use crate::sandbox::endpoints::tests::endpoint;
     use crate::sandbox::tasks::Tasks;
 
     /// What is told of a task: at its creation, and after in the words of either generation.
     fn told(path: &str, body: &Value) -> [Value; 3] {
         let files = Files::new("http://sandbox/");
         let (mut tasks, now) = (Tasks::new(7, Duration::from_secs(3), 9), Instant::now());
-        let order = Order::parse(family(path), body.to_string().as_bytes()).unwrap();
+        let request = CreateRequest::parse(endpoint(path), body.to_string().as_bytes()).unwrap();
         let created_at = Duration::from_secs(1000);
-        let task = tasks.create(family(path), order, created_at, now).unwrap();
-        let at = |status| Report {
+        let task = tasks
+            .create(endpoint(path), request, created_at, now)
+            .unwrap();
+        let at = |status| TaskView {
             task,
             status,
             files: &files,
         };
-        let created = if family(path).has_tasks() {
+        let created = if endpoint(path).has_tasks() {
             Status::Submitted
         } else {
             task.status(now)

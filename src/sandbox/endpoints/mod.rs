@@ -9,10 +9,10 @@ mod new_standard;
 
 /// A resource: a path, what can be done there, and what comes of it.
 #[derive(Debug)]
-pub(super) struct Family {
+pub(super) struct Endpoint {
     /// May end in `{model}`.
     pub(super) path: &'static str,
-    pub(super) serves: Serves,
+    pub(super) kind: EndpointKind,
     pub(super) output: Output,
     /// Fields that must be there and not empty: `a|b` wants one at least, `a^b` exactly one. A `.` goes into an
     /// object, or to the item of a list that has this index or `type`.
@@ -34,7 +34,7 @@ pub(super) struct Family {
 
 /// Which requests a path takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Serves {
+pub(super) enum EndpointKind {
     /// POST creates a task, GET lists them, GET of `/{id}` queries one.
     Tasks,
     /// POST creates a task of the new standard, to be queried at `/tasks`.
@@ -42,7 +42,7 @@ pub(super) enum Serves {
     /// The same, to be queried at `/solutions`.
     Solutions,
     /// POST answers at once.
-    Answers,
+    Immediate,
     /// GET lists what Kling provides.
     Presets,
     /// POST deletes the output whose id is in this field.
@@ -78,9 +78,9 @@ pub(super) enum Output {
 }
 
 /// What most rows have in common.
-const TASKS: Family = Family {
+const TASKS: Endpoint = Endpoint {
     path: "",
-    serves: Serves::Tasks,
+    kind: EndpointKind::Tasks,
     output: Output::Video,
     required: &[],
     limits: &[("prompt", 2500), ("negative_prompt", 2500)],
@@ -93,18 +93,18 @@ const TASKS: Family = Family {
 };
 
 /// Every row; no two have the same path.
-pub(super) fn all() -> impl Iterator<Item = &'static Family> {
+pub(super) fn all() -> impl Iterator<Item = &'static Endpoint> {
     legacy::ROWS.iter().chain(new_standard::ROWS)
 }
 
 // === impl Family ===
 
-impl Family {
+impl Endpoint {
     /// Whether what it makes is a task, with a state to be asked for and a slot to be held.
     pub(super) fn has_tasks(&self) -> bool {
         let is_create = matches!(
-            self.serves,
-            Serves::Tasks | Serves::NewTasks | Serves::Solutions
+            self.kind,
+            EndpointKind::Tasks | EndpointKind::NewTasks | EndpointKind::Solutions
         );
         is_create && self.output != Output::OldElement
     }
@@ -143,23 +143,25 @@ pub(super) mod tests {
     use super::*;
 
     /// The row of a path, or of its end.
-    pub(in crate::sandbox) fn family(path: &str) -> &'static Family {
-        all().find(|family| family.path.ends_with(path)).unwrap()
+    pub(in crate::sandbox) fn endpoint(path: &str) -> &'static Endpoint {
+        all()
+            .find(|endpoint| endpoint.path.ends_with(path))
+            .unwrap()
     }
 
     #[test]
     fn no_two_rows_have_the_same_path() {
         let mut paths = HashSet::new();
-        for family in all() {
-            assert!(paths.insert(family.path), "{}", family.path);
+        for endpoint in all() {
+            assert!(paths.insert(endpoint.path), "{}", endpoint.path);
         }
     }
 
     #[test]
     fn a_row_has_models_where_its_path_has_a_place_for_one() {
-        for family in all() {
-            let has_place = family.path.ends_with("{model}");
-            assert_eq!(has_place, !family.models.is_empty(), "{}", family.path);
+        for endpoint in all() {
+            let has_place = endpoint.path.ends_with("{model}");
+            assert_eq!(has_place, !endpoint.models.is_empty(), "{}", endpoint.path);
         }
     }
 }

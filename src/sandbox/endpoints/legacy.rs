@@ -4,75 +4,75 @@ use super::Output::{
     ChildVideo, Cleared, Element, Faces, Images, Mask, OldElement, Preview, Segments, Selection,
     Series, Shots, Sound, Speech, TryOn, VideoSound, Voice,
 };
-use super::{Family, Serves, TASKS};
+use super::{Endpoint, EndpointKind, TASKS};
 
-const ANSWERS: Family = Family {
-    serves: Serves::Answers,
+const ANSWERS: Endpoint = Endpoint {
+    kind: EndpointKind::Immediate,
     limits: &[],
     external_id: None,
     by_external_id: false,
     ..TASKS
 };
 
-const PRESETS: Family = Family {
-    serves: Serves::Presets,
+const PRESETS: Endpoint = Endpoint {
+    kind: EndpointKind::Presets,
     ..ANSWERS
 };
 
 const ELEMENT_LIMITS: &[(&str, usize)] = &[("element_name", 20), ("element_description", 100)];
 
 /// One comment stands for the rows up to the next empty line.
-pub(super) static ROWS: &[Family] = &[
+pub(super) static ROWS: &[Endpoint] = &[
     // Guessed: prompts of several shots in place of one.
-    Family {
+    Endpoint {
         path: "/v1/videos/text2video",
         required: &["prompt|multi_prompt"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/omni-video",
         required: &["prompt|multi_prompt"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/image2video",
         required: &["image|image_tail"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/multi-image2video",
         required: &["image_list", "prompt"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/motion-control",
         required: &["image_url", "video_url", "character_orientation"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/avatar/image2video",
         required: &["image", "audio_id^sound_file"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/effects",
         required: &["effect_scene", "input.image^input.images"],
         ..TASKS
     },
     // Guessed: the external ids, and which fields the older lip sync requires, whose page is gone.
-    Family {
+    Endpoint {
         path: "/v1/videos/video-extend",
         output: ChildVideo,
         required: &["video_id"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/lip-sync",
         output: ChildVideo,
         required: &["input.video_id^input.video_url"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/advanced-lip-sync",
         output: ChildVideo,
         required: &[
@@ -86,75 +86,75 @@ pub(super) static ROWS: &[Family] = &[
         by_external_id: false,
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/multi-elements",
         required: &["session_id", "edit_mode", "prompt"],
         values: &[("edit_mode", &["addition", "swap", "removal"])],
         ..TASKS
     },
     // Guessed: all that the answers say of the video, which nobody looks at.
-    Family {
+    Endpoint {
         path: "/v1/videos/multi-elements/init-selection",
         output: Selection,
         required: &["video_id^video_url"],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/multi-elements/add-selection",
         output: Mask,
         required: &["session_id", "frame_index", "points"],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/multi-elements/delete-selection",
         output: Mask,
         required: &["session_id", "frame_index", "points"],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/multi-elements/clear-selection",
         output: Cleared,
         required: &["session_id"],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/multi-elements/preview-selection",
         output: Preview,
         required: &["session_id"],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/identify-face",
         output: Faces,
         required: &["video_id^video_url"],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/videos/image-recognize",
         output: Segments,
         required: &["image"],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/images/generations",
         output: Images,
         required: &["prompt"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/images/omni-image",
         output: Series,
         required: &["prompt"],
         values: &[("result_type", &["single", "series"])],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/images/multi-image2image",
         output: Images,
         required: &["subject_image_list"],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/images/editing/expand",
         output: Images,
         required: &[
@@ -166,21 +166,21 @@ pub(super) static ROWS: &[Family] = &[
         ],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/images/kolors-virtual-try-on",
         output: TryOn,
         required: &["human_image"],
         ..TASKS
     },
     // Guessed: that a task holds one slot and costs as much as any other.
-    Family {
+    Endpoint {
         path: "/v1/general/ai-multi-shot",
         output: Shots,
         required: &["element_frontal_image"],
         by_external_id: false,
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/advanced-custom-elements",
         output: Element,
         required: &[
@@ -193,7 +193,7 @@ pub(super) static ROWS: &[Family] = &[
         values: &[("reference_type", &["image_refer", "video_refer"])],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/custom-voices",
         output: Voice,
         required: &["voice_name", "voice_url|video_id"],
@@ -201,21 +201,21 @@ pub(super) static ROWS: &[Family] = &[
         largest_page: 1000,
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/audio/text-to-audio",
         output: Sound,
         required: &["prompt", "duration"],
         limits: &[("prompt", 200)],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/audio/video-to-audio",
         output: VideoSound,
         required: &["video_id^video_url"],
         limits: &[("sound_effect_prompt", 200), ("bgm_prompt", 200)],
         ..TASKS
     },
-    Family {
+    Endpoint {
         path: "/v1/audio/tts",
         output: Speech,
         required: &["text", "voice_id", "voice_language"],
@@ -223,9 +223,9 @@ pub(super) static ROWS: &[Family] = &[
         values: &[("voice_language", &["zh", "en"])],
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/custom-elements",
-        serves: Serves::Tasks,
+        kind: EndpointKind::Tasks,
         output: OldElement,
         required: &[
             "element_name",
@@ -236,38 +236,38 @@ pub(super) static ROWS: &[Family] = &[
         limits: ELEMENT_LIMITS,
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/presets-elements",
         output: OldElement,
         ..PRESETS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/advanced-presets-elements",
         output: Element,
         ..PRESETS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/presets-voices",
         output: Voice,
         largest_page: 1000,
         ..PRESETS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/delete-voices",
-        serves: Serves::Deletes("voice_id"),
+        kind: EndpointKind::Deletes("voice_id"),
         output: Voice,
         ..ANSWERS
     },
-    Family {
+    Endpoint {
         path: "/v1/general/delete-advanced-elements",
-        serves: Serves::Deletes("element_id"),
+        kind: EndpointKind::Deletes("element_id"),
         output: Element,
         ..ANSWERS
     },
     // Guessed: that it deletes elements of both services, since the pages of both name it.
-    Family {
+    Endpoint {
         path: "/v1/general/delete-elements",
-        serves: Serves::Deletes("element_id"),
+        kind: EndpointKind::Deletes("element_id"),
         output: OldElement,
         ..ANSWERS
     },

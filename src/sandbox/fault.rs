@@ -8,7 +8,7 @@ use super::reply::Refusal;
 
 /// What a request asks for; of several wishes of one sort the last counts.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Trigger {
+pub(super) struct Fault {
     /// Time between the creation of the task and the answer: `sandbox:slow=5s`.
     pub(super) delay: Duration,
     pub(super) ending: Ending,
@@ -35,7 +35,7 @@ const LONGEST_DELAY: Duration = Duration::from_mins(10);
 
 // === impl Trigger ===
 
-impl Trigger {
+impl Fault {
     /// Finds the triggers in all texts of a body, since every family calls its prompt something else and some
     /// have none.
     ///
@@ -43,9 +43,9 @@ impl Trigger {
     ///
     /// 1201 for a word after `sandbox:` that is none: a test with a typing error must not pass.
     pub(super) fn of(body: &Value) -> Result<Self, Refusal> {
-        let mut trigger = Self::default();
-        trigger.read(body)?;
-        Ok(trigger)
+        let mut fault = Self::default();
+        fault.read(body)?;
+        Ok(fault)
     }
 
     fn read(&mut self, value: &Value) -> Result<(), Refusal> {
@@ -108,8 +108,8 @@ mod tests {
 
     use super::*;
 
-    fn parse(prompt: &str) -> Result<Trigger, Refusal> {
-        Trigger::of(&json!({ "prompt": prompt }))
+    fn parse(prompt: &str) -> Result<Fault, Refusal> {
+        Fault::of(&json!({ "prompt": prompt }))
     }
 
     #[test]
@@ -122,7 +122,7 @@ mod tests {
             ("sandbox:1303@200", 1303, 200),
             ("sandbox:5000. sandbox:1000.", 1000, 401),
         ] {
-            let Ok(Trigger {
+            let Ok(Fault {
                 ending: Ending::Refuse(refusal),
                 ..
             }) = parse(prompt)
@@ -154,7 +154,7 @@ mod tests {
             ("sandbox:slow=5s sandbox:reset", seconds(5), Ending::Reset),
             ("sandbox:slow=1year", LONGEST_DELAY, Ending::Succeed),
         ] {
-            assert_eq!(parse(prompt), Ok(Trigger { delay, ending }), "{prompt:?}");
+            assert_eq!(parse(prompt), Ok(Fault { delay, ending }), "{prompt:?}");
         }
     }
 
@@ -165,8 +165,8 @@ mod tests {
             json!({ "contents": [{ "type": "prompt", "text": "a cat sandbox:failed" }] }),
             json!({ "input": { "images": ["https://a.test/sandbox:failed.png"] } }),
         ] {
-            let trigger = Trigger::of(&body).unwrap();
-            assert_eq!(trigger.ending, Ending::Fail, "{body}");
+            let fault = Fault::of(&body).unwrap();
+            assert_eq!(fault.ending, Ending::Fail, "{body}");
         }
     }
 
@@ -174,7 +174,7 @@ mod tests {
     fn a_host_called_sandbox_is_no_trigger() {
         let body =
             json!({ "image": "http://sandbox:5548/results/1.png", "n": 1, "x": [null, true] });
-        assert_eq!(Trigger::of(&body), Ok(Trigger::default()));
+        assert_eq!(Fault::of(&body), Ok(Fault::default()));
     }
 
     #[test]

@@ -5,15 +5,15 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::create_request::invalid;
 use super::listing::{Filtered, Listing};
-use super::order::invalid;
 use super::reply::Refusal;
-use super::report::milliseconds;
 use super::task::Task;
+use super::task_view::milliseconds;
 
 /// What was created when and is what, for one page.
 #[derive(Debug)]
-pub(super) struct Selection<'a> {
+pub(super) struct ListQuery<'a> {
     /// In ms; the end is not included.
     pub(super) times: (u64, u64),
     pub(super) after: Option<&'a str>,
@@ -27,7 +27,7 @@ const DEFAULT_SPAN: Duration = Duration::from_hours(30 * 24);
 
 // === impl Selection ===
 
-impl<'a> Selection<'a> {
+impl<'a> ListQuery<'a> {
     /// Reads a body. `time` is that of the clients.
     ///
     /// # Errors
@@ -174,7 +174,7 @@ mod tests {
             (&PACKAGE, json!({ "start_time": 1 }), "end_time is required"),
             (&BALANCE, json!({ "end_time": 1 }), "start_time is required"),
         ] {
-            let refusal = Selection::read(listing, &body, Duration::from_secs(1)).unwrap_err();
+            let refusal = ListQuery::read(listing, &body, Duration::from_secs(1)).unwrap_err();
             assert_eq!(refusal, Refusal::parameter(message), "{body}");
         }
     }
