@@ -37,7 +37,6 @@ pub mod error;
 pub mod facts;
 pub mod headers;
 pub mod hop;
-pub mod json;
 pub mod last;
 pub mod layer;
 pub mod lifecycle;

@@ -1,61 +1,96 @@
 //! The body of an error, as docs/errors.md describes it.
 
+use std::borrow::Cow;
+
 use http::StatusCode;
+use serde::Serialize;
+use serde_json::value::RawValue;
 
 use crate::effect::Effect;
 use crate::error::{self, Error};
 use crate::facts::Facts;
-use crate::json::Object;
 use crate::service_code::Needs;
 
-/// Most bodies are shorter, in bytes.
-const USUAL: usize = 1536;
-
-/// Renders an error of a request with this effect and these facts.
-pub(super) fn render(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
-    let mut body = Object::with_capacity(USUAL);
-    body.value("code", error.code());
-    let own_id = facts.map_or("", |facts| facts.id().as_str());
-    if let Error::Service { envelope, .. } = error {
-        let message = envelope.message.as_deref();
-        body.text("message", message.unwrap_or(error.row().explanation));
-        let id = envelope.request_id.as_deref();
-        body.text("request_id", id.unwrap_or(own_id));
-        if let Some(data) = &envelope.data {
-            body.raw("data", data.get());
-        }
-    } else {
-        body.text("message", &error::chain(error));
-        body.text("request_id", own_id);
-    }
-    body.raw("error", &detail(error, effect, facts));
-    body.end()
+/// Kling's envelope with one more member. The members are public, and so is their order.
+#[derive(Serialize)]
+pub(super) struct ErrorBody<'a> {
+    code: i64,
+    message: Cow<'a, str>,
+    request_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<&'a RawValue>,
+    error: Detail<'a>,
 }
 
-/// What the proxy knows of an error, as JSON.
-fn detail(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
-    let row = error.row();
-    let mut detail = Object::with_capacity(USUAL);
-    detail.text("type", error.kind());
-    detail.text("source", row.source());
-    let status = error.answer().map(|answer| answer.head.status.as_u16());
-    detail.value("upstream_status", status);
-    detail.text("definition", row.definition);
-    detail.text("explanation", row.explanation);
-    detail.text("solution", row.solution);
-    detail.value("retryable", error.retryable(effect));
-    detail.value("attempts", facts.map_or(0, Facts::attempts));
-    if let Some(hint) = hint(error, effect) {
-        detail.text("hint", hint);
+/// The `error` member: the row of the code, and what the proxy knows of this request.
+#[derive(Serialize)]
+struct Detail<'a> {
+    r#type: &'static str,
+    source: &'static str,
+    upstream_status: Option<u16>,
+    definition: &'static str,
+    explanation: &'static str,
+    solution: &'static str,
+    retryable: bool,
+    attempts: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hint: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    excerpt: Option<&'a str>,
+}
+
+// === impl ErrorBody ===
+
+impl<'a> ErrorBody<'a> {
+    /// Describes an error of a request with this effect and these facts.
+    pub(super) fn new(error: &'a Error, effect: Effect, facts: Option<&'a Facts>) -> Self {
+        let (mut message, mut request_id, mut data) = (None, None, None);
+        if let Error::Service { envelope, .. } = error {
+            let text = envelope.message.as_deref();
+            message = Some(Cow::from(text.unwrap_or(error.row().explanation)));
+            request_id = envelope.request_id.as_deref();
+            data = envelope.data.as_deref();
+        }
+        Self {
+            code: error.code(),
+            message: message.unwrap_or_else(|| error::chain(error).into()),
+            request_id: request_id
+                .or_else(|| Some(facts?.id().as_str()))
+                .unwrap_or_default(),
+            data,
+            error: Detail::new(error, effect, facts),
+        }
     }
-    if let Error::BadResponse {
-        excerpt: Some(excerpt),
-        ..
-    } = error
-    {
-        detail.text("excerpt", excerpt);
+
+    /// Renders the body as JSON.
+    pub(super) fn render(&self) -> Vec<u8> {
+        // No member can fail to serialize.
+        serde_json::to_vec(self).unwrap_or_default()
     }
-    detail.end()
+}
+
+// === impl Detail ===
+
+impl<'a> Detail<'a> {
+    fn new(error: &'a Error, effect: Effect, facts: Option<&Facts>) -> Self {
+        let row = error.row();
+        let excerpt = match error {
+            Error::BadResponse { excerpt, .. } => excerpt.as_deref(),
+            _ => None,
+        };
+        Self {
+            r#type: error.kind(),
+            source: row.source(),
+            upstream_status: error.answer().map(|answer| answer.head.status.as_u16()),
+            definition: row.definition,
+            explanation: row.explanation,
+            solution: row.solution,
+            retryable: error.retryable(effect),
+            attempts: facts.map_or(0, Facts::attempts),
+            hint: hint(error, effect),
+            excerpt,
+        }
+    }
 }
 
 /// Advice where the proxy knows more than the table.
@@ -87,5 +122,82 @@ fn hint(error: &Error, effect: Effect) -> Option<&'static str> {
             "the egress proxy of `upstream.proxy` must allow CONNECT to the host of `upstream.url`",
         ),
         _ => error.row().hint,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use axum::response::Response;
+    use http::{HeaderMap, HeaderValue};
+
+    use super::*;
+    use crate::envelope;
+    use crate::error::Answer;
+    use crate::metrics::Metrics;
+    use crate::request_id::RequestId;
+
+    fn facts() -> Facts {
+        let id = HeaderValue::from_static("ours");
+        let headers = [(http::HeaderName::from_static("x-request-id"), id)];
+        let id = RequestId::of(&HeaderMap::from_iter(headers));
+        let facts = Facts::new(id, Arc::new(Metrics::new().unwrap()).enter());
+        facts.attempted();
+        facts
+    }
+
+    fn rendered(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
+        String::from_utf8(ErrorBody::new(error, effect, facts).render()).unwrap()
+    }
+
+    #[test]
+    fn error_of_kling_has_its_members_and_ours_behind_them() {
+        let mut answer = Response::default();
+        *answer.status_mut() = StatusCode::TOO_MANY_REQUESTS;
+        let envelope = br#"{"code":1303,"message":"say \"no\"","request_id":"9f0c","data":{"n": 12345678901234567890}}"#;
+        let error = Error::Service {
+            answer: Answer::boxed(answer),
+            envelope: envelope::read(envelope).unwrap(),
+        };
+        assert_eq!(
+            rendered(&error, Effect::Create, Some(&facts())),
+            concat!(
+                r#"{"code":1303,"message":"say \"no\"","request_id":"9f0c","#,
+                r#""data":{"n": 12345678901234567890},"#,
+                r#""error":{"type":"concurrency_limited","source":"upstream","upstream_status":429,"#,
+                r#""definition":"Trigger strategy","#,
+                r#""explanation":"Concurrency or QPS exceeds the prepaid resource package limit","#,
+                r#""solution":"Reduce the request frequency, try again later, or contact customer "#,
+                r#"service to increase the limit","#,
+                r#""retryable":true,"attempts":1,"#,
+                r#""hint":"all keys of the account share its slots, and a task holds one until it "#,
+                r#"ends: poll those that run, then send this again"}}"#,
+            )
+        );
+    }
+
+    #[test]
+    fn error_of_the_proxy_has_the_same_members() {
+        assert_eq!(
+            rendered(&Error::NotFound, Effect::Read, None),
+            concat!(
+                r#"{"code":9007,"message":"nothing is at this reserved path","request_id":"","#,
+                r#""error":{"type":"not_found","source":"proxy","upstream_status":null,"#,
+                r#""definition":"Refused by the proxy","#,
+                r#""explanation":"Paths below `/_proxy` are reserved by the proxy and there is "#,
+                r#"nothing at this one","#,
+                r#""solution":"Health and metrics are on the admin listener, `admin.address`","#,
+                r#""retryable":false,"attempts":0}}"#,
+            )
+        );
+        let error = Error::BadResponse {
+            answer: Answer::boxed(Response::default()),
+            excerpt: Some("<html>".to_owned()),
+        };
+        let body = rendered(&error, Effect::Read, Some(&facts()));
+        let end = r#""retryable":true,"attempts":1,"excerpt":"<html>"}}"#;
+        assert!(body.contains(r#""request_id":"ours","#), "{body}");
+        assert!(body.ends_with(end), "{body}");
     }
 }

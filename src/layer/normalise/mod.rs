@@ -18,6 +18,7 @@ use hyper::ext::ReasonPhrase;
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
+use self::body::ErrorBody;
 use crate::effect::Effect;
 use crate::error::{Error, Failure};
 use crate::facts::{Facts, Inbound};
@@ -113,7 +114,7 @@ impl Look {
             Statuses::Documented => error.status(),
             Statuses::Actionable => error.actionable_status(),
         };
-        let json = body::render(&error, effect, facts);
+        let json = ErrorBody::new(&error, effect, facts).render();
         let (mut head, body) = match (self.format, error.into_answer()) {
             (Format::Upstream, Some(answer)) => (answer.head, answer.body.into_inner()),
             (_, Some(answer)) => (ours(answer.head, status), Body::from(json)),
