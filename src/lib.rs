@@ -37,7 +37,7 @@ pub mod error;
 pub mod facts;
 pub mod headers;
 pub mod hop;
-pub mod last;
+pub mod last_seen;
 pub mod layer;
 pub mod lifecycle;
 pub mod live;

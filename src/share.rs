@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::last::Last;
+use crate::last_seen::LastSeen;
 
 /// What each client has in flight.
 pub struct Shares {
@@ -25,7 +25,7 @@ pub struct Shares {
     /// Which client sent the last request.
     latest: AtomicU64,
     /// When somebody else than before sent one.
-    change: Last,
+    change: LastSeen,
 }
 
 /// What one client has in flight.
@@ -73,7 +73,7 @@ impl Shares {
             foreign: Arc::default(),
             peers: Mutex::default(),
             latest: AtomicU64::new(NOBODY),
-            change: Last::never(),
+            change: LastSeen::never(),
         }
     }
 

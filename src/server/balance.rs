@@ -5,21 +5,14 @@
 //! than two that are half busy, which also wait for one another's cores. On two cores 32 connections
 //! took 7 % less CPU so, and the slowest of their requests two thirds of the time. So one worker after
 //! the other gets as many as [`TOGETHER`], and what comes then is spread evenly.
-//!
-//! So is all that comes while bodies are large: to encrypt those takes as much of a core as there is.
-//! A connection stays where it is: the first ones that send large bodies may be on one worker.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
 
-use hyper::body::Body;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio::time::Instant;
 
 use super::listener::Socket;
-use crate::last::Last;
 
 /// One of those that serve connections, each on a thread of its own.
 pub struct Worker {
@@ -31,8 +24,6 @@ pub struct Worker {
 pub(super) struct Crew {
     /// What leads to each; the first is the one that accepts.
     queues: Vec<Queue>,
-    /// A large body came.
-    large: Last,
 }
 
 /// What leads to a worker.
@@ -52,14 +43,10 @@ pub(super) struct Arrival {
 /// One in the count of a worker's connections, until it is dropped.
 pub(super) struct Place(Arc<AtomicUsize>);
 
-/// As many connections a worker has before the next one gets any.
+/// A worker gets this many connections before the next one gets any.
 const TOGETHER: usize = 64;
 /// Connections that wait for a worker. One that is so far behind gets no more.
 const WAITING: usize = 256;
-/// From this size on a body is large, in bytes: it takes as long as dozens of requests without one.
-const LARGE: u64 = 1 << 20;
-/// Where a large body came, or one of unknown size, more are to be expected for so long.
-const EXPECTED: Duration = Duration::from_secs(10);
 
 // === impl Worker ===
 
@@ -67,14 +54,16 @@ impl Worker {
     /// One that serves all.
     pub fn alone() -> Self {
         let (queue, arrivals) = Queue::new();
-        let crew = Arc::new(Crew::of(vec![queue]));
+        let crew = Arc::new(Crew {
+            queues: vec![queue],
+        });
         Self { crew, arrivals }
     }
 
     /// So many that share their connections; the listeners are for the first.
     pub fn crew(size: usize) -> Vec<Self> {
         let (queues, arrivals): (Vec<_>, Vec<_>) = (0..size).map(|_| Queue::new()).unzip();
-        let crew = Arc::new(Crew::of(queues));
+        let crew = Arc::new(Crew { queues });
         let worker = |arrivals| Self {
             crew: Arc::clone(&crew),
             arrivals,
@@ -86,13 +75,6 @@ impl Worker {
 // === impl Crew ===
 
 impl Crew {
-    fn of(queues: Vec<Queue>) -> Self {
-        Self {
-            queues,
-            large: Last::never(),
-        }
-    }
-
     /// Gives a connection to the worker that is to have it. `None` if the first serves no more.
     pub(super) async fn assign(&self, socket: Socket, permit: OwnedSemaphorePermit) -> Option<()> {
         let next = self.next()?;
@@ -113,28 +95,11 @@ impl Crew {
         first.sender.send(arrival).await.ok()
     }
 
-    /// A worker has a request with this body.
-    pub(super) fn note(&self, body: &impl Body) {
-        let may_have = body.size_hint().upper();
-        if may_have.is_none_or(|size| size >= LARGE) {
-            self.large.note(Instant::now());
-        }
-    }
-
-    /// Who is to have the next connection.
+    /// Finds the worker for the next connection.
     fn next(&self) -> Option<&Queue> {
-        let mut queues = self.queues.iter();
-        let fewest = queues.clone().min_by_key(|queue| queue.connections());
-        if self.expects_large() {
-            return fewest;
-        }
-        queues
-            .find(|queue| queue.connections() < TOGETHER)
-            .or(fewest)
-    }
-
-    fn expects_large(&self) -> bool {
-        self.large.ago().is_some_and(|ago| ago <= EXPECTED)
+        let has_room = |queue: &&Queue| queue.connections() < TOGETHER;
+        let fewest = || self.queues.iter().min_by_key(|queue| queue.connections());
+        self.queues.iter().find(has_room).or_else(fewest)
     }
 }
 
@@ -171,14 +136,9 @@ impl Drop for Place {
 mod tests {
     use std::os::unix::net::UnixStream;
 
-    use bytes::Bytes;
-    use futures_util::stream;
-    use http_body::Frame;
-    use http_body_util::{Full, StreamBody};
     use tokio::sync::Semaphore;
 
     use super::*;
-    use crate::error::BoxError;
 
     impl Queue {
         fn with(connections: usize) -> Self {
@@ -186,10 +146,6 @@ mod tests {
             queue.count.store(connections, Relaxed);
             queue
         }
-    }
-
-    fn large() -> Full<Bytes> {
-        Full::from(vec![0; 1 << 20])
     }
 
     /// How many connections each has been given after so many more.
@@ -206,63 +162,39 @@ mod tests {
 
     #[test]
     fn a_few_connections_stay_together_and_others_are_spread() {
-        for (connections, next, next_if_large) in [
-            ([0, 0, 0], 0, 0),
-            ([1, 0, 0], 0, 1),
-            ([1, 1, 0], 0, 2),
-            ([TOGETHER - 1, 0, 0], 0, 1),
-            ([TOGETHER, 0, 0], 1, 1),
-            ([TOGETHER, 1, 0], 1, 2),
-            ([TOGETHER, TOGETHER, 0], 2, 2),
-            ([TOGETHER, TOGETHER, TOGETHER], 0, 0),
-            ([TOGETHER + 1, TOGETHER, TOGETHER], 1, 1),
+        for (connections, next) in [
+            ([0, 0, 0], 0),
+            ([1, 0, 0], 0),
+            ([1, 1, 0], 0),
+            ([TOGETHER - 1, 0, 0], 0),
+            ([TOGETHER, 0, 0], 1),
+            ([TOGETHER, 1, 0], 1),
+            ([TOGETHER, TOGETHER, 0], 2),
+            ([TOGETHER, TOGETHER, TOGETHER], 0),
+            ([TOGETHER + 1, TOGETHER, TOGETHER], 1),
         ] {
-            let crew = Crew::of(connections.map(Queue::with).into());
-            for (body, next) in [(Full::default(), next), (large(), next_if_large)] {
-                crew.note(&body);
-                let chosen = crew.next().unwrap();
-                assert!(
-                    std::ptr::eq(chosen, &raw const crew.queues[next]),
-                    "{connections:?}"
-                );
-            }
+            let queues = connections.map(Queue::with).into();
+            let crew = Crew { queues };
+            let chosen = crew.next().unwrap();
+            assert!(
+                std::ptr::eq(chosen, &raw const crew.queues[next]),
+                "{connections:?}"
+            );
         }
-    }
-
-    #[test]
-    fn a_body_of_unknown_size_counts_as_large() {
-        let crew = Crew::of(Vec::new());
-        crew.note(&Full::<Bytes>::from(vec![0; (1 << 20) - 1]));
-        assert!(!crew.expects_large());
-        let unknown = stream::empty::<Result<Frame<Bytes>, BoxError>>();
-        crew.note(&StreamBody::new(unknown));
-        assert!(crew.expects_large());
-    }
-
-    #[test]
-    fn no_large_body_is_expected_for_ever() {
-        let mut crew = Crew::of(Vec::new());
-        crew.note(&large());
-        assert!(crew.expects_large());
-        crew.large.age(EXPECTED);
-        assert!(crew.expects_large());
-        crew.large.age(Duration::from_secs(1));
-        assert!(!crew.expects_large());
     }
 
     #[tokio::test]
     async fn whose_connections_end_gets_the_next() {
         let mut crew = Worker::crew(3);
-        crew[2].crew.note(&large());
-        assert_eq!(given(9, &crew).await, [3, 3, 3]);
+        assert_eq!(given(3 * TOGETHER, &crew).await, [TOGETHER; 3]);
+        assert_eq!(given(9, &crew).await, [TOGETHER + 3; 3]);
         while crew[1].arrivals.try_recv().is_ok() {}
-        assert_eq!(given(3, &crew).await, [3, 3, 3]);
+        assert_eq!(given(3, &crew).await, [TOGETHER + 3, 3, TOGETHER + 3]);
     }
 
     #[tokio::test]
     async fn a_worker_that_is_stuck_or_has_ended_holds_up_no_other() {
         let mut crew = Worker::crew(2);
-        crew[0].crew.note(&large());
         let mut served = Vec::new();
         // The other one takes none.
         while served.len() < 2 * WAITING - 1 {

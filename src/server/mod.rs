@@ -112,7 +112,7 @@ where
     let mut connections = Connections::new(Arc::clone(&limits.heads));
     let told = stop.clone();
     let serve = |arrival: Arrival, head: Head| {
-        let (service, crew) = (Arc::clone(&service), Arc::clone(&crew));
+        let service = Arc::clone(&service);
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
         let reset = Reset::default();
@@ -129,7 +129,6 @@ where
             };
             let peer = stream.peer();
             let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-                crew.note(request.body());
                 if let Some(peer) = peer {
                     request.extensions_mut().insert(peer);
                 }

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::pool::Pool;
-use crate::last::Last;
+use crate::last_seen::LastSeen;
 
 /// How often to look whether it is still ready. With [`MOMENT`] and the age at which a pool renews
 /// a connection it stays below the age at which one is not used any more.
@@ -23,7 +23,7 @@ const MOMENT: Duration = Duration::from_secs(1);
 pub(super) struct WarmConnection {
     pool: Arc<Pool>,
     /// Upstream was asked.
-    asked: Last,
+    asked: LastSeen,
     /// Told once in a second in which it was.
     news: Notify,
 }
@@ -34,7 +34,7 @@ impl WarmConnection {
     pub(super) fn new(pool: Pool) -> Self {
         Self {
             pool: Arc::new(pool),
-            asked: Last::never(),
+            asked: LastSeen::never(),
             news: Notify::new(),
         }
     }

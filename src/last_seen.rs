@@ -1,21 +1,21 @@
-//! When something happened last.
+//! The time at which something happened last.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// To the second. Read by all threads, and written by one of them in each second at most.
-pub struct Last {
+/// A time to the second, or never. All threads read it, and one of them writes it at most once a second.
+pub struct LastSeen {
     start: Instant,
-    /// After `start`; 0 for never.
+    /// Whole seconds after `start`, plus one; 0 for never.
     second: AtomicU64,
 }
 
-// === impl Last ===
+// === impl LastSeen ===
 
-impl Last {
-    /// It has not happened.
+impl LastSeen {
+    /// Starts with an event that has not happened.
     pub fn never() -> Self {
         Self {
             start: Instant::now(),
@@ -23,7 +23,7 @@ impl Last {
         }
     }
 
-    /// It happens now. Tells whether this is the first time in this second.
+    /// Records that it happens now. Returns true for the first time in this second.
     pub fn note(&self, now: Instant) -> bool {
         let now = self.second(now);
         let is_news = self.second.load(Relaxed) != now;
@@ -33,10 +33,10 @@ impl Last {
         is_news
     }
 
-    /// How long ago that was, in whole seconds; `None` for never.
+    /// Returns the time since then, in whole seconds; `None` for never.
     pub fn ago(&self) -> Option<Duration> {
         let second = self.second.load(Relaxed);
-        // Mostly it has not, and no look at a clock is needed.
+        // Mostly it has not happened, and the clock need not be read.
         (second > 0).then(|| {
             let now = self.second(Instant::now());
             Duration::from_secs(now.saturating_sub(second))
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn it_is_news_once_a_second() {
-        let mut last = Last::never();
+        let mut last = LastSeen::never();
         assert_eq!(last.ago(), None);
         assert!(last.note(last.start));
         assert!(!last.note(last.start));
