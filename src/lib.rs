@@ -45,7 +45,6 @@ pub mod metrics;
 pub mod original;
 pub mod pace;
 pub mod pending_create;
-pub mod read_when_woken;
 pub mod replay;
 pub mod request_id;
 pub mod rules;

@@ -39,7 +39,6 @@ use self::reset::Reset;
 pub use self::socket_file::{SocketFile, SocketFileError};
 pub use self::tls::{Certificate, CertificateError, CertificateFiles};
 use crate::error::BoxError;
-use crate::read_when_woken::ReadWhenWoken;
 
 /// What a connection holds at most of what it reads and of what it writes, in bytes, each. More makes
 /// large bodies no faster, and is held for each client that does not read its answer.
@@ -134,8 +133,7 @@ where
                 }
                 answer(&service, request, &reset, &head)
             });
-            let stream = ReadWhenWoken::new(TokioIo::new(stream));
-            let connection = http.serve_connection(stream, service);
+            let connection = http.serve_connection(TokioIo::new(stream), service);
             if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, "connection ended early");
             }

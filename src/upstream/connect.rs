@@ -25,7 +25,6 @@ use super::origin::Origin;
 use super::send_error::SendError;
 use super::upload::Progress;
 use crate::error::BoxError;
-use crate::read_when_woken::ReadWhenWoken;
 
 /// What a connection of HTTP/1.1 holds at most of what it reads and of what it writes, in bytes, each. Less
 /// than that of a client, since answers are small, and each one that its client does not read holds some.
@@ -149,8 +148,7 @@ impl Http1 {
         let (io, flushed) = FlushTracker::new(io);
         let mut http = http1::Builder::new();
         http.max_buf_size(LARGEST_BUFFER);
-        let io = ReadWhenWoken::new(TokioIo::new(io));
-        let (sender, connection) = http.handshake(io).await?;
+        let (sender, connection) = http.handshake(TokioIo::new(io)).await?;
         tokio::spawn(connection);
         Ok(Self { sender, flushed })
     }
