@@ -16,11 +16,11 @@ use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::error::Error;
+use crate::layer::guard::rules::Rules;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::live::Live;
-use crate::metrics::Metrics;
-use crate::rules::Rules;
+use crate::reloadable::Live;
 use crate::telemetry;
+use crate::telemetry::metrics::Metrics;
 
 /// How long a probe waits before it counts as failed.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);

@@ -10,10 +10,10 @@ use http::StatusCode;
 use http::response;
 use sync_wrapper::SyncWrapper;
 
-use crate::effect::Effect;
-use crate::envelope::Envelope;
-use crate::service_code::{self, Class, Resend, Row};
-use crate::token::MintError;
+use crate::auth::token::MintError;
+use crate::kling::envelope::Envelope;
+use crate::kling::idempotency::Effect;
+use crate::kling::service_code::{self, Class, Resend, Row};
 
 /// A cause from another crate.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;

@@ -15,27 +15,27 @@ use tower::util::MapResponseLayer;
 use tower::{Service, ServiceBuilder, service_fn};
 
 use crate::admin::{self, Control};
+use crate::auth::client_share::Shares;
+use crate::auth::token::{Credential, Tokens, Validity};
 use crate::clock::Clock;
 use crate::error::Error;
-use crate::facts::Inbound;
-use crate::hop::Hop;
 use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::cors::CorsLayer;
 use crate::layer::detach::DetachLayer;
 use crate::layer::drain::DrainLayer;
 use crate::layer::guard::GuardLayer;
+use crate::layer::guard::hop::Hop;
+use crate::layer::guard::rules::Rules;
 use crate::layer::normalise::{Look, NormaliseLayer};
 use crate::layer::retry::{Limits, RetryPolicy};
 use crate::layer::trace::{Counted, TraceLayer};
 use crate::lifecycle::Lifecycle;
-use crate::live::Live;
-use crate::metrics::Metrics;
-use crate::original::Original;
-use crate::replay::{Bounds, Keeper};
-use crate::rules::Rules;
+use crate::reloadable::Live;
+use crate::request::context::Inbound;
+use crate::request::replay_body::{Bounds, Keeper};
+use crate::request::replayable::Original;
 use crate::sandbox::{self, Sandbox};
-use crate::share::Shares;
-use crate::token::{Credential, Tokens, Validity};
+use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
 
 /// What a proxy is made of.

@@ -15,15 +15,15 @@ use axum::response::Response;
 use bytesize::ByteSize;
 use futures_util::FutureExt;
 use http::header::{ACCEPT_ENCODING, AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
+use kling_proxy::auth::secret::Secret;
+use kling_proxy::auth::token::{Credential, Tokens, Validity};
 use kling_proxy::clock::SystemClock;
 use kling_proxy::error::Error;
-use kling_proxy::headers::{strip_request, strip_response};
 use kling_proxy::layer::authenticate::AuthenticateLayer;
-use kling_proxy::metrics::Metrics;
-use kling_proxy::original::{Attempt, Original};
-use kling_proxy::replay::{Bounds, Keeper};
-use kling_proxy::secret::Secret;
-use kling_proxy::token::{Credential, Tokens, Validity};
+use kling_proxy::request::headers::{strip_request, strip_response};
+use kling_proxy::request::replay_body::{Bounds, Keeper};
+use kling_proxy::request::replayable::{Attempt, Original};
+use kling_proxy::telemetry::metrics::Metrics;
 use libfuzzer_sys::fuzz_target;
 use tower::{Layer, ServiceExt, service_fn};
 
@@ -93,7 +93,7 @@ static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
     let credential = Credential::ApiKey(Secret::from("ours".to_owned()));
     let metrics = Metrics::new().expect("metrics").into();
     let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
-    AuthenticateLayer::new(Arc::new(tokens), &HeaderValue::from_static("kling.test"))
+    AuthenticateLayer::new(Arc::new(tokens), HeaderValue::from_static("kling.test"))
 });
 
 static KEEPER: LazyLock<Arc<Keeper>> = LazyLock::new(|| {

@@ -3,8 +3,8 @@
 use serde::Serialize;
 
 use super::{Exit, Failure, Output, say};
-use crate::effect::Effect;
-use crate::service_code::{self, Needs, Phrase, Resend, Row, TABLE, WITH_RETRY_AFTER};
+use crate::kling::idempotency::Effect;
+use crate::kling::service_code::{self, Needs, Phrase, Resend, Row, TABLE, WITH_RETRY_AFTER};
 
 /// A row as JSON shows it.
 #[derive(Serialize)]

@@ -37,7 +37,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Runtime;
 
 use self::flags::{SettingsArgs, WithSandbox, command_line, refuse_idle};
-use crate::credentials::{self, CommandError, Found, Places};
+use crate::auth::credentials::{self, CommandError, Found, Places};
 use crate::error::chain;
 use crate::telemetry;
 

@@ -10,13 +10,13 @@ use super::serve::{NO_UPSTREAM, limit_connections, raise_descriptor_limit};
 use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
-use crate::metrics::Metrics;
-use crate::rules::Rules;
+use crate::layer::guard::rules::Rules;
 use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
 use crate::server::{self, Limits, Listener, Stop, Worker};
 use crate::settings::{Problem, Settings};
 use crate::stack;
 use crate::telemetry;
+use crate::telemetry::metrics::Metrics;
 
 pub(super) fn run(
     address: SocketAddr,

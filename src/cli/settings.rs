@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 
 use super::{Failure, SettingsArgs, say};
-use crate::credentials::{Error, Places};
+use crate::auth::credentials::{Error, Places};
 use crate::error::chain;
 
 pub(super) fn run(

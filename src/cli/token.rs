@@ -4,9 +4,9 @@ use std::ffi::OsString;
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::{Exit, Failure, SettingsArgs, complain, find_credential, say};
+use crate::auth::credentials::Places;
+use crate::auth::token::{self, Claims, Credential};
 use crate::clock::{Clock, SystemClock};
-use crate::credentials::Places;
-use crate::token::{self, Claims, Credential};
 
 /// As much of an access key as is shown.
 const SHOWN: usize = 4;

@@ -11,11 +11,11 @@ use http::uri::PathAndQuery;
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
-use crate::api_path::Accepts;
+use crate::auth::token::{Authorization, Tokens};
 use crate::error::Error;
+use crate::kling::api_path::Accepts;
 use crate::layer::Refusable;
-use crate::original::{Attempt, Original};
-use crate::token::{Authorization, Tokens};
+use crate::request::replayable::{Attempt, Original};
 
 /// Adds [`Authenticate`] to a service.
 #[derive(Clone)]
@@ -133,11 +133,11 @@ mod tests {
     use tower::{ServiceBuilder, ServiceExt, service_fn};
 
     use super::*;
+    use crate::auth::secret::Secret;
+    use crate::auth::token::{Credential, Validity};
     use crate::clock::SystemClock;
-    use crate::metrics::Metrics;
-    use crate::replay::{Bounds, Keeper};
-    use crate::secret::Secret;
-    use crate::token::{Credential, Validity};
+    use crate::request::replay_body::{Bounds, Keeper};
+    use crate::telemetry::metrics::Metrics;
 
     /// What the inner service sees of a request, or the code of the error.
     async fn seen(api_key: &str, request: Request) -> Result<Vec<(String, String)>, i64> {

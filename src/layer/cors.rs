@@ -13,9 +13,9 @@ use http::header::{
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
-use crate::facts::Inbound;
-use crate::live::Live;
-use crate::rules::Rules;
+use crate::layer::guard::rules::Rules;
+use crate::reloadable::Live;
+use crate::request::context::Inbound;
 
 /// The headers of ours that a page may read.
 const EXPOSED: HeaderValue = HeaderValue::from_static(

@@ -21,11 +21,11 @@ use tokio_util::task::TaskTracker;
 use tower::{Layer, Service};
 use tracing::Instrument;
 
-use crate::effect::Effect;
 use crate::error::{Error, LateAnswer};
-use crate::original::Original;
-use crate::pending_create::{Ending, PendingCreate};
-use crate::task::TaskReader;
+use crate::kling::idempotency::Effect;
+use crate::kling::task::TaskReader;
+use crate::request::pending_create::{Ending, PendingCreate};
+use crate::request::replayable::Original;
 use crate::upstream::Decoder;
 
 /// Adds [`Detach`] to a service.

@@ -9,10 +9,10 @@ use axum::response::Response;
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
-use crate::effect::Effect;
 use crate::error::Error;
-use crate::facts::Inbound;
+use crate::kling::idempotency::Effect;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::request::context::Inbound;
 
 /// Adds [`Drain`] to a service.
 #[derive(Clone)]

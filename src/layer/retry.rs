@@ -15,16 +15,16 @@ use tokio::time::{Instant, Sleep, sleep};
 use tower::retry::Policy;
 use tower::retry::budget::{Budget, TpsBudget};
 
+use crate::auth::token::Tokens;
 use crate::clock::Clock;
-use crate::effect::Effect;
 use crate::error::Error;
-use crate::facts::Facts;
-use crate::live::Live;
-use crate::metrics::Metrics;
-use crate::original::Original;
-use crate::service_code::Resend;
+use crate::kling::idempotency::Effect;
+use crate::kling::service_code::Resend;
+use crate::reloadable::Live;
+use crate::request::context::Facts;
+use crate::request::replayable::Original;
 use crate::telemetry::CREATES;
-use crate::token::Tokens;
+use crate::telemetry::metrics::Metrics;
 
 /// How often and for how long (`retry.attempts`, `retry.total_time`).
 #[derive(Clone, Copy, Debug)]

@@ -17,11 +17,11 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 use tracing::Span;
 
-use crate::effect::Effect;
 use crate::error::Failure;
-use crate::facts::{Facts, Inbound};
-use crate::metrics::{Metrics, method_label};
-use crate::request_id::RequestId;
+use crate::kling::idempotency::Effect;
+use crate::request::context::{Facts, Inbound};
+use crate::request::id::RequestId;
+use crate::telemetry::metrics::{Metrics, method_label};
 use crate::telemetry::{CREATES, printable};
 
 /// Names the request in its answer.

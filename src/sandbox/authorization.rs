@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::reply::Refusal;
 use super::{ACCESS_KEY, API_KEY, SECRET_KEY};
-use crate::api_path::Accepts;
+use crate::kling::api_path::Accepts;
 
 /// The furthest `exp` may lie ahead: the 30 minutes of the vendor's sample code.
 const LONGEST_LIFE: u64 = 1800;

@@ -20,7 +20,7 @@ use tokio_rustls::server::TlsStream;
 use super::head::Head;
 use super::reset::Reset;
 use super::tls::Handshake;
-use crate::share::Peer;
+use crate::auth::client_share::Peer;
 
 /// How many connections wait in the kernel's queue.
 pub(super) const BACKLOG: i32 = 1024;

@@ -17,8 +17,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use zeroize::Zeroizing;
 
+use crate::auth::trusted_file;
 use crate::error::BoxError;
-use crate::trusted_file;
 
 /// The one protocol on offer, as ALPN names it.
 const HTTP_1: &[u8] = b"http/1.1";

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{Access, Listen, Problem, Settings};
+use crate::auth::token::Validity;
 use crate::layer::normalise::{Format, Statuses};
-use crate::token::Validity;
 
 /// Kling documents 30 minutes ("General Information", read 2026-11-22); shorter is of no use.
 const LIFETIMES: std::ops::RangeInclusive<Duration> =

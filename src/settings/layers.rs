@@ -7,7 +7,7 @@ use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
 use super::Problem;
-use crate::trusted_file::{self, TrustedFileError};
+use crate::auth::trusted_file::{self, TrustedFileError};
 
 /// The lowest layer, and the list of known keys.
 const DEFAULTS: &str = include_str!("../../config/default.toml");

@@ -21,13 +21,13 @@ use tracing_subscriber::filter::Targets;
 pub use self::layers::Flags;
 use self::layers::{DEFAULT, Layers};
 use self::value::{Offset, OrOff, Setting};
-use crate::credentials::Configured;
+use crate::auth::credentials::Configured;
+use crate::auth::token::Validity;
 use crate::layer::normalise::Look;
 use crate::layer::retry;
-use crate::replay;
+use crate::request::replay_body;
 use crate::sandbox;
 use crate::telemetry;
-use crate::token::Validity;
 use crate::upstream::{EgressProxy, Origin, Timeouts};
 
 /// All settings. Keys and units stand in `config/default.toml`.
@@ -50,7 +50,7 @@ pub struct Settings {
     /// `retry.attempts` and `.total_time`
     pub retry: retry::Limits,
     /// `retry.replay_*`
-    pub replay: replay::Bounds,
+    pub replay: replay_body::Bounds,
     /// `errors.*`
     pub errors: Look,
     /// `sandbox.*`
@@ -266,7 +266,7 @@ impl Settings {
                 attempts: from.get("retry.attempts"),
                 total_time: from.get("retry.total_time"),
             },
-            replay: replay::Bounds {
+            replay: replay_body::Bounds {
                 body: from.get("retry.replay_body"),
                 memory: from.get("retry.replay_memory"),
             },
@@ -389,7 +389,7 @@ fn shown(key: &str, value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::secret::Secret;
+    use crate::auth::secret::Secret;
 
     fn load(variables: &[(&str, &str)]) -> Result<(Settings, Vec<Row>), Vec<String>> {
         let variables: Vec<_> = variables

@@ -9,8 +9,8 @@ use figment::value::Value;
 use http::{HeaderValue, Method};
 use tracing_subscriber::filter::Targets;
 
+use crate::auth::secret::Secret;
 use crate::layer::normalise::{self, Statuses};
-use crate::secret::Secret;
 use crate::telemetry;
 use crate::upstream::{EgressProxy, NoEgressProxy, Origin};
 

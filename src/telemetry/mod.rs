@@ -1,6 +1,7 @@
 //! Sets up what is logged, where and how.
 
 mod line;
+pub mod metrics;
 mod queue;
 
 use std::borrow::Cow;

@@ -15,10 +15,10 @@ use tokio::time::timeout;
 
 use super::download::Download;
 use super::text::Text;
-use crate::envelope::{self, Envelope, Peek};
 use crate::error::BoxError;
-use crate::headers;
-use crate::service_code;
+use crate::kling::envelope::{self, Envelope, Peek};
+use crate::kling::service_code;
+use crate::request::headers;
 
 /// As much of a body as is read to understand it, as sent and decoded, each.
 const BOUND: usize = 64 << 10;

@@ -30,7 +30,7 @@ use tokio::time::Instant;
 
 use super::origin::Origin;
 use crate::clock::{Clock, Correction};
-use crate::metrics::Metrics;
+use crate::telemetry::metrics::Metrics;
 
 /// How many samples count: one or two that are wrong do not.
 const SAMPLES: usize = 5;

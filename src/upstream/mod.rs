@@ -60,9 +60,9 @@ use self::upload::{Progress, Upload};
 use self::warm::WarmConnection;
 use crate::clock::{Clock, Correction};
 use crate::error::{Answer, BoxError, Error, LateAnswer, chain};
-use crate::metrics::Metrics;
-use crate::original::{Attempt, AttemptedCreate};
-use crate::service_code::Class;
+use crate::kling::service_code::Class;
+use crate::request::replayable::{Attempt, AttemptedCreate};
+use crate::telemetry::metrics::Metrics;
 
 /// A request that comes at once goes first: two handshakes at a time would slow it down.
 const HEAD_START: Duration = Duration::from_millis(100);

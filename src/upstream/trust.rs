@@ -9,8 +9,8 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use rustls::{CipherSuite, ClientConfig, RootCertStore};
 
+use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::error::BoxError;
-use crate::trusted_file::{self, TrustedFileError};
 
 /// Names a file of roots that replace those of the platform, as for OpenSSL (`openssl-env(7)`).
 const FILE: &str = "SSL_CERT_FILE";

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use super::request_class::InFlightCount;
 use super::timeouts::Timeouts;
 use crate::error::Error;
-use crate::pace::Pace;
+use crate::request::pace::Pace;
 
 /// A body that records its progress.
 pub(super) struct Upload {

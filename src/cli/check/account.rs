@@ -13,13 +13,13 @@ use tokio::time::timeout;
 use super::network::{Stream, Way};
 use super::region;
 use super::report::{Fault, Found, Outcome};
+use crate::auth::token::{Credential, Validity};
 use crate::cli::{Exit, send};
 use crate::clock::Clock;
-use crate::envelope::{self, Envelope};
 use crate::error::chain;
-use crate::service_code::{self, Class, Needs, Row};
+use crate::kling::envelope::{self, Envelope};
+use crate::kling::service_code::{self, Class, Needs, Row};
 use crate::telemetry::printable;
-use crate::token::{Credential, Validity};
 use crate::upstream;
 
 /// A person waits for the answer, so `upstream.response_timeout` counts only if it is shorter.

@@ -11,11 +11,11 @@ use x509_cert::der::Decode;
 
 use super::local::EXPOSED;
 use super::report::{Fault, Found, Outcome};
+use crate::auth::trusted_file;
 use crate::cli::Exit;
 use crate::error::chain;
 use crate::server::{self, CertificateFiles};
 use crate::telemetry::printable;
-use crate::trusted_file;
 
 /// A certificate with less time left than this should be renewed now.
 const SOON: Duration = Duration::from_hours(14 * 24);

@@ -9,10 +9,10 @@ use humantime::format_duration;
 use super::account::{Answer, Credentials};
 use super::network::Way;
 use super::report::{Fault, Found, Outcome};
+use crate::auth::token::Credential;
 use crate::cli::Exit;
 use crate::clock::Clock;
-use crate::service_code::Class;
-use crate::token::Credential;
+use crate::kling::service_code::Class;
 use crate::upstream::UpstreamClock;
 
 /// More than this is no rounding; the default of `token.not_before_leeway` covers as much.

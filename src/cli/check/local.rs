@@ -6,15 +6,15 @@ use std::sync::Arc;
 use rustls::RootCertStore;
 
 use super::report::{Fault, Found, Outcome};
+use crate::auth::client_token::ClientTokens;
+use crate::auth::credentials::{self, Places};
+use crate::auth::secret::Secret;
+use crate::auth::token::Credential;
+use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::cli::{Exit, find_credential};
-use crate::client_token::ClientTokens;
 use crate::clock::Clock;
-use crate::credentials::{self, Places};
 use crate::error::chain;
-use crate::secret::Secret;
 use crate::settings::{Row, Settings};
-use crate::token::Credential;
-use crate::trusted_file::{self, TrustedFileError};
 use crate::upstream::{TlsError, trust_roots};
 
 /// The type of a warning about a file that every user can read.

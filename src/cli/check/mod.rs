@@ -16,8 +16,8 @@ use self::account::Credentials;
 use self::network::Way;
 use self::report::{Fault, Report};
 use super::{Exit, Failure, Output, SettingsArgs, runtime};
+use crate::auth::credentials::Places;
 use crate::clock::{Clock, SystemClock};
-use crate::credentials::Places;
 use crate::server::CertificateFiles;
 
 pub(super) fn run(

@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::account::{self, Credentials};
 use super::network::Way;
 use super::report::Fault;
+use crate::auth::token::Validity;
 use crate::cli::Exit;
-use crate::token::Validity;
 use crate::upstream::Origin;
 
 /// Where Kling answers. Those that are regions of their own come first.
@@ -117,9 +117,9 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::auth::secret::Secret;
+    use crate::auth::token::Credential;
     use crate::clock::SystemClock;
-    use crate::secret::Secret;
-    use crate::token::Credential;
     use crate::upstream::Timeouts;
 
     /// Answers one request with this code, and tells what it was.

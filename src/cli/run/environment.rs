@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::net::SocketAddr;
 
-use crate::credentials::harmless;
-use crate::secret::Secret;
+use crate::auth::credentials::harmless;
+use crate::auth::secret::Secret;
 
 /// Names by which tools ask for the API's address.
 const URLS: [&str; 4] = [

@@ -19,9 +19,9 @@ use super::serve::{
     hide_memory, raise_descriptor_limit,
 };
 use super::{Exit, Failure, SettingsArgs, runtime};
-use crate::client_token::ClientTokens;
-use crate::rules::Rules;
-use crate::secret::Secret;
+use crate::auth::client_token::ClientTokens;
+use crate::auth::secret::Secret;
+use crate::layer::guard::rules::Rules;
 use crate::telemetry;
 
 /// What is logged besides creates, unless somebody asks for more: standard error is the command's.

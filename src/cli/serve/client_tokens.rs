@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::client_token::{ClientTokens, FileError};
+use crate::auth::client_token::{ClientTokens, FileError};
 use crate::clock::Clock;
 use crate::error::chain;
 
@@ -144,8 +144,8 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::auth::trusted_file::TrustedFileError;
     use crate::clock::SystemClock;
-    use crate::trusted_file::TrustedFileError;
 
     const OLD: &str = "old-token-0123456789\n";
     const NEW: &str = "new-token-0123456789\n";

@@ -2,8 +2,8 @@
 
 use std::ffi::OsString;
 
+use crate::auth::credentials::Places;
 use crate::cli::SettingsArgs;
-use crate::credentials::Places;
 use crate::settings::{Row, Settings};
 use crate::telemetry::Filter;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Interval, interval_at};
 
-use crate::token::Credential;
+use crate::auth::token::Credential;
 
 /// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
 ///
@@ -73,7 +73,7 @@ impl HalfNew {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::secret::Secret;
+    use crate::auth::secret::Secret;
 
     /// What the manual promises.
     const PROMISE: Duration = Duration::from_secs(10);

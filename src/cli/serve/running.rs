@@ -29,11 +29,11 @@ use super::systemd::Manager;
 use crate::admin::Control;
 use crate::cli::{Exit, Failure, runtime};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::metrics::Metrics;
 use crate::sandbox::Sandbox;
 use crate::server::{self, Evictor, Limits, Listener, SocketFile, Stop, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
+use crate::telemetry::metrics::Metrics;
 
 /// More would not make the Kling API faster, and each keeps connections of its own.
 const MOST_THREADS: usize = 4;

@@ -10,19 +10,19 @@ use super::client_tokens;
 use super::configuration::Configuration;
 use super::listeners::{Listeners, bind};
 use super::process::{EMBEDDED_SANDBOX, FAR_UPSTREAM, limit_connections};
+use crate::auth::client_token::ClientTokens;
+use crate::auth::credentials::Found;
+use crate::auth::secret::Secret;
+use crate::auth::token::Credential;
 use crate::cli::{Exit, Failure, find_credential};
-use crate::client_token::ClientTokens;
 use crate::clock::{Clock, SystemClock};
-use crate::credentials::Found;
 use crate::error::chain;
-use crate::metrics::Metrics;
-use crate::rules::Rules;
+use crate::layer::guard::rules::Rules;
 use crate::sandbox::{self, Sandbox};
-use crate::secret::Secret;
 use crate::server::{Limits, Listener};
 use crate::settings::{Problem, Settings};
 use crate::stack::{Parts, Shared};
-use crate::token::Credential;
+use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Network, Origin, client_config};
 
 /// Everything that is set up before the first request.

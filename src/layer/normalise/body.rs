@@ -6,10 +6,10 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::effect::Effect;
 use crate::error::{self, Error};
-use crate::facts::Facts;
-use crate::service_code::Needs;
+use crate::kling::idempotency::Effect;
+use crate::kling::service_code::Needs;
+use crate::request::context::Facts;
 
 /// Kling's envelope with one more member. The members are public, and so is their order.
 #[derive(Serialize)]
@@ -133,10 +133,10 @@ mod tests {
     use http::{HeaderMap, HeaderValue};
 
     use super::*;
-    use crate::envelope;
     use crate::error::Answer;
-    use crate::metrics::Metrics;
-    use crate::request_id::RequestId;
+    use crate::kling::envelope;
+    use crate::request::id::RequestId;
+    use crate::telemetry::metrics::Metrics;
 
     fn facts() -> Facts {
         let id = HeaderValue::from_static("ours");

@@ -19,11 +19,11 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use self::body::ErrorBody;
-use crate::effect::Effect;
 use crate::error::{Error, Failure};
-use crate::facts::{Facts, Inbound};
-use crate::live::Live;
-use crate::service_code::{Row, WITH_RETRY_AFTER};
+use crate::kling::idempotency::Effect;
+use crate::kling::service_code::{Row, WITH_RETRY_AFTER};
+use crate::reloadable::Live;
+use crate::request::context::{Facts, Inbound};
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");

@@ -1,6 +1,9 @@
 //! Refuses what may not be forwarded, before anything is spent: no token of ours is minted, no
 //! connection made, no byte of a body taken. The first check that fails answers.
 
+pub mod hop;
+pub mod rules;
+
 use std::mem;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -19,15 +22,15 @@ use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::{Layer, Service};
 
+use crate::auth::client_share::{NoPlace, Peer, Shares};
 use crate::error::{BoxError, Error};
-use crate::facts::Inbound;
-use crate::hop::Hop;
 use crate::layer::Refusable;
+use crate::layer::guard::hop::Hop;
+use crate::layer::guard::rules::{Rules, check_framing, check_reserved, check_target};
 use crate::lifecycle::Lifecycle;
-use crate::live::Live;
-use crate::metrics::Metrics;
-use crate::rules::{Rules, check_framing, check_reserved, check_target};
-use crate::share::{NoPlace, Peer, Shares};
+use crate::reloadable::Live;
+use crate::request::context::Inbound;
+use crate::telemetry::metrics::Metrics;
 
 /// Adds [`Guard`] to a service.
 #[derive(Clone)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use crate::effect::Effect;
+use crate::kling::idempotency::Effect;
 
 /// A service code and all that follows from it.
 #[derive(Debug, PartialEq, Eq)]

@@ -5,9 +5,9 @@ use http::header::{
     HeaderName, HeaderValue, TRANSFER_ENCODING, X_CONTENT_TYPE_OPTIONS,
 };
 
-use crate::accept_encoding;
+use crate::request::accept_encoding;
 
-/// Lists the proxies that a request came through, by id; see [`Hop`](crate::hop).
+/// Lists the proxies that a request came through, by id; see [`Hop`](crate::layer::guard::hop).
 pub const HOP: HeaderName = HeaderName::from_static("kling-proxy-hop");
 
 /// A type is what it says.

@@ -12,7 +12,7 @@ use http::{StatusCode, Uri};
 use tokio::sync::Notify;
 
 use crate::error::{Error, chain};
-use crate::facts::Facts;
+use crate::request::context::Facts;
 use crate::telemetry::{CREATES, printable};
 
 /// One create that has no outcome yet.

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 pub use self::command::{Command, CommandError};
 pub use self::environment::harmless;
-use crate::secret::Secret;
-use crate::token::Credential;
-use crate::trusted_file::{self, TrustedFileError};
+use crate::auth::secret::Secret;
+use crate::auth::token::Credential;
+use crate::auth::trusted_file::{self, TrustedFileError};
 
 /// What `credentials.*` of the settings say.
 #[derive(Clone, Debug, Default)]

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 use super::{Error, Found, Key, api_key, harmless, key, pair};
-use crate::secret::Secret;
+use crate::auth::secret::Secret;
 
 /// A command line, run without a shell.
 #[derive(Clone, Copy)]

@@ -5,8 +5,8 @@ use http::header::Entry;
 use http::{HeaderMap, HeaderValue};
 
 use crate::error::Error;
-use crate::headers::HOP;
-use crate::request_id::RequestId;
+use crate::request::headers::HOP;
+use crate::request::id::RequestId;
 use crate::upstream::Origin;
 
 /// A proxy that may be a part of a loop.

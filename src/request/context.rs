@@ -6,12 +6,12 @@ use std::sync::{Arc, OnceLock};
 use axum::extract::Request;
 use tokio::time::Instant;
 
-use crate::client_token::ClientName;
+use crate::auth::client_share::Held;
+use crate::auth::client_token::ClientName;
 use crate::error::Failure;
-use crate::metrics::{InFlight, Metrics};
-use crate::request_id::RequestId;
-use crate::share::Held;
-use crate::task::Task;
+use crate::kling::task::Task;
+use crate::request::id::RequestId;
+use crate::telemetry::metrics::{InFlight, Metrics};
 
 /// The facts of one request. All clones are one.
 ///

@@ -18,10 +18,10 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use zeroize::Zeroizing;
 
-use crate::api_path::Accepts;
+use crate::auth::secret::Secret;
 use crate::clock::{Clock, Correction};
-use crate::metrics::Metrics;
-use crate::secret::Secret;
+use crate::kling::api_path::Accepts;
+use crate::telemetry::metrics::Metrics;
 
 /// What authenticates us to upstream.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,9 +7,9 @@ use http::header::{HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, TRANSFER_EN
 use http::{Method, Uri};
 use percent_encoding::percent_decode;
 
-use crate::api_path::is_under;
-use crate::client_token::{Client, ClientTokens};
+use crate::auth::client_token::{Client, ClientTokens};
 use crate::error::Error;
+use crate::kling::api_path::is_under;
 
 /// What may pass.
 #[derive(Clone)]

@@ -14,7 +14,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::service_code::{self, Class, TABLE};
+use crate::kling::service_code::{self, Class, TABLE};
 use crate::telemetry;
 
 /// Upper bounds of the duration buckets in seconds: those OpenTelemetry advises for HTTP, to 10.

@@ -8,7 +8,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::error::Category;
 use serde_json::value::RawValue;
 
-use crate::service_code;
+use crate::kling::service_code;
 
 /// The top-level members of an envelope.
 #[derive(Debug, Default)]

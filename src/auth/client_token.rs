@@ -16,10 +16,10 @@ use ring::rand::{self, SystemRandom};
 use serde::Deserialize;
 use subtle::ConstantTimeEq;
 
+use crate::auth::client_share::Share;
+use crate::auth::secret::Secret;
+use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::clock::Clock;
-use crate::secret::Secret;
-use crate::share::Share;
-use crate::trusted_file::{self, TrustedFileError};
 
 /// The header in which a client may show its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");

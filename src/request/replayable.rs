@@ -7,11 +7,11 @@ use http::{Uri, request};
 use tokio::task::yield_now;
 
 use crate::clock::Correction;
-use crate::effect::Effect;
-use crate::facts::{Facts, Inbound};
-use crate::headers;
-use crate::pending_create::{ClientLeft, PendingCreate};
-use crate::replay::{Keeper, Replay};
+use crate::kling::idempotency::Effect;
+use crate::request::context::{Facts, Inbound};
+use crate::request::headers;
+use crate::request::pending_create::{ClientLeft, PendingCreate};
+use crate::request::replay_body::{Keeper, Replay};
 
 /// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
 /// requests are answered at the first attempt.

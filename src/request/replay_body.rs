@@ -16,10 +16,10 @@ use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::timeout;
 
 use crate::error::{BoxError, Error};
-use crate::facts::Facts;
-use crate::live::Live;
-use crate::metrics::Metrics;
-use crate::task::TaskReader;
+use crate::kling::task::TaskReader;
+use crate::reloadable::Live;
+use crate::request::context::Facts;
+use crate::telemetry::metrics::Metrics;
 
 /// A request body. A clone of one that nobody has read yet begins at the first byte.
 ///

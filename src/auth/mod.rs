@@ -1,0 +1,8 @@
+//! Credentials: the proxy's own for Kling, and the tokens of its clients.
+
+pub mod client_share;
+pub mod client_token;
+pub mod credentials;
+pub mod secret;
+pub mod token;
+pub mod trusted_file;

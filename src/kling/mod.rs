@@ -1,0 +1,7 @@
+//! Knowledge of Kling's API. Nothing here does I/O.
+
+pub mod api_path;
+pub mod envelope;
+pub mod idempotency;
+pub mod service_code;
+pub mod task;
