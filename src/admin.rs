@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use crate::error::Error;
 use crate::layer::guard::rules::Rules;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::reloadable::Live;
+use crate::reloadable::Reloadable;
 use crate::telemetry;
 use crate::telemetry::metrics::Metrics;
 
@@ -37,7 +37,7 @@ const OWN_FILES_ONLY: HeaderValue = HeaderValue::from_static("default-src 'self'
 struct Shown {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
-    rules: Live<Rules>,
+    rules: Reloadable<Rules>,
 }
 
 /// What changes the state of the process, for this machine alone.
@@ -76,7 +76,11 @@ impl Control {
 }
 
 /// The routes of health and metrics.
-pub fn router(lifecycle: Arc<Lifecycle>, metrics: Arc<Metrics>, rules: Live<Rules>) -> Router {
+pub fn router(
+    lifecycle: Arc<Lifecycle>,
+    metrics: Arc<Metrics>,
+    rules: Reloadable<Rules>,
+) -> Router {
     Router::new()
         .route("/health/startup", get(startup))
         .route("/health/live", get(live))

@@ -117,14 +117,14 @@ pub struct Answer {
 }
 
 /// An answer that may come although its client was told that none did.
-pub struct LateAnswer(SyncWrapper<Exchange>);
+pub struct LateAnswer(SyncWrapper<PendingAnswer>);
 
 /// Waits for an answer.
-type Exchange = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
+type PendingAnswer = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
 
 /// What the log tells of an error.
 #[derive(Debug)]
-pub struct Failure {
+pub struct FailureRecord {
     /// The code of the body.
     pub code: i64,
     /// [`Error::kind`].
@@ -313,7 +313,7 @@ impl Answer {
 
 // === impl Failure ===
 
-impl From<&Error> for Failure {
+impl From<&Error> for FailureRecord {
     fn from(error: &Error) -> Self {
         let upstream_request_id = match error {
             Error::Service { envelope, .. } => envelope.request_id.clone(),

@@ -26,14 +26,14 @@ use crate::layer::drain::DrainLayer;
 use crate::layer::guard::GuardLayer;
 use crate::layer::guard::hop::Hop;
 use crate::layer::guard::rules::Rules;
-use crate::layer::normalise::{Look, NormaliseLayer};
-use crate::layer::retry::{Limits, RetryPolicy};
+use crate::layer::normalise::{ErrorFormat, NormaliseLayer};
+use crate::layer::retry::{RetryLimits, RetryPolicy};
 use crate::layer::trace::{Counted, TraceLayer};
 use crate::lifecycle::Lifecycle;
-use crate::reloadable::Live;
-use crate::request::context::Inbound;
-use crate::request::replay_body::{Bounds, Keeper};
-use crate::request::replayable::Original;
+use crate::reloadable::Reloadable;
+use crate::request::context::ProxyRequest;
+use crate::request::replay_body::{ReplayBudget, ReplayLimits};
+use crate::request::replayable::ReplayableRequest;
 use crate::sandbox::{self, Sandbox};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
@@ -47,11 +47,11 @@ pub struct Parts {
     /// Decides what passes.
     pub rules: Rules,
     /// The form of errors.
-    pub errors: Look,
+    pub errors: ErrorFormat,
     /// Bounds of resending.
-    pub retry: Limits,
+    pub retry: RetryLimits,
     /// Bounds of what is kept to be sent again.
-    pub replay: Bounds,
+    pub replay: ReplayLimits,
     /// Where requests go.
     pub origin: Origin,
     /// Leads there.
@@ -68,19 +68,19 @@ pub struct Parts {
 #[derive(Clone)]
 pub struct Shared {
     /// What may pass.
-    pub rules: Live<Rules>,
+    pub rules: Reloadable<Rules>,
     /// What may pass on the admin listener.
-    pub admin_rules: Live<Rules>,
+    pub admin_rules: Reloadable<Rules>,
     /// What each client has in flight.
     pub shares: Arc<Shares>,
     /// What an upstream on this machine is told.
     pub hop: Option<Arc<Hop>>,
     /// How errors look.
-    pub errors: Live<Look>,
+    pub errors: Reloadable<ErrorFormat>,
     /// What is sent again.
     pub retry_policy: RetryPolicy,
     /// What is kept to be sent again.
-    pub keeper: Arc<Keeper>,
+    pub replay_budget: Arc<ReplayBudget>,
     /// Where bearers come from.
     pub tokens: Arc<Tokens>,
     /// Where requests go.
@@ -138,12 +138,12 @@ impl Shared {
                 upstream_clock,
                 Arc::clone(&metrics),
             ),
-            keeper: Arc::new(Keeper::new(replay, Arc::clone(&metrics))),
-            admin_rules: Live::new(rules.for_admin()),
-            rules: Live::new(rules),
+            replay_budget: Arc::new(ReplayBudget::new(replay, Arc::clone(&metrics))),
+            admin_rules: Reloadable::new(rules.for_admin()),
+            rules: Reloadable::new(rules),
             shares: Arc::default(),
             hop: Hop::to(&origin).map(Arc::new),
-            errors: Live::new(errors),
+            errors: Reloadable::new(errors),
             tokens,
             origin,
             upstream,
@@ -168,7 +168,7 @@ impl Shared {
     ) -> impl Service<Request, Response = http::Response<Counted>, Error = Infallible, Future: Send>
     + Send
     + use<> {
-        let (keeper, is_marked) = (Arc::clone(&self.keeper), self.hop.is_some());
+        let (replay_budget, is_marked) = (Arc::clone(&self.replay_budget), self.hop.is_some());
         ServiceBuilder::new()
             .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
             .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
@@ -182,7 +182,7 @@ impl Shared {
                 metrics: Arc::clone(&self.metrics),
             }) // refuses before anything is spent
             // Without the client's credentials from here on.
-            .map_request(move |inbound| Original::new(inbound, &keeper, is_marked))
+            .map_request(move |inbound| ReplayableRequest::new(inbound, &replay_budget, is_marked))
             .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
             .layer(RetryLayer::new(self.retry_policy.clone())) // never a create that may have worked
             .layer(AuthenticateLayer::new(
@@ -205,7 +205,7 @@ impl Shared {
             return open.layer(harmless);
         };
         let guarded = ServiceBuilder::new()
-            .map_request(Inbound::from)
+            .map_request(ProxyRequest::from)
             .layer(NormaliseLayer::new(self.errors.clone()))
             .layer(GuardLayer {
                 rules: self.admin_rules.clone(),
@@ -214,7 +214,7 @@ impl Shared {
                 lifecycle: Arc::default(), // it serves to the end, to tell how that goes
                 metrics: Arc::clone(&self.metrics),
             })
-            .service(service_fn(move |inbound: Inbound| {
+            .service(service_fn(move |inbound: ProxyRequest| {
                 ready(control.answer(&inbound.request))
             }));
         open.fallback_service(guarded).layer(harmless)
@@ -226,15 +226,15 @@ impl Shared {
 pub fn sandbox(
     sandbox: Sandbox,
     rules: Rules,
-    errors: Look,
+    errors: ErrorFormat,
     metrics: Metrics,
 ) -> impl Service<Request, Response = Response, Error = sandbox::Reset, Future: Send> + Send {
-    let rules = Live::new(rules);
+    let rules = Reloadable::new(rules);
     let [mut files, mut all_else] = [sandbox.clone(), sandbox];
     let mut guarded = ServiceBuilder::new()
-        .map_request(Inbound::from)
+        .map_request(ProxyRequest::from)
         .layer(CorsLayer::new(rules.clone()))
-        .layer(NormaliseLayer::new(Live::new(errors)))
+        .layer(NormaliseLayer::new(Reloadable::new(errors)))
         .layer(GuardLayer {
             rules,
             shares: Arc::default(),
@@ -242,7 +242,7 @@ pub fn sandbox(
             lifecycle: Arc::default(),
             metrics: Arc::new(metrics),
         })
-        .service(service_fn(move |inbound: Inbound| {
+        .service(service_fn(move |inbound: ProxyRequest| {
             let answer = all_else.call(inbound.request);
             // The layers pass on errors of ours only.
             let kept = |reset: sandbox::Reset| Extension(reset).into_response();

@@ -29,10 +29,10 @@ use kling_proxy::kling::service_code;
 use kling_proxy::layer::cors::CorsLayer;
 use kling_proxy::layer::guard::GuardLayer;
 use kling_proxy::layer::guard::rules::Rules;
-use kling_proxy::layer::normalise::{Format, Look, NormaliseLayer, Statuses};
+use kling_proxy::layer::normalise::{ErrorFormat, Format, NormaliseLayer, StatusMapping};
 use kling_proxy::layer::trace::TraceLayer;
-use kling_proxy::reloadable::Live;
-use kling_proxy::request::context::Inbound;
+use kling_proxy::reloadable::Reloadable;
+use kling_proxy::request::context::ProxyRequest;
 use kling_proxy::telemetry::metrics::Metrics;
 use libfuzzer_sys::fuzz_target;
 use tempfile::NamedTempFile;
@@ -58,7 +58,7 @@ impl Clock for At {
 }
 
 /// As by default; with allow-lists; with client tokens.
-static RULES: LazyLock<[Live<Rules>; 3]> = LazyLock::new(|| {
+static RULES: LazyLock<[Reloadable<Rules>; 3]> = LazyLock::new(|| {
     [
         rules(),
         Rules {
@@ -72,11 +72,11 @@ static RULES: LazyLock<[Live<Rules>; 3]> = LazyLock::new(|| {
             ..rules()
         },
     ]
-    .map(Live::new)
+    .map(Reloadable::new)
 });
-static LOOK: LazyLock<Live<Look>> = LazyLock::new(|| {
-    Live::new(Look {
-        statuses: Statuses::Documented,
+static LOOK: LazyLock<Reloadable<ErrorFormat>> = LazyLock::new(|| {
+    Reloadable::new(ErrorFormat {
+        statuses: StatusMapping::Documented,
         format: Format::Kling,
     })
 });
@@ -112,7 +112,7 @@ fuzz_target!(|bytes: &[u8]| {
 });
 
 /// Serves a connection as the server does.
-async fn connection(bytes: &[u8], rules: &'static Live<Rules>) {
+async fn connection(bytes: &[u8], rules: &'static Reloadable<Rules>) {
     let service = hyper::service::service_fn(|request: request::Request<_>| {
         answer(request.map(Body::new), rules)
     });
@@ -126,7 +126,10 @@ async fn connection(bytes: &[u8], rules: &'static Live<Rules>) {
 #[derive(Clone)]
 struct Passed;
 
-async fn answer(request: Request, rules: &'static Live<Rules>) -> Result<Response, Infallible> {
+async fn answer(
+    request: Request,
+    rules: &'static Reloadable<Rules>,
+) -> Result<Response, Infallible> {
     let origins: Vec<_> = request.headers().get_all(ORIGIN).iter().cloned().collect();
     let guard = GuardLayer {
         rules: rules.clone(),
@@ -140,7 +143,7 @@ async fn answer(request: Request, rules: &'static Live<Rules>) -> Result<Respons
         .layer(CorsLayer::new(rules.clone()))
         .layer(NormaliseLayer::new(LOOK.clone()))
         .layer(guard)
-        .service_fn(move |inbound: Inbound| upstream(inbound.request, rules));
+        .service_fn(move |inbound: ProxyRequest| upstream(inbound.request, rules));
     let response = stack.oneshot(request).await?;
     let (head, body) = response.into_parts();
     let body = body.collect().await.expect("it is all there").to_bytes();
@@ -169,7 +172,7 @@ async fn answer(request: Request, rules: &'static Live<Rules>) -> Result<Respons
 }
 
 /// Stands for everything behind the guard.
-async fn upstream(request: Request, rules: &'static Live<Rules>) -> Result<Response, Error> {
+async fn upstream(request: Request, rules: &'static Reloadable<Rules>) -> Result<Response, Error> {
     let (head, body) = request.into_parts();
     keeps(&head, &rules.load());
     if let Ok(body) = body.collect().await {

@@ -21,8 +21,8 @@ use kling_proxy::clock::SystemClock;
 use kling_proxy::error::Error;
 use kling_proxy::layer::authenticate::AuthenticateLayer;
 use kling_proxy::request::headers::{strip_request, strip_response};
-use kling_proxy::request::replay_body::{Bounds, Keeper};
-use kling_proxy::request::replayable::{Attempt, Original};
+use kling_proxy::request::replay_body::{ReplayBudget, ReplayLimits};
+use kling_proxy::request::replayable::{Attempt, ReplayableRequest};
 use kling_proxy::telemetry::metrics::Metrics;
 use libfuzzer_sys::fuzz_target;
 use tower::{Layer, ServiceExt, service_fn};
@@ -96,10 +96,10 @@ static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
     AuthenticateLayer::new(Arc::new(tokens), HeaderValue::from_static("kling.test"))
 });
 
-static KEEPER: LazyLock<Arc<Keeper>> = LazyLock::new(|| {
+static BUDGET: LazyLock<Arc<ReplayBudget>> = LazyLock::new(|| {
     let [body, memory] = [ByteSize::b(0); 2];
     let metrics = Metrics::new().expect("metrics").into();
-    Arc::new(Keeper::new(Bounds { body, memory }, metrics))
+    Arc::new(ReplayBudget::new(ReplayLimits { body, memory }, metrics))
 });
 
 fuzz_target!(|input: &[u8]| {
@@ -255,7 +255,7 @@ fn authenticated(headers: HeaderMap) -> HeaderMap {
         *answer.headers_mut() = request.into_parts().0.headers;
         Ok::<_, Error>(answer)
     });
-    let request = Original::new(request.into(), &KEEPER, false);
+    let request = ReplayableRequest::new(request.into(), &BUDGET, false);
     let answer = AUTHENTICATE.layer(inner).oneshot(request);
     let answer = answer.now_or_never().expect("it waits for nothing");
     answer.expect("there is a key").into_parts().0.headers

@@ -10,9 +10,9 @@ use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use kling_proxy::error::{Answer, Error};
 use kling_proxy::kling::envelope::{self, Envelope, Peek};
-use kling_proxy::layer::normalise::{Format, Look, NormaliseLayer, Statuses};
-use kling_proxy::reloadable::Live;
-use kling_proxy::request::context::Inbound;
+use kling_proxy::layer::normalise::{ErrorFormat, Format, NormaliseLayer, StatusMapping};
+use kling_proxy::reloadable::Reloadable;
+use kling_proxy::request::context::ProxyRequest;
 use libfuzzer_sys::fuzz_target;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -155,12 +155,12 @@ fn answer_is_well_formed(envelope: Envelope, size: usize) {
         answer: Answer::boxed(Response::new(Body::empty())),
         envelope,
     };
-    let layer = NormaliseLayer::new(Live::new(Look {
-        statuses: Statuses::Documented,
+    let layer = NormaliseLayer::new(Reloadable::new(ErrorFormat {
+        statuses: StatusMapping::Documented,
         format: Format::Kling,
     }));
     let mut error = Some(error);
-    let failing = service_fn(move |_: Inbound| {
+    let failing = service_fn(move |_: ProxyRequest| {
         let error = error.take().expect("one request");
         async { Err::<Response, _>(error) }
     });

@@ -108,7 +108,7 @@ struct Header<'a> {
 }
 
 #[derive(Deserialize)]
-struct Claims {
+struct ClientClaims {
     iss: Option<String>,
     exp: i64,
     nbf: i64,
@@ -323,7 +323,8 @@ impl<'a> Jwt<'a> {
         if header.alg != "HS256" {
             return None;
         }
-        let Claims { iss, exp, nbf } = serde_json::from_slice(&part(first + 1..second)?).ok()?;
+        let ClientClaims { iss, exp, nbf } =
+            serde_json::from_slice(&part(first + 1..second)?).ok()?;
         Some(Self {
             issuer: iss,
             valid: nbf..exp,

@@ -64,7 +64,7 @@ pub struct Claims {
 
 /// The one place that hands out bearers. Reading the current one takes no lock.
 pub struct Tokens {
-    source: Mutex<Source>,
+    source: Mutex<TokenSource>,
     clock: Arc<dyn Clock>,
     current: ArcSwapOption<Bearer>,
     /// Told when upstream does not know the credential.
@@ -73,7 +73,7 @@ pub struct Tokens {
 }
 
 /// What tokens are made of.
-struct Source {
+struct TokenSource {
     credential: Credential,
     validity: Validity,
 }
@@ -102,12 +102,12 @@ pub struct Authorization {
 struct Bearer {
     authorization: Authorization,
     /// `None` for an API key, which has no end.
-    bounds: Option<Bounds>,
+    bounds: Option<TokenTimes>,
 }
 
 /// Points of time in a token's life, in seconds since the epoch.
 #[derive(Clone, Copy)]
-struct Bounds {
+struct TokenTimes {
     nbf: u64,
     /// From here on it is replaced before use.
     stale: u64,
@@ -178,7 +178,7 @@ impl Credential {
             } => {
                 let claims = Claims::new(access_key, validity, now);
                 let token = Zeroizing::new(sign(&claims, secret_key)?);
-                let bounds = Bounds {
+                let bounds = TokenTimes {
                     nbf: claims.nbf,
                     stale: claims.exp.saturating_sub(validity.refresh_before.as_secs()),
                     exp: claims.exp,
@@ -227,7 +227,7 @@ impl Tokens {
         clock: Arc<dyn Clock>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let source = Source {
+        let source = TokenSource {
             credential,
             validity,
         };
@@ -324,18 +324,18 @@ impl Tokens {
 
     fn mint(
         &self,
-        source: &Source,
+        source: &TokenSource,
         now: SystemTime,
         correction: Correction,
     ) -> Result<Authorization, MintError> {
-        let Source {
+        let TokenSource {
             credential,
             validity,
         } = source;
         let minted = credential.bearer(*validity, now, correction);
         self.metrics.token_minted(minted.is_ok());
         let bearer = minted?;
-        if let Some(Bounds { exp, .. }) = bearer.bounds {
+        if let Some(TokenTimes { exp, .. }) = bearer.bounds {
             self.metrics.token_expires(exp);
             tracing::debug!(exp, "token minted");
         }
@@ -344,7 +344,7 @@ impl Tokens {
         Ok(authorization)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Source> {
+    fn lock(&self) -> MutexGuard<'_, TokenSource> {
         self.source.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -12,7 +12,7 @@ use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
 use crate::layer::guard::rules::Rules;
 use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
-use crate::server::{self, Limits, Listener, Stop, Worker};
+use crate::server::{self, ConnectionLimits, Listener, Stop, Worker};
 use crate::settings::{Problem, Settings};
 use crate::stack;
 use crate::telemetry;
@@ -42,7 +42,7 @@ pub(super) fn run(
     let sandbox = stack::sandbox(sandbox, rules, settings.errors, metrics);
     raise_descriptor_limit();
     let connections = limit_connections(&settings.limits, NO_UPSTREAM);
-    let limits = Limits {
+    let limits = ConnectionLimits {
         connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
         heads: Arc::default(),
         evictor: None,

@@ -21,7 +21,7 @@ pub struct Task {
 #[derive(Default)]
 pub struct TaskReader {
     root: Root,
-    state: State,
+    state: TextState,
     /// How many objects and arrays are open.
     depth: usize,
     /// The members around the current value, outermost first, as deep as names can be.
@@ -47,7 +47,7 @@ enum Root {
 
 /// Where in the text the next byte is.
 #[derive(Clone, Copy, Default)]
-enum State {
+enum TextState {
     #[default]
     OutsideStrings,
     InString,
@@ -94,14 +94,14 @@ impl TaskReader {
     pub fn push(&mut self, mut bytes: &[u8]) {
         while let (Some((&first, rest)), false) = (bytes.split_first(), self.is_complete) {
             bytes = match self.state {
-                State::OutsideStrings => {
+                TextState::OutsideStrings => {
                     self.read(first);
                     rest
                 }
-                State::InString => self.read_string(bytes),
-                State::Escaped => {
+                TextState::InString => self.read_string(bytes),
+                TextState::Escaped => {
                     self.keep(&[first]);
-                    self.state = State::InString;
+                    self.state = TextState::InString;
                     rest
                 }
             };
@@ -129,11 +129,11 @@ impl TaskReader {
         match rest.split_first() {
             Some((b'\\', rest)) => {
                 self.keep(b"\\");
-                self.state = State::Escaped;
+                self.state = TextState::Escaped;
                 rest
             }
             Some((_, rest)) => {
-                self.state = State::OutsideStrings;
+                self.state = TextState::OutsideStrings;
                 rest
             }
             None => rest,
@@ -145,7 +145,7 @@ impl TaskReader {
             b'"' => {
                 self.token.clear();
                 self.token_is_string = true;
-                self.state = State::InString;
+                self.state = TextState::InString;
             }
             b'{' | b'[' => {
                 self.depth += 1;

@@ -15,21 +15,21 @@ use crate::auth::token::{Authorization, Tokens};
 use crate::error::Error;
 use crate::kling::api_path::Accepts;
 use crate::layer::Refusable;
-use crate::request::replayable::{Attempt, Original};
+use crate::request::replayable::{Attempt, ReplayableRequest};
 
 /// Adds [`Authenticate`] to a service.
 #[derive(Clone)]
-pub struct AuthenticateLayer(Arc<Means>);
+pub struct AuthenticateLayer(Arc<AuthenticateInner>);
 
 /// Sets `Authorization` and `Host` of each attempt, in place of whatever the client said.
 #[derive(Clone)]
 pub struct Authenticate<S> {
     inner: S,
-    means: Arc<Means>,
+    inner_: Arc<AuthenticateInner>,
 }
 
 /// What is shown to upstream.
-struct Means {
+struct AuthenticateInner {
     tokens: Arc<Tokens>,
     host: HeaderValue,
 }
@@ -39,7 +39,7 @@ pin_project! {
     pub struct Authenticated<F> {
         #[pin]
         inner: F,
-        means: Arc<Means>,
+        inner_: Arc<AuthenticateInner>,
         path: Option<PathAndQuery>,
     }
 }
@@ -49,7 +49,7 @@ pin_project! {
 impl AuthenticateLayer {
     /// Shows `tokens` to the upstream that is called `host`.
     pub fn new(tokens: Arc<Tokens>, host: HeaderValue) -> Self {
-        Self(Arc::new(Means { tokens, host }))
+        Self(Arc::new(AuthenticateInner { tokens, host }))
     }
 }
 
@@ -59,14 +59,14 @@ impl<S> Layer<S> for AuthenticateLayer {
     fn layer(&self, inner: S) -> Authenticate<S> {
         Authenticate {
             inner,
-            means: Arc::clone(&self.0),
+            inner_: Arc::clone(&self.0),
         }
     }
 }
 
 // === impl Authenticate ===
 
-impl<S> Service<Original> for Authenticate<S>
+impl<S> Service<ReplayableRequest> for Authenticate<S>
 where
     S: Service<Attempt, Response = Response, Error = Error>,
 {
@@ -78,24 +78,24 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, original: Original) -> Self::Future {
-        let Authorization { value, minted_by } = match self.means.tokens.bearer() {
+    fn call(&mut self, original: ReplayableRequest) -> Self::Future {
+        let Authorization { value, minted_by } = match self.inner_.tokens.bearer() {
             Ok(authorization) => authorization,
             Err(error) => return Either::Left(future::ready(Err(Error::Credentials(error)))),
         };
-        if let Some(facts) = original.facts() {
-            facts.attempted();
+        if let Some(context) = original.context() {
+            context.attempted();
         }
         let path = original.uri().path_and_query().cloned();
         // Stripped before they are set: `Connection: authorization` must not name ours.
         let mut attempt = original.attempt();
         attempt.minted_by = minted_by;
         let headers = attempt.request.headers_mut();
-        headers.insert(HOST, self.means.host.clone());
+        headers.insert(HOST, self.inner_.host.clone());
         headers.insert(AUTHORIZATION, value);
         Either::Right(Authenticated {
             inner: self.inner.call(attempt),
-            means: Arc::clone(&self.means),
+            inner_: Arc::clone(&self.inner_),
             path,
         })
     }
@@ -117,7 +117,7 @@ where
         {
             let path = this.path.as_ref().map_or("/", PathAndQuery::path);
             let accepted = Accepts::of_plain(path);
-            this.means.tokens.was_refused(accepted);
+            this.inner_.tokens.was_refused(accepted);
         }
         Poll::Ready(result)
     }
@@ -136,7 +136,7 @@ mod tests {
     use crate::auth::secret::Secret;
     use crate::auth::token::{Credential, Validity};
     use crate::clock::SystemClock;
-    use crate::request::replay_body::{Bounds, Keeper};
+    use crate::request::replay_body::{ReplayBudget, ReplayLimits};
     use crate::telemetry::metrics::Metrics;
 
     /// What the inner service sees of a request, or the code of the error.
@@ -148,11 +148,11 @@ mod tests {
         };
         let credential = Credential::ApiKey(Secret::from(api_key.to_owned()));
         let metrics = Arc::new(Metrics::new().unwrap());
-        let bounds = Bounds {
+        let bounds = ReplayLimits {
             body: ByteSize::kib(1),
             memory: ByteSize::kib(1),
         };
-        let keeper = Arc::new(Keeper::new(bounds, Arc::clone(&metrics)));
+        let keeper = Arc::new(ReplayBudget::new(bounds, Arc::clone(&metrics)));
         let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
         let host = HeaderValue::from_static("kling.test");
         let stack = ServiceBuilder::new()
@@ -162,7 +162,7 @@ mod tests {
                 *answer.headers_mut() = request.into_parts().0.headers;
                 Ok::<_, Error>(answer)
             }));
-        let request = Original::new(request.into(), &keeper, false);
+        let request = ReplayableRequest::new(request.into(), &keeper, false);
         let answer = stack.oneshot(request).await.map_err(|error| error.code())?;
         let text = |value: &HeaderValue| value.to_str().unwrap().to_owned();
         Ok(answer

@@ -14,8 +14,8 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use crate::layer::guard::rules::Rules;
-use crate::reloadable::Live;
-use crate::request::context::Inbound;
+use crate::reloadable::Reloadable;
+use crate::request::context::ProxyRequest;
 
 /// The headers of ours that a page may read.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
@@ -25,14 +25,14 @@ const EXPOSED: HeaderValue = HeaderValue::from_static(
 /// Adds [`Cors`] to a service.
 #[derive(Clone)]
 pub struct CorsLayer {
-    rules: Live<Rules>,
+    rules: Reloadable<Rules>,
 }
 
 /// Adds CORS headers to answers.
 #[derive(Clone)]
 pub struct Cors<S> {
     inner: S,
-    rules: Live<Rules>,
+    rules: Reloadable<Rules>,
 }
 
 pin_project! {
@@ -49,7 +49,7 @@ pin_project! {
 
 impl CorsLayer {
     /// Answers pages of the origins that `rules` allow.
-    pub fn new(rules: Live<Rules>) -> Self {
+    pub fn new(rules: Reloadable<Rules>) -> Self {
         Self { rules }
     }
 }
@@ -65,9 +65,9 @@ impl<S> Layer<S> for CorsLayer {
 
 // === impl Cors ===
 
-impl<S> Service<Inbound> for Cors<S>
+impl<S> Service<ProxyRequest> for Cors<S>
 where
-    S: Service<Inbound, Response = Response, Error = Infallible>,
+    S: Service<ProxyRequest, Response = Response, Error = Infallible>,
 {
     type Response = Response;
     type Error = Infallible;
@@ -77,7 +77,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, inbound: Inbound) -> Self::Future {
+    fn call(&mut self, inbound: ProxyRequest) -> Self::Future {
         let rules = self.rules.load();
         let allowed = &rules.allowed_origins;
         let varies = !allowed.is_empty(); // mostly not, and then no origin is looked for

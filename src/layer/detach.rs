@@ -25,7 +25,7 @@ use crate::error::{Error, LateAnswer};
 use crate::kling::idempotency::Effect;
 use crate::kling::task::TaskReader;
 use crate::request::pending_create::{Ending, PendingCreate};
-use crate::request::replayable::Original;
+use crate::request::replayable::ReplayableRequest;
 use crate::upstream::Decoder;
 
 /// Adds [`Detach`] to a service.
@@ -63,12 +63,12 @@ struct Unfinished(Option<Arc<PendingCreate>>);
 /// read on without it.
 struct AnswerBody {
     /// `None` once it is read elsewhere.
-    reading: Option<Reading>,
+    reading: Option<AnswerReader>,
     running: TaskTracker,
 }
 
 /// Reads an answer.
-struct Reading {
+struct AnswerReader {
     body: Body,
     text: Decoder<TaskReader>,
     status: StatusCode,
@@ -108,9 +108,9 @@ impl<S> Layer<S> for DetachLayer {
 
 // === impl Detach ===
 
-impl<S> Service<Original> for Detach<S>
+impl<S> Service<ReplayableRequest> for Detach<S>
 where
-    S: Service<Original, Response = Response, Error = Error, Future: Send + 'static>
+    S: Service<ReplayableRequest, Response = Response, Error = Error, Future: Send + 'static>
         + Clone
         + Send
         + 'static,
@@ -123,11 +123,11 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: Original) -> Self::Future {
+    fn call(&mut self, mut request: ReplayableRequest) -> Self::Future {
         if request.effect() == Effect::Read {
             return Either::Left(self.inner.call(request));
         }
-        let create = PendingCreate::new(request.facts(), request.uri().clone());
+        let create = PendingCreate::new(request.context(), request.uri().clone());
         let create = Arc::new(create);
         request.set_pending(Arc::clone(&create));
         let (sender, outcome) = oneshot::channel();
@@ -174,11 +174,11 @@ impl Creates {
     async fn run<S>(
         self,
         inner: S,
-        request: Original,
+        request: ReplayableRequest,
         create: Arc<PendingCreate>,
         client: oneshot::Sender<Result<Response, Error>>,
     ) where
-        S: Service<Original, Response = Response, Error = Error>,
+        S: Service<ReplayableRequest, Response = Response, Error = Error>,
     {
         let unfinished = Unfinished(Some(Arc::clone(&create)));
         let body = request.body().clone();
@@ -230,7 +230,7 @@ impl Creates {
     /// Has the task of an answer read while it passes.
     fn read_task(&self, answer: Response, create: &Arc<PendingCreate>, ending: Ending) -> Response {
         let (head, body) = answer.into_parts();
-        let reading = Reading {
+        let reading = AnswerReader {
             text: Decoder::to(TaskReader::of_answer(), &head.headers),
             status: head.status,
             ended: body.is_end_stream(),
@@ -247,9 +247,9 @@ impl Creates {
 }
 
 /// Reads ahead in the request, so that its external id is known before it is sent, and sends it.
-async fn exchange<S>(mut inner: S, request: Original) -> Result<Response, Error>
+async fn exchange<S>(mut inner: S, request: ReplayableRequest) -> Result<Response, Error>
 where
-    S: Service<Original, Response = Response, Error = Error>,
+    S: Service<ReplayableRequest, Response = Response, Error = Error>,
 {
     request.body().read_ahead().await?;
     inner.call(request).await
@@ -325,7 +325,7 @@ impl Drop for AnswerBody {
 
 // === impl Reading ===
 
-impl Reading {
+impl AnswerReader {
     fn poll_step(
         &mut self,
         cx: &mut Context<'_>,
@@ -341,9 +341,9 @@ impl Reading {
             Some(Err(_)) | None => self.ended = true,
         }
         if self.is_over()
-            && let (Some(reader), Some(facts)) = (self.text.get_ref(), self.create.facts())
+            && let (Some(reader), Some(context)) = (self.text.get_ref(), self.create.context())
         {
-            facts.created(reader.task());
+            context.created(reader.task());
         }
         Poll::Ready(step)
     }

@@ -12,7 +12,7 @@ use tower::{Layer, Service};
 use crate::error::Error;
 use crate::kling::idempotency::Effect;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::request::context::Inbound;
+use crate::request::context::ProxyRequest;
 
 /// Adds [`Drain`] to a service.
 #[derive(Clone)]
@@ -59,9 +59,9 @@ impl<S> Layer<S> for DrainLayer {
 
 // === impl Drain ===
 
-impl<S> Service<Inbound> for Drain<S>
+impl<S> Service<ProxyRequest> for Drain<S>
 where
-    S: Service<Inbound, Response = Response, Error = Error>,
+    S: Service<ProxyRequest, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Error;
@@ -71,7 +71,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, inbound: Inbound) -> Self::Future {
+    fn call(&mut self, inbound: ProxyRequest) -> Self::Future {
         DrainFuture {
             effect: Effect::of(&inbound.request),
             inner: self.inner.call(inbound),

@@ -20,15 +20,15 @@ use crate::clock::Clock;
 use crate::error::Error;
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::Resend;
-use crate::reloadable::Live;
-use crate::request::context::Facts;
-use crate::request::replayable::Original;
+use crate::reloadable::Reloadable;
+use crate::request::context::RequestContext;
+use crate::request::replayable::ReplayableRequest;
 use crate::telemetry::CREATES;
 use crate::telemetry::metrics::Metrics;
 
 /// How often and for how long (`retry.attempts`, `retry.total_time`).
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct RetryLimits {
     /// Attempts in all; 1 for no resending.
     pub attempts: u64,
     /// No attempt starts later than this after the first.
@@ -41,9 +41,9 @@ pub struct Limits {
 /// Only the clone is asked to judge, so that `again` is never set on the one for all.
 #[derive(Clone)]
 pub struct RetryPolicy {
-    shared: Arc<Shared>,
+    shared: Arc<RetryShared>,
     /// Those of this request: a reload changes them for the next one.
-    limits: Limits,
+    limits: RetryLimits,
     begun: Option<Instant>,
     attempts: u64,
     /// Whether an attempt was made with a token minted for it.
@@ -53,8 +53,8 @@ pub struct RetryPolicy {
 }
 
 #[derive(Clone)]
-struct Shared {
-    limits: Live<Limits>,
+struct RetryShared {
+    limits: Reloadable<RetryLimits>,
     budget: Arc<TpsBudget>,
     tokens: Arc<Tokens>,
     clock: Arc<dyn Clock>,
@@ -75,14 +75,14 @@ const LATER: Duration = Duration::from_secs(1);
 impl RetryPolicy {
     /// Resends within `limits`, and within one budget for all clones.
     pub fn new(
-        limits: Limits,
+        limits: RetryLimits,
         tokens: Arc<Tokens>,
         clock: Arc<dyn Clock>,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (window, always, share) = BUDGET;
-        let shared = Shared {
-            limits: Live::new(limits),
+        let shared = RetryShared {
+            limits: Reloadable::new(limits),
             budget: Arc::new(TpsBudget::new(window, always, share)),
             tokens,
             clock,
@@ -99,7 +99,7 @@ impl RetryPolicy {
     }
 
     /// Holds the next requests to other limits.
-    pub fn set_limits(&self, limits: Limits) {
+    pub fn set_limits(&self, limits: RetryLimits) {
         self.shared.limits.store(limits);
     }
 
@@ -134,12 +134,12 @@ impl RetryPolicy {
     }
 }
 
-impl Policy<Original, Response, Error> for RetryPolicy {
+impl Policy<ReplayableRequest, Response, Error> for RetryPolicy {
     type Future = Sleep;
 
     fn retry(
         &mut self,
-        request: &mut Original,
+        request: &mut ReplayableRequest,
         result: &mut Result<Response, Error>,
     ) -> Option<Sleep> {
         let error = result.as_ref().err()?;
@@ -153,7 +153,7 @@ impl Policy<Original, Response, Error> for RetryPolicy {
                 ($target:expr) => {
                     tracing::info!(
                         target: $target,
-                        request_id = request.facts().map(|facts| facts.id().as_str()),
+                        request_id = request.context().map(|context| context.id().as_str()),
                         error.type = error.kind(),
                         attempts = self.attempts,
                         wait_seconds = wait.as_secs_f64(),
@@ -173,9 +173,13 @@ impl Policy<Original, Response, Error> for RetryPolicy {
     }
 
     /// Called before each attempt: with a copy, `retry` is asked what to make of its outcome.
-    fn clone_request(&mut self, request: &Original) -> Option<Original> {
+    fn clone_request(&mut self, request: &ReplayableRequest) -> Option<ReplayableRequest> {
         if !mem::take(&mut self.again) {
-            self.begun = Some(request.facts().map_or_else(Instant::now, Facts::begun));
+            self.begun = Some(
+                request
+                    .context()
+                    .map_or_else(Instant::now, RequestContext::begun),
+            );
             self.limits = **self.shared.limits.load();
             self.attempts = 0;
             self.renewed = false;

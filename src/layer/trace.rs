@@ -17,9 +17,9 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 use tracing::Span;
 
-use crate::error::Failure;
+use crate::error::FailureRecord;
 use crate::kling::idempotency::Effect;
-use crate::request::context::{Facts, Inbound};
+use crate::request::context::{ProxyRequest, RequestContext};
 use crate::request::id::RequestId;
 use crate::telemetry::metrics::{Metrics, method_label};
 use crate::telemetry::{CREATES, printable};
@@ -60,7 +60,7 @@ struct Unanswered {
 /// What a log line says of a request.
 #[derive(Clone)]
 struct Subject {
-    facts: Facts,
+    context: RequestContext,
     method: Method,
     uri: Uri,
 }
@@ -70,7 +70,7 @@ pin_project! {
     pub struct Counted {
         #[pin]
         body: Body,
-        facts: Facts,
+        context: RequestContext,
         // A create whose task is not known yet.
         unlogged: Option<Box<(Subject, StatusCode)>>,
     }
@@ -100,7 +100,7 @@ impl<S> Layer<S> for TraceLayer {
 
 impl<S> Service<Request> for Trace<S>
 where
-    S: Service<Inbound, Response = Response, Error = Infallible>,
+    S: Service<ProxyRequest, Response = Response, Error = Infallible>,
 {
     type Response = http::Response<Counted>;
     type Error = Infallible;
@@ -111,14 +111,14 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let facts = Facts::new(RequestId::of(request.headers()), self.metrics.enter());
+        let context = RequestContext::new(RequestId::of(request.headers()), self.metrics.enter());
         let effect = Effect::of(&request);
         // Formatting a span for each poll would cost more than the guard, so it is there for those
         // who look for details; the outcome names the request itself.
-        let span = tracing::debug_span!("request", id = facts.id().as_str());
+        let span = tracing::debug_span!("request", id = context.id().as_str());
         let unanswered = Unanswered {
             subject: Subject {
-                facts: facts.clone(),
+                context: context.clone(),
                 method: request.method().clone(),
                 uri: request.uri().clone(),
             },
@@ -126,8 +126,8 @@ where
             effect,
             answered: false,
         };
-        let facts = Some(facts);
-        let inbound = Inbound { request, facts };
+        let context = Some(context);
+        let inbound = ProxyRequest { request, context };
         let inner = unanswered.span.in_scope(|| self.inner.call(inbound));
         TraceFuture {
             inner,
@@ -152,17 +152,19 @@ where
         let unlogged = request.log(&response);
         drop(entered);
 
-        let Subject { facts, method, .. } = &request.subject;
-        let after = facts.begun().elapsed();
-        facts.metrics().answered(method, response.status(), after);
+        let Subject {
+            context, method, ..
+        } = &request.subject;
+        let after = context.begun().elapsed();
+        context.metrics().answered(method, response.status(), after);
         response
             .headers_mut()
-            .insert(REQUEST_ID, facts.id().clone().into_value());
+            .insert(REQUEST_ID, context.id().clone().into_value());
         request.answered = true;
-        let facts = facts.clone();
+        let context = context.clone();
         Poll::Ready(Ok(response.map(|body| Counted {
             body,
-            facts,
+            context,
             unlogged,
         })))
     }
@@ -178,7 +180,7 @@ impl Unanswered {
             subject, effect, ..
         } = self;
         let status = response.status();
-        match (subject.facts.failure(), effect) {
+        match (subject.context.failure(), effect) {
             (Some(failure), _) => subject.log_failure(failure, *effect, status),
             (None, Effect::Read) => subject.log_read(status),
             (None, Effect::Create) if response.body().is_end_stream() => {
@@ -197,20 +199,20 @@ macro_rules! event {
     ($subject:ident, $status:ident, $level:ident, target: $target:expr, $($more:tt)*) => {
         tracing::$level!(
             target: $target,
-            request_id = $subject.facts.id().as_str(),
-            client = $subject.facts.client(),
+            request_id = $subject.context.id().as_str(),
+            client = $subject.context.client(),
             http.request.method = method_label(&$subject.method),
             url.path = &*printable($subject.uri.path()),
-            http.request.resend_count = $subject.facts.resend_count(),
+            http.request.resend_count = $subject.context.resend_count(),
             http.response.status_code = $status.as_u16(),
-            duration_seconds = $subject.facts.begun().elapsed().as_secs_f64(),
+            duration_seconds = $subject.context.begun().elapsed().as_secs_f64(),
             $($more)*
         )
     };
 }
 
 impl Subject {
-    fn log_failure(&self, failure: &Failure, effect: Effect, status: StatusCode) {
+    fn log_failure(&self, failure: &FailureRecord, effect: Effect, status: StatusCode) {
         macro_rules! failed {
             ($target:expr) => {
                 event!(
@@ -236,7 +238,7 @@ impl Subject {
     }
 
     fn log_create(&self, status: StatusCode) {
-        let task = self.facts.task();
+        let task = self.context.task();
         event!(
             self, status, info, target: CREATES,
             task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
@@ -246,7 +248,7 @@ impl Subject {
     }
 
     fn external_id(&self) -> Option<Cow<'_, str>> {
-        self.facts.external_id().map(printable)
+        self.context.external_id().map(printable)
     }
 }
 
@@ -256,10 +258,10 @@ impl Drop for Unanswered {
             return;
         }
         // `detach` tells what comes of a create.
-        let Subject { facts, uri, .. } = &self.subject;
+        let Subject { context, uri, .. } = &self.subject;
         tracing::debug!(
-            request_id = facts.id().as_str(),
-            client = facts.client(),
+            request_id = context.id().as_str(),
+            client = context.client(),
             url.path = &*printable(uri.path()),
             "the client has gone before its answer"
         );
@@ -280,7 +282,7 @@ impl http_body::Body for Counted {
         let step = ready!(this.body.as_mut().poll_frame(cx));
         if let Some(unlogged) = &this.unlogged {
             let is_over = step.is_none() || this.body.is_end_stream();
-            if is_over || this.facts.task().is_some() {
+            if is_over || this.context.task().is_some() {
                 let (subject, status) = &**unlogged;
                 subject.log_create(*status);
                 *this.unlogged = None;

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::auth::client_share::Held;
 use crate::auth::client_token::ClientName;
-use crate::error::Failure;
+use crate::error::FailureRecord;
 use crate::kling::task::Task;
 use crate::request::id::RequestId;
 use crate::telemetry::metrics::{InFlight, Metrics};
@@ -18,9 +18,9 @@ use crate::telemetry::metrics::{InFlight, Metrics};
 /// The request counts as in flight while there is a clone: until its answer has ended, and a create
 /// until it is carried through.
 #[derive(Clone)]
-pub struct Facts(Arc<Inner>);
+pub struct RequestContext(Arc<ContextInner>);
 
-struct Inner {
+struct ContextInner {
     id: RequestId,
     begun: Instant,
     in_flight: InFlight,
@@ -29,24 +29,24 @@ struct Inner {
     attempts: AtomicU32,
     external_id: OnceLock<String>,
     task: OnceLock<Task>,
-    failure: OnceLock<Box<Failure>>,
+    failure: OnceLock<Box<FailureRecord>>,
 }
 
 /// A request on its way in, between the layers, and what is known of it. Among its extensions the facts
 /// would take a hash map for each request.
-pub struct Inbound {
+pub struct ProxyRequest {
     /// As it came.
     pub request: Request,
     /// `None` on the admin listener, where nothing is traced.
-    pub facts: Option<Facts>,
+    pub context: Option<RequestContext>,
 }
 
 // === impl Facts ===
 
-impl Facts {
+impl RequestContext {
     /// Begins now, with the request's name and count.
     pub fn new(id: RequestId, in_flight: InFlight) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(ContextInner {
             id,
             begun: Instant::now(),
             in_flight,
@@ -115,13 +115,13 @@ impl Facts {
     }
 
     /// The request is answered with an error.
-    pub fn failed(&self, failure: Failure) {
+    pub fn failed(&self, failure: FailureRecord) {
         // It is answered once.
         let _ = self.0.failure.set(Box::new(failure));
     }
 
     /// Why it failed, if it did.
-    pub fn failure(&self) -> Option<&Failure> {
+    pub fn failure(&self) -> Option<&FailureRecord> {
         self.0.failure.get().map(|failure| &**failure)
     }
 
@@ -143,9 +143,9 @@ impl Facts {
 
 // === impl Inbound ===
 
-impl From<Request> for Inbound {
+impl From<Request> for ProxyRequest {
     fn from(request: Request) -> Self {
-        let facts = None;
-        Self { request, facts }
+        let context = None;
+        Self { request, context }
     }
 }

@@ -127,7 +127,7 @@ fn is_override(name: &str) -> bool {
         // IIS with a rewrite module; Symfony obeyed them on any server (CVE-2018-14773).
         | "original-url" | "rewrite-url"
         // Services that authorize requests for nginx (`auth_request`) judge by these and by
-        // `X-Original-URL`, as nginx's own examples and ingress-nginx set them.
+        // `X-ReplayableRequest-URL`, as nginx's own examples and ingress-nginx set them.
         | "original-uri" | "original-method"
         // Azure Application Gateway keeps the client's `Host` there, and what is behind it reads that.
         | "original-host"

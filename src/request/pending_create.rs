@@ -12,29 +12,29 @@ use http::{StatusCode, Uri};
 use tokio::sync::Notify;
 
 use crate::error::{Error, chain};
-use crate::request::context::Facts;
+use crate::request::context::RequestContext;
 use crate::telemetry::{CREATES, printable};
 
 /// One create that has no outcome yet.
 pub struct PendingCreate {
-    facts: Option<Facts>,
+    context: Option<RequestContext>,
     uri: Uri,
-    state: Mutex<State>,
+    state: Mutex<CreateState>,
     /// Notified when the create may be cancelled now.
     changed: Notify,
 }
 
 /// The row and the column of the table above.
 #[derive(Default)]
-struct State {
-    client: Client,
+struct CreateState {
+    client: ClientState,
     is_being_sent: bool,
     /// Whether the log has a line of the first time.
     was_told: bool,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-enum Client {
+enum ClientState {
     #[default]
     Waits,
     /// It has the answer, or the head of it.
@@ -62,9 +62,9 @@ pub enum Ending {
 
 impl PendingCreate {
     /// A create that has just arrived.
-    pub fn new(facts: Option<&Facts>, uri: Uri) -> Self {
+    pub fn new(context: Option<&RequestContext>, uri: Uri) -> Self {
         Self {
-            facts: facts.cloned(),
+            context: context.cloned(),
             uri,
             state: Mutex::default(),
             changed: Notify::new(),
@@ -72,15 +72,15 @@ impl PendingCreate {
     }
 
     /// What is known of its request.
-    pub fn facts(&self) -> Option<&Facts> {
-        self.facts.as_ref()
+    pub fn context(&self) -> Option<&RequestContext> {
+        self.context.as_ref()
     }
 
     /// Its client does not wait any more.
     pub fn client_left(&self) {
         let mut state = self.lock();
-        if state.client == Client::Waits {
-            state.client = Client::Left;
+        if state.client == ClientState::Waits {
+            state.client = ClientState::Left;
             self.changed.notify_one();
         }
     }
@@ -93,7 +93,7 @@ impl PendingCreate {
     /// [`ClientLeft`]: it must not be sent.
     pub fn begin_sending(&self) -> Result<(), ClientLeft> {
         let mut state = self.lock();
-        if state.client == Client::Left {
+        if state.client == ClientState::Left {
             return Err(ClientLeft);
         }
         state.is_being_sent = true;
@@ -117,12 +117,12 @@ impl PendingCreate {
 
     /// Its client has the answer, or the head of it.
     pub fn answer(&self) {
-        self.lock().client = Client::Answered;
+        self.lock().client = ClientState::Answered;
     }
 
     /// Returns true if its client has the answer, or the head of it.
     pub fn is_answered(&self) -> bool {
-        self.lock().client == Client::Answered
+        self.lock().client == ClientState::Answered
     }
 
     /// Waits until it is cancelled: its client has left, and there is no task of it.
@@ -175,7 +175,7 @@ impl PendingCreate {
     }
 
     fn log(&self, status: Option<StatusCode>, error: Option<&Error>, text: &str) {
-        let task = self.facts.as_ref().and_then(Facts::task);
+        let task = self.context.as_ref().and_then(RequestContext::task);
         let cause = error.map(|error| chain(error));
         tracing::warn!(
             target: CREATES,
@@ -185,7 +185,7 @@ impl PendingCreate {
             task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
             task.external_id = self.external_id().as_deref(),
             http.response.status_code = status.map(|status| status.as_u16()),
-            http.request.resend_count = self.facts.as_ref().and_then(Facts::resend_count),
+            http.request.resend_count = self.context.as_ref().and_then(RequestContext::resend_count),
             error.type = error.map(Error::kind),
             error.cause = cause.as_deref().map(printable).as_deref(),
             "{text}"
@@ -193,30 +193,30 @@ impl PendingCreate {
     }
 
     fn request_id(&self) -> Option<&str> {
-        self.facts.as_ref().map(|facts| facts.id().as_str())
+        self.context.as_ref().map(|context| context.id().as_str())
     }
 
     fn client(&self) -> Option<&str> {
-        self.facts.as_ref().and_then(Facts::client)
+        self.context.as_ref().and_then(RequestContext::client)
     }
 
     fn external_id(&self) -> Option<Cow<'_, str>> {
-        self.facts
+        self.context
             .as_ref()
-            .and_then(Facts::external_id)
+            .and_then(RequestContext::external_id)
             .map(printable)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, CreateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 // === impl State ===
 
-impl State {
+impl CreateState {
     fn is_cancelled(&self) -> bool {
-        self.client == Client::Left && !self.is_being_sent
+        self.client == ClientState::Left && !self.is_being_sent
     }
 }
 

@@ -17,17 +17,17 @@ use tokio::time::timeout;
 
 use crate::error::{BoxError, Error};
 use crate::kling::task::TaskReader;
-use crate::reloadable::Live;
-use crate::request::context::Facts;
+use crate::reloadable::Reloadable;
+use crate::request::context::RequestContext;
 use crate::telemetry::metrics::Metrics;
 
 /// A request body. A clone of one that nobody has read yet begins at the first byte.
 ///
 /// Only the latest clone is read; an older one that is read after it fails.
 #[derive(Clone)]
-pub struct Replay {
+pub struct ReplayBody {
     /// `None` for no body, which costs nothing to send again.
-    source: Option<Arc<Mutex<Source>>>,
+    source: Option<Arc<Mutex<BodySource>>>,
     /// How far this clone is.
     at: u64,
     /// Which reader this is, once it reads.
@@ -37,15 +37,15 @@ pub struct Replay {
 }
 
 /// Decides what is kept, for all requests together.
-pub struct Keeper {
-    bounds: Live<Bounds>,
+pub struct ReplayBudget {
+    limits: Reloadable<ReplayLimits>,
     used: AtomicU64,
     metrics: Arc<Metrics>,
 }
 
 /// How much is kept (`retry.replay_body`, `retry.replay_memory`).
 #[derive(Clone, Copy, Debug)]
-pub struct Bounds {
+pub struct ReplayLimits {
     /// Of one request.
     pub body: ByteSize,
     /// Of all requests together.
@@ -53,7 +53,7 @@ pub struct Bounds {
 }
 
 /// The one body behind all clones.
-struct Source {
+struct BodySource {
     body: Body,
     /// What was read before somebody sends it.
     ahead: VecDeque<Frame<Bytes>>,
@@ -64,7 +64,7 @@ struct Source {
     /// Whether the body has nothing behind that.
     body_ended: bool,
     /// Looks for the external id of a create while its body passes, however little of it is kept.
-    names: Option<(Facts, TaskReader)>,
+    names: Option<(RequestContext, TaskReader)>,
     /// Copied, since a slice of a read buffer would keep all of that, and the bounds would lie.
     kept: Vec<u8>,
     /// How much was read, kept or not.
@@ -73,7 +73,7 @@ struct Source {
     turn: u64,
     /// Whether what was read is not all there any more.
     lost: bool,
-    keeper: Arc<Keeper>,
+    budget: Arc<ReplayBudget>,
 }
 
 /// As much of a body as is read before it is sent, in bytes, but for the last piece.
@@ -85,24 +85,24 @@ const PIECE: usize = 64 << 10;
 
 // === impl Replay ===
 
-impl Replay {
-    /// Keeps what is read of a body for as long as `keeper` lets it. The body of a `create` tells its
+impl ReplayBody {
+    /// Keeps what is read of a body for as long as `budget` lets it. The body of a `create` tells its
     /// facts the external id that is in there.
-    pub fn new(body: Body, keeper: &Arc<Keeper>, create: Option<&Facts>) -> Self {
+    pub fn new(body: Body, budget: &Arc<ReplayBudget>, create: Option<&RequestContext>) -> Self {
         let length = body.size_hint().exact();
         let source = (!body.is_end_stream()).then(|| {
-            Arc::new(Mutex::new(Source {
+            Arc::new(Mutex::new(BodySource {
                 body,
                 ahead: VecDeque::new(),
                 reserved: 0,
                 arrived: 0,
                 body_ended: false,
-                names: create.map(|facts| (facts.clone(), TaskReader::of_request())),
+                names: create.map(|context| (context.clone(), TaskReader::of_request())),
                 kept: Vec::new(),
                 read: 0,
                 turn: 0,
                 lost: false,
-                keeper: Arc::clone(keeper),
+                budget: Arc::clone(budget),
             }))
         });
         Self {
@@ -163,7 +163,7 @@ impl Replay {
     }
 }
 
-impl http_body::Body for Replay {
+impl http_body::Body for ReplayBody {
     type Data = Bytes;
     type Error = BoxError;
 
@@ -228,7 +228,7 @@ impl http_body::Body for Replay {
     }
 }
 
-fn lock(source: &Mutex<Source>) -> MutexGuard<'_, Source> {
+fn lock(source: &Mutex<BodySource>) -> MutexGuard<'_, BodySource> {
     source.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -239,7 +239,7 @@ fn memory_of(frame: &Frame<Bytes>) -> usize {
 
 // === impl Source ===
 
-impl Source {
+impl BodySource {
     fn next_turn(&mut self) -> u64 {
         self.turn += 1;
         self.turn
@@ -252,7 +252,7 @@ impl Source {
         };
         let reserved = memory_of(&frame).min(self.reserved);
         self.reserved -= reserved;
-        self.keeper.give_back(reserved);
+        self.budget.give_back(reserved);
         Poll::Ready(Some(Ok(frame)))
     }
 
@@ -264,10 +264,10 @@ impl Source {
         self.arrived += 1;
         match &step {
             Some(Ok(frame)) => {
-                if let (Some((facts, reader)), Some(data)) = (&mut self.names, frame.data_ref()) {
+                if let (Some((context, reader)), Some(data)) = (&mut self.names, frame.data_ref()) {
                     reader.push(data);
                     if let Some(external_id) = reader.task().external_id {
-                        facts.is_named(external_id);
+                        context.is_named(external_id);
                         self.names = None;
                     }
                 }
@@ -292,10 +292,10 @@ impl Source {
     /// Reads ahead within the bounds, and waits for a failure.
     fn poll_failure(&mut self, cx: &mut Context<'_>, length: Option<u64>) -> Poll<Error> {
         let all = length.unwrap_or_default();
-        while self.keeper.has_room(all, self.reserved) {
+        while self.budget.has_room(all, self.reserved) {
             match ready!(self.poll_one_ahead(cx)) {
                 Ok(Some(more)) => {
-                    self.keeper.reserve(more);
+                    self.budget.reserve(more);
                     self.reserved += more;
                 }
                 Ok(None) => break,
@@ -331,7 +331,7 @@ impl Source {
         }
         // What will not fit in the end is not kept in the beginning.
         let all = self.read.max(length.unwrap_or_default());
-        if self.keeper.take(all, data.len()) {
+        if self.budget.take(all, data.len()) {
             self.kept.extend_from_slice(data);
         } else {
             self.lose();
@@ -340,7 +340,7 @@ impl Source {
 
     fn lose(&mut self) {
         self.lost = true;
-        self.keeper.give_back(self.kept.len());
+        self.budget.give_back(self.kept.len());
         self.kept = Vec::new();
     }
 
@@ -352,36 +352,36 @@ impl Source {
     }
 }
 
-impl Drop for Source {
+impl Drop for BodySource {
     fn drop(&mut self) {
-        self.keeper.give_back(self.kept.len() + self.reserved);
+        self.budget.give_back(self.kept.len() + self.reserved);
     }
 }
 
 // === impl Keeper ===
 
-impl Keeper {
-    /// Keeps within `bounds`, and counts in `metrics` what does not fit.
-    pub fn new(bounds: Bounds, metrics: Arc<Metrics>) -> Self {
+impl ReplayBudget {
+    /// Keeps within `limits`, and counts in `metrics` what does not fit.
+    pub fn new(limits: ReplayLimits, metrics: Arc<Metrics>) -> Self {
         Self {
-            bounds: Live::new(bounds),
+            limits: Reloadable::new(limits),
             used: AtomicU64::new(0),
             metrics,
         }
     }
 
     /// Keeps within other bounds from now on.
-    pub fn set_bounds(&self, bounds: Bounds) {
-        self.bounds.store(bounds);
+    pub fn set_bounds(&self, limits: ReplayLimits) {
+        self.limits.store(limits);
     }
 
     /// Whether `more` bytes may be kept of a body that is known to come to `all`.
     fn take(&self, all: u64, more: usize) -> bool {
-        let bounds = **self.bounds.load();
+        let limits = **self.limits.load();
         let more = more as u64;
-        let reason = if all > bounds.body.as_u64() {
+        let reason = if all > limits.body.as_u64() {
             "body"
-        } else if self.used.fetch_add(more, Relaxed) + more > bounds.memory.as_u64() {
+        } else if self.used.fetch_add(more, Relaxed) + more > limits.memory.as_u64() {
             self.used.fetch_sub(more, Relaxed);
             "memory"
         } else {
@@ -393,9 +393,9 @@ impl Keeper {
 
     /// Returns true if more may be read ahead of a body that is known to come to `all`, beside what was.
     fn has_room(&self, all: u64, ahead: usize) -> bool {
-        let bounds = **self.bounds.load();
-        let memory = self.used.load(Relaxed) < bounds.memory.as_u64();
-        memory && all.max(ahead as u64) < bounds.body.as_u64()
+        let limits = **self.limits.load();
+        let memory = self.used.load(Relaxed) < limits.memory.as_u64();
+        memory && all.max(ahead as u64) < limits.body.as_u64()
     }
 
     fn reserve(&self, size: usize) {
@@ -414,26 +414,26 @@ mod tests {
 
     use super::*;
 
-    fn keeper(body: u64, memory: u64) -> Arc<Keeper> {
-        let bounds = Bounds {
+    fn budget(body: u64, memory: u64) -> Arc<ReplayBudget> {
+        let limits = ReplayLimits {
             body: ByteSize::b(body),
             memory: ByteSize::b(memory),
         };
-        Arc::new(Keeper::new(bounds, Arc::new(Metrics::new().unwrap())))
+        Arc::new(ReplayBudget::new(limits, Arc::new(Metrics::new().unwrap())))
     }
 
     fn chunks(chunks: &'static [&str]) -> Body {
         Body::from_stream(stream::iter(chunks.iter().copied().map(Ok::<_, BoxError>)))
     }
 
-    async fn rest(body: Replay) -> Result<String, String> {
+    async fn rest(body: ReplayBody) -> Result<String, String> {
         let bytes = body.collect().await.map_err(|error| error.to_string())?;
         Ok(String::from_utf8(bytes.to_bytes().to_vec()).unwrap())
     }
 
     #[tokio::test]
     async fn a_clone_delivers_what_was_read_and_then_what_was_not() {
-        let mut first = Replay::new(chunks(&["ab", "cd", "ef"]), &keeper(10, 10), None);
+        let mut first = ReplayBody::new(chunks(&["ab", "cd", "ef"]), &budget(10, 10), None);
         let (second, third) = (first.clone(), first.clone());
         assert_eq!(
             *first.frame().await.unwrap().unwrap().data_ref().unwrap(),
@@ -448,7 +448,7 @@ mod tests {
     /// A connection on another thread may poll the body of an attempt that has failed.
     #[tokio::test]
     async fn older_attempt_that_begins_late_takes_nothing_from_the_latest() {
-        let first = Replay::new(chunks(&["ab", "cd"]), &keeper(10, 10), None);
+        let first = ReplayBody::new(chunks(&["ab", "cd"]), &budget(10, 10), None);
         let second = first.clone();
         let (older, mut newer) = (first.into_body(), second.into_body());
         let begun = newer.frame().await.unwrap().unwrap();
@@ -460,30 +460,30 @@ mod tests {
     #[tokio::test]
     async fn over_a_bound_the_body_streams_on_but_only_once() {
         for (body, memory) in [(5, 10), (10, 5)] {
-            let keeper = keeper(body, memory);
-            let first = Replay::new(chunks(&["abc", "def"]), &keeper, None);
+            let budget = budget(body, memory);
+            let first = ReplayBody::new(chunks(&["abc", "def"]), &budget, None);
             let second = first.clone();
             assert_eq!(rest(first).await, Ok("abcdef".to_owned()));
             assert!(!second.is_whole());
             assert!(rest(second).await.is_err());
-            assert_eq!(keeper.used.load(Relaxed), 0);
+            assert_eq!(budget.used.load(Relaxed), 0);
         }
     }
 
     #[tokio::test]
     async fn memory_is_given_back_with_the_last_clone() {
-        let keeper = keeper(10, 10);
-        let first = Replay::new(chunks(&["abc"]), &keeper, None);
+        let budget = budget(10, 10);
+        let first = ReplayBody::new(chunks(&["abc"]), &budget, None);
         let second = first.clone();
         rest(first).await.unwrap();
-        assert_eq!(keeper.used.load(Relaxed), 3);
+        assert_eq!(budget.used.load(Relaxed), 3);
         drop(second);
-        assert_eq!(keeper.used.load(Relaxed), 0);
+        assert_eq!(budget.used.load(Relaxed), 0);
     }
 
     #[tokio::test]
     async fn the_length_that_is_left_is_told_where_it_is_known() {
-        let mut body = Replay::new(Body::from("abcd"), &keeper(10, 10), None);
+        let mut body = ReplayBody::new(Body::from("abcd"), &budget(10, 10), None);
         let again = body.clone();
         assert_eq!(body.size_hint().exact(), Some(4));
         body.frame().await.unwrap().unwrap();
@@ -495,8 +495,8 @@ mod tests {
             (again.size_hint().exact(), again.is_end_stream()),
             (Some(4), false)
         );
-        let unknown = Replay::new(chunks(&["a"]), &keeper(10, 10), None);
+        let unknown = ReplayBody::new(chunks(&["a"]), &budget(10, 10), None);
         assert_eq!(unknown.size_hint().exact(), None);
-        assert!(Replay::new(Body::empty(), &keeper(0, 0), None).is_end_stream());
+        assert!(ReplayBody::new(Body::empty(), &budget(0, 0), None).is_end_stream());
     }
 }

@@ -8,21 +8,21 @@ use tokio::task::yield_now;
 
 use crate::clock::Correction;
 use crate::kling::idempotency::Effect;
-use crate::request::context::{Facts, Inbound};
+use crate::request::context::{ProxyRequest, RequestContext};
 use crate::request::headers;
 use crate::request::pending_create::{ClientLeft, PendingCreate};
-use crate::request::replay_body::{Keeper, Replay};
+use crate::request::replay_body::{ReplayBody, ReplayBudget};
 
 /// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
 /// requests are answered at the first attempt.
 #[derive(Clone)]
-pub struct Original {
+pub struct ReplayableRequest {
     head: Arc<request::Parts>,
     effect: Effect,
-    facts: Option<Facts>,
+    context: Option<RequestContext>,
     /// For a create that runs on its own.
     create: Option<Arc<PendingCreate>>,
-    body: Replay,
+    body: ReplayBody,
 }
 
 /// One attempt to send a request.
@@ -38,7 +38,7 @@ pub struct Attempt {
 /// A create that is about to be sent.
 pub struct AttemptedCreate {
     pending: Arc<PendingCreate>,
-    body: Replay,
+    body: ReplayBody,
 }
 
 /// Turns of the event loop in which nothing more of a request has come before all of it that was sent
@@ -47,20 +47,20 @@ const QUIET_TURNS: u32 = 2;
 
 // === impl Original ===
 
-impl Original {
-    /// Keeps of a request what may reach upstream; of its body what is read, for as long as `keeper`
+impl ReplayableRequest {
+    /// Keeps of a request what may reach upstream; of its body what is read, for as long as `budget`
     /// lets it. The guard has marked the request for an upstream on this machine.
-    pub fn new(inbound: Inbound, keeper: &Arc<Keeper>, is_marked: bool) -> Self {
-        let Inbound { request, facts } = inbound;
+    pub fn new(inbound: ProxyRequest, budget: &Arc<ReplayBudget>, is_marked: bool) -> Self {
+        let ProxyRequest { request, context } = inbound;
         let effect = Effect::of(&request);
         let (mut head, body) = request.into_parts();
         headers::strip_request(&mut head.headers, is_marked);
-        let create = facts.as_ref().filter(|_| effect == Effect::Create);
-        let body = Replay::new(body, keeper, create);
+        let create = context.as_ref().filter(|_| effect == Effect::Create);
+        let body = ReplayBody::new(body, budget, create);
         Self {
             head: Arc::new(head),
             effect,
-            facts,
+            context,
             create: None,
             body,
         }
@@ -77,12 +77,12 @@ impl Original {
     }
 
     /// What is known of it.
-    pub fn facts(&self) -> Option<&Facts> {
-        self.facts.as_ref()
+    pub fn context(&self) -> Option<&RequestContext> {
+        self.context.as_ref()
     }
 
     /// Its body, as far as it is kept.
-    pub fn body(&self) -> &Replay {
+    pub fn body(&self) -> &ReplayBody {
         &self.body
     }
 
@@ -115,7 +115,7 @@ impl AttemptedCreate {
     /// Asks, right before the first byte, whether its client still waits for it.
     ///
     /// That the client has left is noticed behind all that it sent before. So this lets the event loop
-    /// turn for as long as more of the body comes, which is read meanwhile ([`Replay::read_while`]). The
+    /// turn for as long as more of the body comes, which is read meanwhile ([`ReplayBody::read_while`]). The
     /// end of a connection to upstream is seen then, too.
     ///
     /// # Errors

@@ -16,32 +16,32 @@ use super::listener::Socket;
 
 /// One of those that serve connections, each on a thread of its own.
 pub struct Worker {
-    pub(super) crew: Arc<Crew>,
-    pub(super) arrivals: mpsc::Receiver<Arrival>,
+    pub(super) workers: Arc<Workers>,
+    pub(super) accepted: mpsc::Receiver<Accepted>,
 }
 
 /// All workers.
-pub(super) struct Crew {
+pub(super) struct Workers {
     /// What leads to each; the first is the one that accepts.
-    queues: Vec<Queue>,
+    queues: Vec<WorkerQueue>,
 }
 
 /// What leads to a worker.
-struct Queue {
-    sender: mpsc::Sender<Arrival>,
+struct WorkerQueue {
+    sender: mpsc::Sender<Accepted>,
     /// Of its connections, those included that are on their way to it.
     count: Arc<AtomicUsize>,
 }
 
 /// A connection that a worker is to serve.
-pub(super) struct Arrival {
+pub(super) struct Accepted {
     pub(super) socket: Socket,
-    pub(super) place: Place,
+    pub(super) counted: ConnectionCount,
     pub(super) permit: OwnedSemaphorePermit,
 }
 
 /// One in the count of a worker's connections, until it is dropped.
-pub(super) struct Place(Arc<AtomicUsize>);
+pub(super) struct ConnectionCount(Arc<AtomicUsize>);
 
 /// A worker gets this many connections before the next one gets any.
 const TOGETHER: usize = 64;
@@ -53,51 +53,51 @@ const WAITING: usize = 256;
 impl Worker {
     /// One that serves all.
     pub fn alone() -> Self {
-        let (queue, arrivals) = Queue::new();
-        let crew = Arc::new(Crew {
+        let (queue, accepted) = WorkerQueue::new();
+        let workers = Arc::new(Workers {
             queues: vec![queue],
         });
-        Self { crew, arrivals }
+        Self { workers, accepted }
     }
 
     /// So many that share their connections; the listeners are for the first.
-    pub fn crew(size: usize) -> Vec<Self> {
-        let (queues, arrivals): (Vec<_>, Vec<_>) = (0..size).map(|_| Queue::new()).unzip();
-        let crew = Arc::new(Crew { queues });
-        let worker = |arrivals| Self {
-            crew: Arc::clone(&crew),
-            arrivals,
+    pub fn workers(size: usize) -> Vec<Self> {
+        let (queues, accepted): (Vec<_>, Vec<_>) = (0..size).map(|_| WorkerQueue::new()).unzip();
+        let workers = Arc::new(Workers { queues });
+        let worker = |accepted| Self {
+            workers: Arc::clone(&workers),
+            accepted,
         };
-        arrivals.into_iter().map(worker).collect()
+        accepted.into_iter().map(worker).collect()
     }
 }
 
 // === impl Crew ===
 
-impl Crew {
+impl Workers {
     /// Gives a connection to the worker that is to have it. `None` if the first serves no more.
     pub(super) async fn assign(&self, socket: Socket, permit: OwnedSemaphorePermit) -> Option<()> {
         let next = self.next()?;
-        let place = Place::at(next);
-        let arrival = Arrival {
+        let counted = ConnectionCount::at(next);
+        let accepted = Accepted {
             socket,
-            place,
+            counted,
             permit,
         };
         // It may be stuck, or have ended.
-        let Err(TrySendError::Full(mut arrival) | TrySendError::Closed(mut arrival)) =
-            next.sender.try_send(arrival)
+        let Err(TrySendError::Full(mut accepted) | TrySendError::Closed(mut accepted)) =
+            next.sender.try_send(accepted)
         else {
             return Some(());
         };
         let first = self.queues.first()?;
-        arrival.place = Place::at(first);
-        first.sender.send(arrival).await.ok()
+        accepted.counted = ConnectionCount::at(first);
+        first.sender.send(accepted).await.ok()
     }
 
     /// Finds the worker for the next connection.
-    fn next(&self) -> Option<&Queue> {
-        let has_room = |queue: &&Queue| queue.connections() < TOGETHER;
+    fn next(&self) -> Option<&WorkerQueue> {
+        let has_room = |queue: &&WorkerQueue| queue.connections() < TOGETHER;
         let fewest = || self.queues.iter().min_by_key(|queue| queue.connections());
         self.queues.iter().find(has_room).or_else(fewest)
     }
@@ -105,11 +105,11 @@ impl Crew {
 
 // === impl Queue ===
 
-impl Queue {
-    fn new() -> (Self, mpsc::Receiver<Arrival>) {
-        let (sender, arrivals) = mpsc::channel(WAITING);
+impl WorkerQueue {
+    fn new() -> (Self, mpsc::Receiver<Accepted>) {
+        let (sender, accepted) = mpsc::channel(WAITING);
         let count = Arc::default();
-        (Self { sender, count }, arrivals)
+        (Self { sender, count }, accepted)
     }
 
     fn connections(&self) -> usize {
@@ -119,14 +119,14 @@ impl Queue {
 
 // === impl Place ===
 
-impl Place {
-    fn at(queue: &Queue) -> Self {
+impl ConnectionCount {
+    fn at(queue: &WorkerQueue) -> Self {
         queue.count.fetch_add(1, Relaxed);
         Self(Arc::clone(&queue.count))
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionCount {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
     }
@@ -140,7 +140,7 @@ mod tests {
 
     use super::*;
 
-    impl Queue {
+    impl WorkerQueue {
         fn with(connections: usize) -> Self {
             let (queue, _) = Self::new();
             queue.count.store(connections, Relaxed);
@@ -149,15 +149,18 @@ mod tests {
     }
 
     /// How many connections each has been given after so many more.
-    async fn given(more: usize, crew: &[Worker]) -> Vec<usize> {
+    async fn given(more: usize, workers: &[Worker]) -> Vec<usize> {
         let permits = Arc::new(Semaphore::new(more));
         for _ in 0..more {
             let (socket, _) = UnixStream::pair().unwrap();
             let permit = Arc::clone(&permits).acquire_owned().await.unwrap();
-            let assigned = crew[0].crew.assign(Socket::Unix(socket), permit).await;
+            let assigned = workers[0]
+                .workers
+                .assign(Socket::Unix(socket), permit)
+                .await;
             assert!(assigned.is_some());
         }
-        crew.iter().map(|worker| worker.arrivals.len()).collect()
+        workers.iter().map(|worker| worker.accepted.len()).collect()
     }
 
     #[test]
@@ -173,11 +176,11 @@ mod tests {
             ([TOGETHER, TOGETHER, TOGETHER], 0),
             ([TOGETHER + 1, TOGETHER, TOGETHER], 1),
         ] {
-            let queues = connections.map(Queue::with).into();
-            let crew = Crew { queues };
-            let chosen = crew.next().unwrap();
+            let queues = connections.map(WorkerQueue::with).into();
+            let workers = Workers { queues };
+            let chosen = workers.next().unwrap();
             assert!(
-                std::ptr::eq(chosen, &raw const crew.queues[next]),
+                std::ptr::eq(chosen, &raw const workers.queues[next]),
                 "{connections:?}"
             );
         }
@@ -185,24 +188,29 @@ mod tests {
 
     #[tokio::test]
     async fn whose_connections_end_gets_the_next() {
-        let mut crew = Worker::crew(3);
-        assert_eq!(given(3 * TOGETHER, &crew).await, [TOGETHER; 3]);
-        assert_eq!(given(9, &crew).await, [TOGETHER + 3; 3]);
-        while crew[1].arrivals.try_recv().is_ok() {}
-        assert_eq!(given(3, &crew).await, [TOGETHER + 3, 3, TOGETHER + 3]);
+        let mut workers = Worker::workers(3);
+        assert_eq!(given(3 * TOGETHER, &workers).await, [TOGETHER; 3]);
+        assert_eq!(given(9, &workers).await, [TOGETHER + 3; 3]);
+        while workers[1].accepted.try_recv().is_ok() {}
+        assert_eq!(given(3, &workers).await, [TOGETHER + 3, 3, TOGETHER + 3]);
     }
 
     #[tokio::test]
     async fn a_worker_that_is_stuck_or_has_ended_holds_up_no_other() {
-        let mut crew = Worker::crew(2);
+        let mut workers = Worker::workers(2);
         let mut served = Vec::new();
         // The other one takes none.
         while served.len() < 2 * WAITING - 1 {
-            given(1, &crew).await;
-            served.extend(crew[0].arrivals.try_recv().map(|arrival| arrival.place));
+            given(1, &workers).await;
+            served.extend(
+                workers[0]
+                    .accepted
+                    .try_recv()
+                    .map(|accepted| accepted.counted),
+            );
         }
-        assert_eq!(given(1, &crew).await, [1, WAITING]);
-        drop(crew.pop());
-        assert_eq!(given(1, &crew).await, [2]);
+        assert_eq!(given(1, &workers).await, [1, WAITING]);
+        drop(workers.pop());
+        assert_eq!(given(1, &workers).await, [2]);
     }
 }

@@ -55,7 +55,7 @@ pub(super) enum Socket {
 }
 
 /// A connection in its runtime. One type for all kinds, so that there is one copy of the HTTP code.
-pub(super) struct Stream {
+pub(super) struct ClientStream {
     kind: Kind,
     /// How long the peer may leave unread what is written to it.
     idle: Duration,
@@ -174,7 +174,12 @@ impl Socket {
     /// Hands it over to the current runtime, and makes sure of who we are where that takes TLS: as
     /// long as the client likes. `idle` is how long its peer may leave unread what was written to it;
     /// it is reset when it is closed, if that is wanted by then; what comes is counted to its `head`.
-    pub(super) async fn open(self, idle: Duration, reset: Reset, head: Head) -> io::Result<Stream> {
+    pub(super) async fn open(
+        self,
+        idle: Duration,
+        reset: Reset,
+        head: Head,
+    ) -> io::Result<ClientStream> {
         let tcp = |stream: net::TcpStream| {
             if let Err(error) = set_up(&stream, idle) {
                 tracing::debug!(%error, "cannot set up a connection");
@@ -192,7 +197,7 @@ impl Socket {
             Self::Unix(stream) => Kind::Unix(UnixStream::from_std(stream)?),
             Self::Memory(stream) => Kind::Memory(stream),
         };
-        Ok(Stream {
+        Ok(ClientStream {
             kind,
             idle,
             reset,
@@ -213,7 +218,7 @@ fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
 
 // === impl Stream ===
 
-impl Stream {
+impl ClientStream {
     /// Who connects, if that is not a program of our own user on this machine.
     pub(super) fn peer(&self) -> Option<Peer> {
         let tcp = |stream: &TcpStream| Peer::at(stream.peer_addr().ok()?.ip());
@@ -244,7 +249,7 @@ impl Stream {
     }
 }
 
-impl Drop for Stream {
+impl Drop for ClientStream {
     fn drop(&mut self) {
         if !self.reset.is_wanted() {
             return;
@@ -271,7 +276,7 @@ macro_rules! inner {
     };
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for ClientStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -283,7 +288,7 @@ impl AsyncRead for Stream {
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for ClientStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -28,12 +28,12 @@ use tokio::time::{sleep, timeout};
 use tower::Service;
 
 pub use self::balance::Worker;
-use self::balance::{Arrival, Crew};
+use self::balance::{Accepted, Workers};
 use self::connections::Connections;
 pub use self::evictor::Evictor;
 use self::head::Head;
 pub use self::head::Heads;
-use self::listener::{Acceptor, Stream};
+use self::listener::{Acceptor, ClientStream};
 pub use self::listener::{Listener, bind};
 use self::reset::Reset;
 pub use self::socket_file::{SocketFile, SocketFileError};
@@ -48,7 +48,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a listener's connections may take.
 #[derive(Clone)]
-pub struct Limits {
+pub struct ConnectionLimits {
     /// One permit a connection, shared by all threads. Over it new ones wait.
     pub connections: Arc<Semaphore>,
     /// What heads that are not whole take, shared by all threads.
@@ -84,7 +84,7 @@ pub async fn run<S, B>(
     listeners: Vec<Listener>,
     worker: Worker,
     service: S,
-    limits: Limits,
+    limits: ConnectionLimits,
     mut stop: watch::Receiver<Stop>,
 ) -> io::Result<usize>
 where
@@ -93,11 +93,14 @@ where
     S::Future: Send,
     B: Body<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
-    let Worker { crew, mut arrivals } = worker;
+    let Worker {
+        workers,
+        mut accepted,
+    } = worker;
     let mut accepting = JoinSet::new();
     for listener in listeners {
         let (listener, limits) = (listener.register()?, limits.clone());
-        accepting.spawn(accept(listener, limits, Arc::clone(&crew)));
+        accepting.spawn(accept(listener, limits, Arc::clone(&workers)));
     }
 
     let mut http = http1::Builder::new();
@@ -110,18 +113,18 @@ where
     let graceful = GracefulShutdown::new();
     let mut connections = Connections::new(Arc::clone(&limits.heads));
     let told = stop.clone();
-    let serve = |arrival: Arrival, head: Head| {
+    let serve = |arrival: Accepted, head: Head| {
         let service = Arc::clone(&service);
         let (http, watcher) = (http.clone(), graceful.watcher());
         let (header_timeout, idle, told) = (limits.header_timeout, limits.idle, told.clone());
         let reset = Reset::default();
         async move {
-            let Arrival {
+            let Accepted {
                 socket,
-                place,
+                counted,
                 permit,
             } = arrival;
-            let _counted = (place, permit);
+            let _counted = (counted, permit);
             let opening = socket.open(idle, reset.clone(), head.clone());
             let Some(stream) = open(opening, header_timeout, told).await else {
                 return;
@@ -144,7 +147,7 @@ where
             biased;
             // A sender that has gone is the word to stop too.
             _ = stop.wait_for(|stop| *stop > Stop::Never) => break,
-            Some(arrival) = arrivals.recv() => {
+            Some(arrival) = accepted.recv() => {
                 let connection = connections.begin(|head| serve(arrival, head));
                 if let Some(evictor) = &limits.evictor {
                     evictor.begun(connection);
@@ -158,8 +161,8 @@ where
         }
     }
     accepting.shutdown().await;
-    arrivals.close();
-    while let Some(arrival) = arrivals.recv().await {
+    accepted.close();
+    while let Some(arrival) = accepted.recv().await {
         connections.begin(|head| serve(arrival, head));
     }
     connections.close_unfinished();
@@ -229,8 +232,8 @@ fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
 
 /// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits
 /// here, and the others in the kernel's queue.
-async fn accept(listener: Acceptor, limits: Limits, crew: Arc<Crew>) -> Option<()> {
-    let Limits {
+async fn accept(listener: Acceptor, limits: ConnectionLimits, workers: Arc<Workers>) -> Option<()> {
+    let ConnectionLimits {
         connections,
         evictor,
         ..
@@ -239,7 +242,7 @@ async fn accept(listener: Acceptor, limits: Limits, crew: Arc<Crew>) -> Option<(
         match listener.accept().await {
             Ok(socket) => {
                 let permit = Arc::clone(&connections).acquire_owned().await.ok()?;
-                crew.assign(socket, permit).await?;
+                workers.assign(socket, permit).await?;
                 if evictor.is_some() {
                     // So that it can answer what was sent already before the next ones close it.
                     yield_now().await;
@@ -261,10 +264,10 @@ async fn accept(listener: Acceptor, limits: Limits, crew: Arc<Crew>) -> Option<(
 
 /// Gets a connection ready for requests. A silent client holds up nobody, not even who wants to stop.
 async fn open(
-    opening: impl Future<Output = io::Result<Stream>>,
+    opening: impl Future<Output = io::Result<ClientStream>>,
     limit: Duration,
     mut stop: watch::Receiver<Stop>,
-) -> Option<Stream> {
+) -> Option<ClientStream> {
     let opened = tokio::select! {
         biased; // without TLS it is open at once
         opened = timeout(limit, opening) => opened,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Access, Listen, Problem, Settings};
 use crate::auth::token::Validity;
-use crate::layer::normalise::{Format, Statuses};
+use crate::layer::normalise::{ErrorBodyFormat, StatusMapping};
 
 /// Kling documents 30 minutes ("General Information", read 2026-11-22); shorter is of no use.
 const LIFETIMES: std::ops::RangeInclusive<Duration> =
@@ -63,7 +63,8 @@ impl Settings {
         );
         self.access.check(&mut require);
         require(
-            self.errors.format == Format::Kling || self.errors.statuses == Statuses::Documented,
+            self.errors.format == ErrorBodyFormat::Kling
+                || self.errors.statuses == StatusMapping::Documented,
             "errors.status",
             "has no effect with errors.format = \"upstream\"".to_owned(),
         );

@@ -23,7 +23,7 @@ use self::layers::{DEFAULT, Layers};
 use self::value::{Offset, OrOff, Setting};
 use crate::auth::credentials::Configured;
 use crate::auth::token::Validity;
-use crate::layer::normalise::Look;
+use crate::layer::normalise::ErrorFormat;
 use crate::layer::retry;
 use crate::request::replay_body;
 use crate::sandbox;
@@ -48,11 +48,11 @@ pub struct Settings {
     /// `limits.*`
     pub limits: Limits,
     /// `retry.attempts` and `.total_time`
-    pub retry: retry::Limits,
+    pub retry: retry::RetryLimits,
     /// `retry.replay_*`
-    pub replay: replay_body::Bounds,
+    pub replay: replay_body::ReplayLimits,
     /// `errors.*`
-    pub errors: Look,
+    pub errors: ErrorFormat,
     /// `sandbox.*`
     pub sandbox: sandbox::Options,
     /// `shutdown.*`
@@ -262,15 +262,15 @@ impl Settings {
                 header_timeout: from.get("limits.header_timeout"),
                 in_flight: from.get("limits.in_flight"),
             },
-            retry: retry::Limits {
+            retry: retry::RetryLimits {
                 attempts: from.get("retry.attempts"),
                 total_time: from.get("retry.total_time"),
             },
-            replay: replay_body::Bounds {
+            replay: replay_body::ReplayLimits {
                 body: from.get("retry.replay_body"),
                 memory: from.get("retry.replay_memory"),
             },
-            errors: Look {
+            errors: ErrorFormat {
                 statuses: from.get("errors.status"),
                 format: from.get("errors.format"),
             },

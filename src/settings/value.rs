@@ -10,7 +10,7 @@ use http::{HeaderValue, Method};
 use tracing_subscriber::filter::Targets;
 
 use crate::auth::secret::Secret;
-use crate::layer::normalise::{self, Statuses};
+use crate::layer::normalise::{self, StatusMapping};
 use crate::telemetry;
 use crate::upstream::{EgressProxy, NoEgressProxy, Origin};
 
@@ -78,14 +78,14 @@ texts! {
     Method, "a method such as \"GET\"", |text: &str| text.parse().map_err(|_| None);
     Targets, "levels and targets as in RUST_LOG, such as \"info,kling_proxy=debug\"",
         |text: &str| targets(text).ok_or(None);
-    Statuses, "\"documented\" or \"actionable\"", |text: &str| match text {
-        "documented" => Ok(Statuses::Documented),
-        "actionable" => Ok(Statuses::Actionable),
+    StatusMapping, "\"documented\" or \"actionable\"", |text: &str| match text {
+        "documented" => Ok(StatusMapping::Documented),
+        "actionable" => Ok(StatusMapping::Actionable),
         _ => Err(None),
     };
-    normalise::Format, "\"kling\" or \"upstream\"", |text: &str| match text {
-        "kling" => Ok(normalise::Format::Kling),
-        "upstream" => Ok(normalise::Format::Upstream),
+    normalise::ErrorBodyFormat, "\"kling\" or \"upstream\"", |text: &str| match text {
+        "kling" => Ok(normalise::ErrorBodyFormat::Kling),
+        "upstream" => Ok(normalise::ErrorBodyFormat::Upstream),
         _ => Err(None),
     };
     telemetry::Format, "\"auto\", \"pretty\" or \"json\"", |text: &str| match text {

@@ -14,25 +14,25 @@ use tracing_subscriber::fmt::MakeWriter;
 use super::CREATES;
 
 /// The queue of this process.
-pub(super) static QUEUE: Queue = Queue::new(MOST, PATIENCE);
+pub(super) static QUEUE: LineQueue = LineQueue::new(MOST, PATIENCE);
 
 /// Lines that were dropped since the start, because the queue was full or could not be written.
 pub(super) static DROPPED: AtomicU64 = AtomicU64::new(0);
 
 /// Lines that wait to be written, within a bound.
-pub(super) struct Queue {
+pub(super) struct LineQueue {
     /// The most that waits or is being written, in bytes.
     capacity: usize,
     /// How long the line of a create waits for room.
     patience: Duration,
-    state: Mutex<State>,
+    state: Mutex<QueueState>,
     /// Notified when the first line comes.
     filled: Condvar,
     /// Notified when lines were written, if a thread waits for that.
     written: Condvar,
 }
 
-struct State {
+struct QueueState {
     lines: Vec<u8>,
     /// How many bytes the writer has taken and not written yet.
     taken: usize,
@@ -83,12 +83,12 @@ const MOMENT: Duration = Duration::from_millis(10);
 
 // === impl Queue ===
 
-impl Queue {
+impl LineQueue {
     const fn new(capacity: usize, patience: Duration) -> Self {
         Self {
             capacity,
             patience,
-            state: Mutex::new(State {
+            state: Mutex::new(QueueState {
                 lines: Vec::new(),
                 taken: 0,
                 dropped: 0,
@@ -120,7 +120,7 @@ impl Queue {
 
     /// Takes a line, or drops it.
     pub(super) fn push(&self, line: &[u8], is_patient: bool) {
-        let has_no_room = |state: &mut State| state.bytes() + line.len() > self.capacity;
+        let has_no_room = |state: &mut QueueState| state.bytes() + line.len() > self.capacity;
         let mut state = self.lock();
         let mut trouble = Trouble::Full;
         if is_patient && state.trouble != Some(Trouble::InVain) && has_no_room(&mut state) {
@@ -143,7 +143,7 @@ impl Queue {
 
     /// Waits until everything is written, for at most so long.
     pub(super) fn flush(&self, limit: Duration) {
-        let is_busy = |state: &mut State| state.bytes() > 0 || state.is_telling;
+        let is_busy = |state: &mut QueueState| state.bytes() > 0 || state.is_telling;
         drop(self.wait_while(self.lock(), limit, is_busy));
     }
 
@@ -156,7 +156,7 @@ impl Queue {
     /// and while none can be written, since a proxy that is not ready may have no other line to try
     /// that with. `is_torn` says that the last line before is not whole.
     fn write(&self, to: &mut impl Write, is_torn: &mut bool, tell: impl Fn(u64)) {
-        let is_empty = |state: &mut State| state.lines.is_empty();
+        let is_empty = |state: &mut QueueState| state.lines.is_empty();
         let state = self.lock();
         let mut state = if state.trouble == Some(Trouble::Failing) {
             let waited = self.filled.wait_timeout_while(state, RETRY, is_empty);
@@ -212,10 +212,10 @@ impl Queue {
 
     fn wait_while<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, QueueState>,
         limit: Duration,
-        condition: impl FnMut(&mut State) -> bool,
-    ) -> MutexGuard<'a, State> {
+        condition: impl FnMut(&mut QueueState) -> bool,
+    ) -> MutexGuard<'a, QueueState> {
         state.waiting += 1;
         let waited = self.written.wait_timeout_while(state, limit, condition);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -223,13 +223,13 @@ impl Queue {
         state
     }
 
-    fn notify(&self, state: &State) {
+    fn notify(&self, state: &QueueState) {
         if state.waiting > 0 {
             self.written.notify_all();
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -264,7 +264,7 @@ fn write_piece<'a>(to: &mut impl Write, mut piece: &'a [u8], is_torn: &mut bool)
 
 // === impl State ===
 
-impl State {
+impl QueueState {
     /// Returns how many bytes wait or are being written.
     fn bytes(&self) -> usize {
         self.lines.len() + self.taken
@@ -348,15 +348,15 @@ mod tests {
     }
 
     /// Writes what waits, and returns how many lost lines were told of.
-    fn write(queue: &Queue, to: &mut impl Write) -> u64 {
+    fn write(queue: &LineQueue, to: &mut impl Write) -> u64 {
         let told = Cell::new(0);
         queue.write(to, &mut false, |lost| told.set(told.get() + lost));
         told.get()
     }
 
     /// A queue without room, though one line waits only.
-    fn full(patience: Duration) -> Queue {
-        let queue = Queue::new(5, patience);
+    fn full(patience: Duration) -> LineQueue {
+        let queue = LineQueue::new(5, patience);
         queue.push(b"full\n", false);
         assert!(!queue.is_stuck());
         queue
@@ -393,7 +393,7 @@ mod tests {
     #[test]
     fn each_write_makes_room() {
         let line = [&[b'x'; PIECE - 1][..], b"\n"].concat();
-        let queue = Queue::new(2 * PIECE, LONG);
+        let queue = LineQueue::new(2 * PIECE, LONG);
         queue.push(&line, false);
         queue.push(&line, false);
         let mut room = Vec::new();
@@ -418,7 +418,7 @@ mod tests {
     #[test]
     fn lost_lines_are_told_once_there_is_room_for_that() {
         let line = [&[b'x'; PIECE - 1][..], b"\n"].concat();
-        let queue = Queue::new(4 * PIECE, SHORT);
+        let queue = LineQueue::new(4 * PIECE, SHORT);
         for _ in 0..7 {
             queue.push(&line, false);
         }
@@ -433,7 +433,7 @@ mod tests {
 
     #[test]
     fn lines_that_cannot_be_written_are_counted_until_one_can() {
-        let queue = Queue::new(100, LONG);
+        let queue = LineQueue::new(100, LONG);
         queue.push(b"one\ntwo\nthree\n", false);
         let (mut broken, mut is_torn) = (Broken(Vec::new(), 6), false);
         queue.write(&mut broken, &mut is_torn, |_| panic!("not yet"));
@@ -462,6 +462,6 @@ mod tests {
         });
         assert!(!is_over.get());
         queue.flush(LONG);
-        Queue::new(5, SHORT).flush(LONG);
+        LineQueue::new(5, SHORT).flush(LONG);
     }
 }

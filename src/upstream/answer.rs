@@ -57,7 +57,7 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     if answer.body().is_read() {
         return Verdict::Success;
     }
-    let mut reader = Reader::of(answer);
+    let mut reader = AheadReader::of(answer);
     let mut verdict = Verdict::Success;
     if status.is_success() && is_json {
         match timeout(HOLD, reader.peek()).await {
@@ -80,7 +80,7 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
 }
 
 async fn judge_error(answer: &mut http::Response<Download>) -> Verdict {
-    let mut reader = Reader::of(answer);
+    let mut reader = AheadReader::of(answer);
     reader.read_error().await;
     match reader
         .envelope()
@@ -92,16 +92,16 @@ async fn judge_error(answer: &mut http::Response<Download>) -> Verdict {
 }
 
 /// Reads ahead in a body.
-struct Reader<'a> {
+struct AheadReader<'a> {
     body: &'a mut Download,
     text: Text,
     size: usize,
-    end: End,
+    end: BodyEnd,
 }
 
 /// How a body ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
+enum BodyEnd {
     NotYet,
     Whole,
     Cut,
@@ -109,14 +109,14 @@ enum End {
 
 // === impl Reader ===
 
-impl<'a> Reader<'a> {
+impl<'a> AheadReader<'a> {
     fn of(answer: &'a mut http::Response<Download>) -> Self {
         let text = Text::new(answer.headers(), BOUND);
         let body = answer.body_mut();
         let end = if body.is_read() {
-            End::Whole
+            BodyEnd::Whole
         } else {
-            End::NotYet
+            BodyEnd::NotYet
         };
         Self {
             body,
@@ -162,7 +162,7 @@ impl<'a> Reader<'a> {
             }
         };
         if timeout(ERROR_BODY, read).await.is_err() {
-            self.end = End::Cut;
+            self.end = BodyEnd::Cut;
         }
     }
 
@@ -178,25 +178,25 @@ impl<'a> Reader<'a> {
                     self.text.push(data);
                 }
                 if self.body.is_read() {
-                    self.end = End::Whole;
+                    self.end = BodyEnd::Whole;
                 }
             }
-            Some(Err(_)) => self.end = End::Cut,
-            None => self.end = End::Whole,
+            Some(Err(_)) => self.end = BodyEnd::Cut,
+            None => self.end = BodyEnd::Whole,
         }
         Poll::Ready(())
     }
 
     fn is_over(&self) -> bool {
-        self.end != End::NotYet || self.size >= BOUND || self.text.is_full()
+        self.end != BodyEnd::NotYet || self.size >= BOUND || self.text.is_full()
     }
 
     /// What the body says; nothing if it was cut off.
     fn envelope(&self) -> Option<Envelope> {
         match self.end {
-            End::Whole if !self.text.is_full() => envelope::read(self.text.seen()),
-            End::Whole | End::NotYet => envelope::read_beginning(self.text.seen()),
-            End::Cut => None,
+            BodyEnd::Whole if !self.text.is_full() => envelope::read(self.text.seen()),
+            BodyEnd::Whole | BodyEnd::NotYet => envelope::read_beginning(self.text.seen()),
+            BodyEnd::Cut => None,
         }
     }
 }

@@ -73,11 +73,11 @@ pub(super) struct Http1 {
 /// resets the stream (HTTP/2), so that a body cut short never looks complete. Boxed, since it has room
 /// for the request, if that comes back.
 pub(super) enum Sent {
-    Http1(Waiting<body::Incoming, TrySendError<Request>>),
-    Http2(Waiting<http2::Body, SendError>),
+    Http1(PendingResponse<body::Incoming, TrySendError<Request>>),
+    Http2(PendingResponse<http2::Body, SendError>),
 }
 
-type Waiting<B, E> = Pin<Box<dyn Future<Output = Result<http::Response<B>, E>> + Send>>;
+type PendingResponse<B, E> = Pin<Box<dyn Future<Output = Result<http::Response<B>, E>> + Send>>;
 
 // === impl Connector ===
 

@@ -13,7 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::connect::Connection;
-use super::incoming::{Incoming, Step};
+use super::incoming::{BodyStep, Incoming};
 use super::pool::Pool;
 use super::upload::Progress;
 use crate::error::{BoxError, Error};
@@ -21,7 +21,7 @@ use crate::error::{BoxError, Error};
 /// A body that passes as it comes.
 pub(super) struct Download {
     /// What was read ahead, to be passed first.
-    ahead: VecDeque<Step>,
+    ahead: VecDeque<BodyStep>,
     body: Incoming,
     lease: Option<Lease>,
     idle: Duration,
@@ -92,7 +92,7 @@ impl Download {
     }
 
     /// Reads ahead: the step passes in its turn all the same.
-    pub(super) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Option<&Step>> {
+    pub(super) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Option<&BodyStep>> {
         Poll::Ready(match ready!(self.poll_step(cx)) {
             Some(step) => {
                 self.ahead.push_back(step);
@@ -124,7 +124,7 @@ impl Download {
         }
     }
 
-    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Step>> {
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<BodyStep>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(step) => {
                 // What comes behind a body could not be told from headers that are dropped before it.
@@ -153,7 +153,7 @@ impl Body for Download {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Step>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<BodyStep>> {
         let this = self.get_mut();
         if let Some(Err(_)) = this.ahead.front()
             && !std::mem::replace(&mut this.flushed, true)

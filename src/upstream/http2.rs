@@ -50,14 +50,14 @@ const RESERVATION: usize = 64 << 10;
 #[derive(Clone)]
 pub(super) struct Sender {
     h2: client::SendRequest<Bytes>,
-    state: Arc<State>,
+    state: Arc<ConnectionState>,
     flushed: Flushed,
     /// Tells the connection's task that somebody uses it.
     _user: mpsc::Sender<Infallible>,
 }
 
 /// What the connection's task and its users share.
-struct State {
+struct ConnectionState {
     /// How many streams there may be at once; 0 until upstream has said how many it allows.
     limit: AtomicUsize,
     /// Notified when the limit changes, and at the end.
@@ -74,14 +74,14 @@ pub(super) struct Slot {
 }
 
 /// Waits for the answer on a stream, and sends the request's body meanwhile.
-struct Exchange {
+struct StreamExchange {
     response: ResponseFuture,
-    upload: Option<Upload>,
+    upload: Option<StreamUpload>,
     answer_has_body: bool,
 }
 
 /// Sends a body as far as the windows allow. Dropped early, it resets the stream.
-struct Upload {
+struct StreamUpload {
     stream: SendStream<Bytes>,
     body: axum::body::Body,
     /// Taken from the body and not sent yet.
@@ -97,7 +97,7 @@ struct Upload {
 /// The body of an answer. While it is read, the rest of the request's body is sent.
 pub(super) struct Body {
     stream: RecvStream,
-    upload: Upload,
+    upload: StreamUpload,
     /// What is left of a declared length.
     length: Option<u64>,
 }
@@ -126,7 +126,7 @@ impl Sender {
             .initial_max_send_streams(0)
             .handshake(io)
             .await?;
-        let state = Arc::new(State {
+        let state = Arc::new(ConnectionState {
             limit: AtomicUsize::new(0),
             changed: Notify::new(),
             streams: AtomicUsize::new(0),
@@ -175,7 +175,7 @@ impl Sender {
 
     /// Reserves a free stream, if there is one.
     pub(super) fn reserve(&self) -> Option<Slot> {
-        let State { limit, streams, .. } = &*self.state;
+        let ConnectionState { limit, streams, .. } = &*self.state;
         let limit = limit.load(Relaxed);
         let one_more = |open| (open < limit).then_some(open + 1);
         streams.fetch_update(Relaxed, Relaxed, one_more).ok()?;
@@ -214,7 +214,7 @@ impl Slot {
         // The error is the connection's: the head did not leave.
         let (response, stream) = sent.map_err(|error| SendError::Unprocessed(error.into()))?;
         progress.follows_windows();
-        let upload = Upload {
+        let upload = StreamUpload {
             stream,
             body,
             chunk: Bytes::new(),
@@ -223,7 +223,7 @@ impl Slot {
             progress: Arc::clone(progress),
             _slot: self,
         };
-        Ok(Exchange {
+        Ok(StreamExchange {
             response,
             upload: Some(upload),
             answer_has_body,
@@ -239,7 +239,7 @@ impl Drop for Slot {
 
 // === impl Exchange ===
 
-impl Future for Exchange {
+impl Future for StreamExchange {
     type Output = Result<Response<Body>, SendError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -266,7 +266,7 @@ impl Future for Exchange {
     }
 }
 
-impl Drop for Exchange {
+impl Drop for StreamExchange {
     fn drop(&mut self) {
         if let Some(upload) = &mut self.upload {
             // Nobody waits for the answer: what was not sent is taken back.
@@ -277,7 +277,7 @@ impl Drop for Exchange {
 
 // === impl Upload ===
 
-impl Upload {
+impl StreamUpload {
     /// Sends what the body has and the windows allow. Ready when there is no more to do.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while !self.finished {
@@ -390,7 +390,7 @@ impl Drop for Body {
 /// Runs a connection until it ends, does not answer a ping, or has no user any more.
 async fn drive(
     mut connection: client::Connection<FlushTracker, Bytes>,
-    state: Arc<State>,
+    state: Arc<ConnectionState>,
     mut users: mpsc::Receiver<Infallible>,
     ping_while_idle: bool,
 ) {
@@ -417,7 +417,7 @@ async fn drive(
 }
 
 /// Ends when upstream does not answer a ping in time.
-async fn keep_alive(pings: Option<PingPong>, state: &State, while_idle: bool) {
+async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, while_idle: bool) {
     let Some(mut pings) = pings else { return };
     loop {
         sleep(KEEP_ALIVE).await;
@@ -433,7 +433,7 @@ async fn keep_alive(pings: Option<PingPong>, state: &State, while_idle: bool) {
 
 // === impl State ===
 
-impl State {
+impl ConnectionState {
     /// Upstream allows so many streams.
     fn set_limit(&self, limit: usize) {
         let limit = limit.min(MOST_STREAMS as usize);

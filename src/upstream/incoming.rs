@@ -11,7 +11,7 @@ use super::http2;
 use crate::error::BoxError;
 
 /// One step of reading a body.
-pub(super) type Step = Result<Frame<Bytes>, BoxError>;
+pub(super) type BodyStep = Result<Frame<Bytes>, BoxError>;
 
 /// A body as a connection brings it.
 pub(super) enum Incoming {
@@ -38,7 +38,7 @@ impl Body for Incoming {
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Step>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<BodyStep>> {
         match self.get_mut() {
             Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(BoxError::from),
             Self::Http2(body) => Pin::new(&mut **body).poll_frame(cx).map_err(BoxError::from),

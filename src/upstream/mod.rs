@@ -69,11 +69,11 @@ const HEAD_START: Duration = Duration::from_millis(100);
 
 /// Sends requests to the one upstream.
 #[derive(Clone)]
-pub struct Upstream(Arc<Inner>);
+pub struct Upstream(Arc<UpstreamInner>);
 
 /// What sends them.
 #[derive(Clone)]
-struct Inner {
+struct UpstreamInner {
     pool: Arc<Pool>,
     warm: Arc<WarmConnection>,
     timeouts: Timeouts,
@@ -84,7 +84,7 @@ struct Inner {
 
 /// One attempt to send a request, while it runs.
 struct Exchange {
-    inner: Arc<Inner>,
+    inner: Arc<UpstreamInner>,
     class: RequestClass,
     progress: Arc<Progress>,
     /// For a create. Boxed, since a read has no use for its room.
@@ -93,7 +93,7 @@ struct Exchange {
 
 /// What came of a request on one connection: an answer; or, if nothing of it was sent, the request
 /// again and why.
-type Outcome = Result<http::Response<Download>, (Box<Request>, BoxError)>;
+type Sending = Result<http::Response<Download>, (Box<Request>, BoxError)>;
 
 // === impl Upstream ===
 
@@ -109,7 +109,7 @@ impl Upstream {
     ) -> Self {
         let connector = Connector::new(dial, origin);
         let warm = WarmConnection::new(Pool::new(connector, timeouts.connect, clock).warm());
-        Self(Arc::new(Inner {
+        Self(Arc::new(UpstreamInner {
             pool: Arc::clone(warm.pool()),
             warm: Arc::new(warm),
             timeouts,
@@ -121,9 +121,9 @@ impl Upstream {
     /// One for another thread, with connections of its own.
     #[must_use]
     pub fn for_thread(&self) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(UpstreamInner {
             pool: Arc::new(self.0.pool.for_thread()),
-            ..Inner::clone(&self.0)
+            ..UpstreamInner::clone(&self.0)
         }))
     }
 
@@ -161,7 +161,7 @@ impl Upstream {
 
 // === impl Inner ===
 
-impl Inner {
+impl UpstreamInner {
     /// Sends a request and judges its answer.
     ///
     /// Mostly there is a connection, and a read leaves on it at once: what waits for the answer has no
@@ -313,7 +313,7 @@ impl Exchange {
         &self,
         mut sent: Sent,
         (connection, home): (Connection, &Arc<Pool>),
-    ) -> Result<Outcome, Error> {
+    ) -> Result<Sending, Error> {
         let answered = match self
             .progress
             .supervise(&mut sent, self.inner.timeouts)

@@ -24,14 +24,14 @@ pub(super) struct Upload {
 
 /// How far a body is.
 pub(super) struct Progress {
-    state: Mutex<State>,
+    state: Mutex<UploadState>,
     /// Told when nothing is left to send: another limit counts from then on.
     done: Notify,
     /// Counts the request as in flight.
     _in_flight: InFlightCount,
 }
 
-struct State {
+struct UploadState {
     turn: Turn,
     since: Instant,
     /// How well the client keeps up.
@@ -68,7 +68,7 @@ impl Upload {
     ) -> (Request, Arc<Progress>) {
         let empty = request.body().is_end_stream();
         let turn = if empty { Turn::Done } else { Turn::Upstream };
-        let state = State {
+        let state = UploadState {
             turn,
             since: now,
             pace: Pace::default(),
@@ -271,7 +271,7 @@ impl Progress {
         self.lock().fault = Some(Error::of_body(error.into_inner()));
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, UploadState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

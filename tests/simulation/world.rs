@@ -9,7 +9,7 @@ use kling_proxy::auth::token::Credential;
 use kling_proxy::clock::Clock;
 use kling_proxy::layer::guard::rules::Rules;
 use kling_proxy::lifecycle::Phase;
-use kling_proxy::server::{self, Limits, Listener, Stop, Worker};
+use kling_proxy::server::{self, ConnectionLimits, Listener, Stop, Worker};
 use kling_proxy::settings::{Flags, Settings};
 use kling_proxy::stack::{Parts, Shared};
 use kling_proxy::telemetry::metrics::Metrics;
@@ -100,7 +100,7 @@ async fn simulate(world: World) {
     let (connect, listener) = mpsc::channel(1);
     let (stop, stopped) = watch::channel(Stop::Never);
     let creates = TaskTracker::new();
-    let limits = Limits {
+    let limits = ConnectionLimits {
         connections: Arc::new(Semaphore::new(1_000)),
         heads: Arc::default(),
         evictor: None,

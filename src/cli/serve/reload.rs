@@ -164,7 +164,7 @@ impl Reload {
         self.shared.rules.store(rules);
         self.shared.errors.store(settings.errors);
         self.shared.retry_policy.set_limits(settings.retry);
-        self.shared.keeper.set_bounds(settings.replay);
+        self.shared.replay_budget.set_bounds(settings.replay);
         self.shared.tokens.set_validity(settings.token);
         let filter = settings.log.filter.clone();
         self.configuration.filter.set(filter);

@@ -30,7 +30,7 @@ use crate::admin::Control;
 use crate::cli::{Exit, Failure, runtime};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::sandbox::Sandbox;
-use crate::server::{self, Evictor, Limits, Listener, SocketFile, Stop, Worker};
+use crate::server::{self, ConnectionLimits, Evictor, Listener, SocketFile, Stop, Worker};
 use crate::settings::Warmth;
 use crate::stack::Shared;
 use crate::telemetry::metrics::Metrics;
@@ -108,7 +108,7 @@ impl Proxy {
         let quit = Arc::new(Notify::new());
         let (serving, never) = latch::channel(Stop::Never);
         let mut others = JoinSet::new();
-        let own = |connections| Limits {
+        let own = |connections| ConnectionLimits {
             connections: Arc::new(Semaphore::new(connections)),
             heads: Arc::default(),
             ..limits.clone()
@@ -124,7 +124,7 @@ impl Proxy {
                 quit: configuration.settings.admin.quit.then(|| quit.clone()),
             });
             let most = share_of_descriptors(8).min(ADMIN_CONNECTIONS);
-            let limits = Limits {
+            let limits = ConnectionLimits {
                 evictor: Some(Arc::new(Evictor::new(most))),
                 ..own(Semaphore::MAX_PERMITS)
             };
@@ -288,7 +288,7 @@ fn keep_warm(shared: &Shared, Warmth { probe, keep }: Warmth) {
 fn start_sandbox(
     listener: Listener,
     sandbox: Sandbox,
-    limits: Limits,
+    limits: ConnectionLimits,
     stop: latch::Receiver<Stop>,
 ) -> io::Result<impl Future<Output = io::Result<usize>> + use<>> {
     let runtime = runtime()?;
@@ -308,15 +308,15 @@ fn start_sandbox(
 fn start_threads(
     mut listeners: Vec<Listener>,
     shared: &Shared,
-    limits: &Limits,
+    limits: &ConnectionLimits,
     stopped: &latch::Receiver<Stop>,
 ) -> io::Result<mpsc::UnboundedReceiver<Ended>> {
     let (sender, ended) = mpsc::unbounded_channel();
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let crew = Worker::crew(cores.min(MOST_THREADS));
-    let runtimes = crew.iter().map(|_| runtime());
+    let workers = Worker::workers(cores.min(MOST_THREADS));
+    let runtimes = workers.iter().map(|_| runtime());
     let runtimes = runtimes.collect::<io::Result<Vec<_>>>()?;
-    for (index, (worker, runtime)) in crew.into_iter().zip(runtimes).enumerate() {
+    for (index, (worker, runtime)) in workers.into_iter().zip(runtimes).enumerate() {
         // The first one gets all.
         let listeners = std::mem::take(&mut listeners);
         let (shared, limits, stopped) = (shared.clone(), limits.clone(), stopped.clone());
@@ -339,7 +339,7 @@ async fn serve(
     listeners: Vec<Listener>,
     worker: Worker,
     shared: &Shared,
-    limits: Limits,
+    limits: ConnectionLimits,
     stop: latch::Receiver<Stop>,
 ) -> Ended {
     let detached = TaskTracker::new();

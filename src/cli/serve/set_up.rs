@@ -19,7 +19,7 @@ use crate::clock::{Clock, SystemClock};
 use crate::error::chain;
 use crate::layer::guard::rules::Rules;
 use crate::sandbox::{self, Sandbox};
-use crate::server::{Limits, Listener};
+use crate::server::{ConnectionLimits, Listener};
 use crate::settings::{Problem, Settings};
 use crate::stack::{Parts, Shared};
 use crate::telemetry::metrics::Metrics;
@@ -28,7 +28,7 @@ use crate::upstream::{Network, Origin, client_config};
 /// Everything that is set up before the first request.
 pub(in crate::cli) struct Proxy {
     pub(in crate::cli) shared: Shared,
-    pub(super) limits: Limits,
+    pub(super) limits: ConnectionLimits,
     pub(super) listeners: Listeners,
     pub(super) sandbox: Option<(Listener, Sandbox)>,
     pub(super) delay: Duration,
@@ -93,7 +93,7 @@ impl Proxy {
             None => FAR_UPSTREAM,
         };
         let connections = limit_connections(&settings.limits, upstream);
-        let limits = Limits {
+        let limits = ConnectionLimits {
             connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
             heads: Arc::default(),
             evictor: None,

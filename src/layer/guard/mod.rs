@@ -28,15 +28,15 @@ use crate::layer::Refusable;
 use crate::layer::guard::hop::Hop;
 use crate::layer::guard::rules::{Rules, check_framing, check_reserved, check_target};
 use crate::lifecycle::Lifecycle;
-use crate::reloadable::Live;
-use crate::request::context::Inbound;
+use crate::reloadable::Reloadable;
+use crate::request::context::ProxyRequest;
 use crate::telemetry::metrics::Metrics;
 
 /// Adds [`Guard`] to a service.
 #[derive(Clone)]
 pub struct GuardLayer {
     /// What is refused.
-    pub rules: Live<Rules>,
+    pub rules: Reloadable<Rules>,
     /// What each client has in flight.
     pub shares: Arc<Shares>,
     /// Who may be a part of a loop.
@@ -55,7 +55,7 @@ pub struct Guard<S> {
 }
 
 /// What becomes of a request that is not refused.
-enum Verdict {
+enum Admission {
     Pass,
     /// It is answered here: a browser sends it without token and body, to ask for its page.
     Preflight,
@@ -70,13 +70,13 @@ const ALLOW_PRIVATE_NETWORK: HeaderName =
 // === impl GuardLayer ===
 
 impl GuardLayer {
-    fn check(&self, rules: &Rules, inbound: &Inbound) -> Result<Verdict, Error> {
-        let Inbound { request, facts } = inbound;
+    fn check(&self, rules: &Rules, inbound: &ProxyRequest) -> Result<Admission, Error> {
+        let ProxyRequest { request, context } = inbound;
         let headers = request.headers();
         rules.check_host(headers)?;
         rules.check_origin(headers)?;
         if is_preflight(request) {
-            return Ok(Verdict::Preflight);
+            return Ok(Admission::Preflight);
         }
         rules.check_method(request.method())?;
         check_target(request.uri(), headers)?;
@@ -87,8 +87,8 @@ impl GuardLayer {
         if let Some(client) = rules.check_client(headers)? {
             self.metrics.admitted(client.name.as_str());
             share = Some(Arc::clone(&client.share));
-            if let Some(facts) = facts {
-                facts.is_from(client.name.clone());
+            if let Some(context) = context {
+                context.is_from(client.name.clone());
             }
         }
         let limit = rules.request_body.as_u64();
@@ -99,17 +99,17 @@ impl GuardLayer {
         if self.lifecycle.is_draining() {
             return Err(Error::Draining);
         }
-        if let Some(facts) = facts {
+        if let Some(context) = context {
             let peer = request.extensions().get::<Peer>();
             let share = share.or_else(|| Some(self.shares.of(*peer?)));
             // `trace` has counted this request already.
             let in_flight = self.metrics.in_flight();
             let place = self.shares.take(share, in_flight, rules.in_flight);
             if let Some(place) = place.map_err(|NoPlace| Error::Overloaded(rules.in_flight))? {
-                facts.holds(place);
+                context.holds(place);
             }
         }
-        Ok(Verdict::Pass)
+        Ok(Admission::Pass)
     }
 }
 
@@ -126,9 +126,9 @@ impl<S> Layer<S> for GuardLayer {
 
 // === impl Guard ===
 
-impl<S> Service<Inbound> for Guard<S>
+impl<S> Service<ProxyRequest> for Guard<S>
 where
-    S: Service<Inbound, Response = Response, Error = Error>,
+    S: Service<ProxyRequest, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Error;
@@ -138,7 +138,7 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut inbound: Inbound) -> Self::Future {
+    fn call(&mut self, mut inbound: ProxyRequest) -> Self::Future {
         let rules = self.layer.rules.load();
         let verdict = self.layer.check(&rules, &inbound);
         let verdict = verdict.and_then(|verdict| {
@@ -148,8 +148,8 @@ where
             Ok(verdict)
         });
         match verdict {
-            Ok(Verdict::Preflight) => Either::Left(ready(Ok(allow(inbound.request.headers())))),
-            Ok(Verdict::Pass) => {
+            Ok(Admission::Preflight) => Either::Left(ready(Ok(allow(inbound.request.headers())))),
+            Ok(Admission::Pass) => {
                 let limit = rules.request_body.as_u64();
                 limit_body(inbound.request.body_mut(), limit);
                 Either::Right(self.inner.call(inbound))

@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 use crate::error::{self, Error};
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::Needs;
-use crate::request::context::Facts;
+use crate::request::context::RequestContext;
 
 /// Kling's envelope with one more member. The members are public, and so is their order.
 #[derive(Serialize)]
@@ -43,7 +43,11 @@ struct Detail<'a> {
 
 impl<'a> ErrorBody<'a> {
     /// Describes an error of a request with this effect and these facts.
-    pub(super) fn new(error: &'a Error, effect: Effect, facts: Option<&'a Facts>) -> Self {
+    pub(super) fn new(
+        error: &'a Error,
+        effect: Effect,
+        context: Option<&'a RequestContext>,
+    ) -> Self {
         let (mut message, mut request_id, mut data) = (None, None, None);
         if let Error::Service { envelope, .. } = error {
             let text = envelope.message.as_deref();
@@ -55,10 +59,10 @@ impl<'a> ErrorBody<'a> {
             code: error.code(),
             message: message.unwrap_or_else(|| error::chain(error).into()),
             request_id: request_id
-                .or_else(|| Some(facts?.id().as_str()))
+                .or_else(|| Some(context?.id().as_str()))
                 .unwrap_or_default(),
             data,
-            error: Detail::new(error, effect, facts),
+            error: Detail::new(error, effect, context),
         }
     }
 
@@ -72,7 +76,7 @@ impl<'a> ErrorBody<'a> {
 // === impl Detail ===
 
 impl<'a> Detail<'a> {
-    fn new(error: &'a Error, effect: Effect, facts: Option<&Facts>) -> Self {
+    fn new(error: &'a Error, effect: Effect, context: Option<&RequestContext>) -> Self {
         let row = error.row();
         let excerpt = match error {
             Error::BadResponse { excerpt, .. } => excerpt.as_deref(),
@@ -86,7 +90,7 @@ impl<'a> Detail<'a> {
             explanation: row.explanation,
             solution: row.solution,
             retryable: error.retryable(effect),
-            attempts: facts.map_or(0, Facts::attempts),
+            attempts: context.map_or(0, RequestContext::attempts),
             hint: hint(error, effect),
             excerpt,
         }
@@ -138,17 +142,17 @@ mod tests {
     use crate::request::id::RequestId;
     use crate::telemetry::metrics::Metrics;
 
-    fn facts() -> Facts {
+    fn context() -> RequestContext {
         let id = HeaderValue::from_static("ours");
         let headers = [(http::HeaderName::from_static("x-request-id"), id)];
         let id = RequestId::of(&HeaderMap::from_iter(headers));
-        let facts = Facts::new(id, Arc::new(Metrics::new().unwrap()).enter());
-        facts.attempted();
-        facts
+        let context = RequestContext::new(id, Arc::new(Metrics::new().unwrap()).enter());
+        context.attempted();
+        context
     }
 
-    fn rendered(error: &Error, effect: Effect, facts: Option<&Facts>) -> String {
-        String::from_utf8(ErrorBody::new(error, effect, facts).render()).unwrap()
+    fn rendered(error: &Error, effect: Effect, context: Option<&RequestContext>) -> String {
+        String::from_utf8(ErrorBody::new(error, effect, context).render()).unwrap()
     }
 
     #[test]
@@ -161,7 +165,7 @@ mod tests {
             envelope: envelope::read(envelope).unwrap(),
         };
         assert_eq!(
-            rendered(&error, Effect::Create, Some(&facts())),
+            rendered(&error, Effect::Create, Some(&context())),
             concat!(
                 r#"{"code":1303,"message":"say \"no\"","request_id":"9f0c","#,
                 r#""data":{"n": 12345678901234567890},"#,
@@ -195,7 +199,7 @@ mod tests {
             answer: Answer::boxed(Response::default()),
             excerpt: Some("<html>".to_owned()),
         };
-        let body = rendered(&error, Effect::Read, Some(&facts()));
+        let body = rendered(&error, Effect::Read, Some(&context()));
         let end = r#""retryable":true,"attempts":1,"excerpt":"<html>"}}"#;
         assert!(body.contains(r#""request_id":"ours","#), "{body}");
         assert!(body.ends_with(end), "{body}");

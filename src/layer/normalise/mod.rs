@@ -19,11 +19,11 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use self::body::ErrorBody;
-use crate::error::{Error, Failure};
+use crate::error::{Error, FailureRecord};
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::{Row, WITH_RETRY_AFTER};
-use crate::reloadable::Live;
-use crate::request::context::{Facts, Inbound};
+use crate::reloadable::Reloadable;
+use crate::request::context::{ProxyRequest, RequestContext};
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("kling-proxy-error");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -32,7 +32,7 @@ const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
 /// Which status an error has (`errors.status`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Statuses {
+pub enum StatusMapping {
     /// That of the vendor's table.
     Documented,
     /// Another than 429 where sending again cannot help, for clients that retry every 429.
@@ -41,7 +41,7 @@ pub enum Statuses {
 
 /// Which body an error of upstream has (`errors.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub enum ErrorBodyFormat {
     /// Ours.
     Kling,
     /// Upstream's, untouched, with its status; our headers are added.
@@ -50,24 +50,24 @@ pub enum Format {
 
 /// How errors look (`errors.*`).
 #[derive(Clone, Copy, Debug)]
-pub struct Look {
-    /// See [`Statuses`].
-    pub statuses: Statuses,
-    /// See [`Format`].
-    pub format: Format,
+pub struct ErrorFormat {
+    /// See [`StatusMapping`].
+    pub statuses: StatusMapping,
+    /// See [`ErrorBodyFormat`].
+    pub format: ErrorBodyFormat,
 }
 
 /// Adds [`Normalise`] to a service.
 #[derive(Clone)]
 pub struct NormaliseLayer {
-    look: Live<Look>,
+    format_: Reloadable<ErrorFormat>,
 }
 
 /// Answers errors.
 #[derive(Clone)]
 pub struct Normalise<S> {
     inner: S,
-    look: Live<Look>,
+    format_: Reloadable<ErrorFormat>,
 }
 
 pin_project! {
@@ -75,18 +75,18 @@ pin_project! {
     pub struct NormaliseFuture<F> {
         #[pin]
         inner: F,
-        look: Look,
+        format_: ErrorFormat,
         effect: Effect,
-        facts: Option<Facts>,
+        context: Option<RequestContext>,
     }
 }
 
 // === impl NormaliseLayer ===
 
 impl NormaliseLayer {
-    /// Makes errors look as `look` says when they are answered.
-    pub fn new(look: Live<Look>) -> Self {
-        Self { look }
+    /// Makes errors look as `format_` says when they are answered.
+    pub fn new(format_: Reloadable<ErrorFormat>) -> Self {
+        Self { format_ }
     }
 }
 
@@ -96,27 +96,27 @@ impl<S> Layer<S> for NormaliseLayer {
     fn layer(&self, inner: S) -> Normalise<S> {
         Normalise {
             inner,
-            look: self.look.clone(),
+            format_: self.format_.clone(),
         }
     }
 }
 
 // === impl Look ===
 
-impl Look {
-    fn respond(self, error: Error, effect: Effect, facts: Option<&Facts>) -> Response {
-        if let Some(facts) = facts {
-            facts.failed(Failure::from(&error));
+impl ErrorFormat {
+    fn respond(self, error: Error, effect: Effect, context: Option<&RequestContext>) -> Response {
+        if let Some(context) = context {
+            context.failed(FailureRecord::from(&error));
         }
         let row = error.row();
         let retryable = error.retryable(effect);
         let status = match self.statuses {
-            Statuses::Documented => error.status(),
-            Statuses::Actionable => error.actionable_status(),
+            StatusMapping::Documented => error.status(),
+            StatusMapping::Actionable => error.actionable_status(),
         };
-        let json = ErrorBody::new(&error, effect, facts).render();
+        let json = ErrorBody::new(&error, effect, context).render();
         let (mut head, body) = match (self.format, error.into_answer()) {
-            (Format::Upstream, Some(answer)) => (answer.head, answer.body.into_inner()),
+            (ErrorBodyFormat::Upstream, Some(answer)) => (answer.head, answer.body.into_inner()),
             (_, Some(answer)) => (ours(answer.head, status), Body::from(json)),
             (_, None) => (
                 ours(Response::new(()).into_parts().0, status),
@@ -133,9 +133,9 @@ impl Look {
 
 // === impl Normalise ===
 
-impl<S> Service<Inbound> for Normalise<S>
+impl<S> Service<ProxyRequest> for Normalise<S>
 where
-    S: Service<Inbound, Response = Response, Error = Error>,
+    S: Service<ProxyRequest, Response = Response, Error = Error>,
 {
     type Response = Response;
     type Error = Infallible;
@@ -146,11 +146,11 @@ where
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, inbound: Inbound) -> Self::Future {
+    fn call(&mut self, inbound: ProxyRequest) -> Self::Future {
         NormaliseFuture {
-            look: **self.look.load(),
+            format_: **self.format_.load(),
             effect: Effect::of(&inbound.request),
-            facts: inbound.facts.clone(),
+            context: inbound.context.clone(),
             inner: self.inner.call(inbound),
         }
     }
@@ -168,7 +168,9 @@ where
         let this = self.project();
         Poll::Ready(Ok(match ready!(this.inner.poll(cx)) {
             Ok(response) => response,
-            Err(error) => this.look.respond(error, *this.effect, this.facts.as_ref()),
+            Err(error) => this
+                .format_
+                .respond(error, *this.effect, this.context.as_ref()),
         }))
     }
 }
