@@ -22,12 +22,13 @@ use std::sync::atomic::{
     Ordering::{Acquire, Relaxed, Release},
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use http::HeaderMap;
 use http::header::{AGE, DATE};
 use tokio::time::Instant;
 
+use super::clock_reading::{ClockReading, GREATEST, shifted};
 use super::origin::Origin;
 use crate::clock::{Clock, Correction};
 use crate::telemetry::metrics::Metrics;
@@ -36,10 +37,6 @@ use crate::telemetry::metrics::Metrics;
 const SAMPLES: usize = 5;
 /// Between samples, so that they do not all come from one bad moment, and busy days cost nothing.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// `Date` has no fractions.
-const RESOLUTION: i64 = 1_000;
-/// A difference of more says nothing of clocks.
-const GREATEST: i64 = 24 * 60 * 60 * 1_000;
 /// A difference of more is on trial first.
 const FAR: i64 = 5 * 60 * 1_000;
 /// A difference of more is worth a line in the log: `token.not_before_leeway` will not cover much
@@ -83,14 +80,6 @@ enum State {
     Own,
     Trial,
     Confirmed,
-}
-
-/// Bounds of the offset by one answer: its `Date` was written after the request was sent and before
-/// the answer came. In milliseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Reading {
-    least: i64,
-    most: i64,
 }
 
 // === impl UpstreamClock ===
@@ -146,18 +135,19 @@ impl UpstreamClock {
     /// Learns from an answer that refuses, for its time, a token that was minted by this correction:
     /// what was learned is wrong, or a clock was set while we were running.
     pub(super) fn refused(&self, correction: Correction, head: &HeaderMap, asked: Instant) {
-        self.refuse(correction, self.read(head, asked).map(Reading::middle));
+        self.refuse(correction, self.read(head, asked).map(ClockReading::middle));
     }
 
     /// What an answer that came between `asked` and now says of upstream's clock, if it does.
-    fn read(&self, head: &HeaderMap, asked: Instant) -> Option<Reading> {
+    fn read(&self, head: &HeaderMap, asked: Instant) -> Option<ClockReading> {
         // A cache tells the time at which it stored the answer.
         if head.contains_key(AGE) {
             return None;
         }
         let date = head.get(DATE)?.to_str().ok()?;
-        let date = unix_millis(httpdate::parse_http_date(date).ok()?);
-        Reading::new(date, unix_millis(self.machine.now()), asked.elapsed())
+        let date = httpdate::parse_http_date(date).ok()?;
+        let reading = ClockReading::new(date, self.machine.now(), asked.elapsed());
+        Some(reading).filter(ClockReading::is_plausible)
     }
 
     /// The same, where its `Date` says this offset.
@@ -194,9 +184,9 @@ impl UpstreamClock {
         self.settle(&mut history);
     }
 
-    fn take(&self, reading: Reading) {
+    fn take(&self, reading: ClockReading) {
         let mut history = self.lock();
-        let sample = reading.sample(self.offset.load(Relaxed));
+        let sample = reading.offset(self.offset.load(Relaxed));
         let is_judged = matches!(history.state, State::Own | State::Confirmed);
         if is_judged && is_far(sample, history.base) {
             return;
@@ -267,15 +257,7 @@ impl UpstreamClock {
 
 impl Clock for UpstreamClock {
     fn now(&self) -> SystemTime {
-        let now = self.machine.now();
-        let offset = self.offset.load(Relaxed);
-        let distance = Duration::from_millis(offset.unsigned_abs());
-        let there = if offset < 0 {
-            now.checked_sub(distance)
-        } else {
-            now.checked_add(distance)
-        };
-        there.unwrap_or(now)
+        shifted(self.machine.now(), self.offset.load(Relaxed))
     }
 
     fn correction(&self) -> Correction {
@@ -313,48 +295,8 @@ impl History {
     }
 }
 
-// === impl Reading ===
-
-impl Reading {
-    /// `date` and `received` in milliseconds since the epoch.
-    fn new(date: i64, received: i64, round_trip: Duration) -> Option<Self> {
-        let round_trip = i64::try_from(round_trip.as_millis()).ok()?;
-        let reading = Self {
-            least: date - received,
-            most: date + RESOLUTION - (received - round_trip),
-        };
-        (-GREATEST..=GREATEST)
-            .contains(&reading.middle())
-            .then_some(reading)
-    }
-
-    /// `Date` and half a second, less the time of receipt and half the round trip.
-    fn middle(self) -> i64 {
-        i64::midpoint(self.least, self.most)
-    }
-
-    /// What this says where `current` was known. An answer that took long says little, and what
-    /// fits its bounds need not be wrong; clocks that agree are not set against each other by a
-    /// fraction of a second.
-    fn sample(self, current: i64) -> i64 {
-        [current, 0]
-            .into_iter()
-            .find(|offset| (self.least..=self.most).contains(offset))
-            .unwrap_or_else(|| self.middle())
-    }
-}
-
 fn is_far(offset: i64, from: i64) -> bool {
     (offset - from).abs() > FAR
-}
-
-fn unix_millis(time: SystemTime) -> i64 {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => i64::try_from(after.as_millis()).unwrap_or(i64::MAX),
-        Err(before) => {
-            i64::try_from(before.duration().as_millis()).map_or(i64::MIN, |millis| -millis)
-        }
-    }
 }
 
 fn whole_millis(duration: Duration) -> u64 {
@@ -372,23 +314,23 @@ mod tests {
     use crate::clock::SystemClock;
 
     /// A fast answer by a clock that is ahead by so many milliseconds.
-    fn fast(ahead: i64) -> Reading {
-        Reading {
+    fn fast(ahead: i64) -> ClockReading {
+        ClockReading {
             least: ahead - 600,
             most: ahead + 600,
         }
     }
 
     /// An answer that took ten seconds.
-    fn slow(ahead: i64) -> Reading {
-        Reading {
+    fn slow(ahead: i64) -> ClockReading {
+        ClockReading {
             least: ahead - 10_000,
             most: ahead + 1_000,
         }
     }
 
     /// What is known after these answers.
-    fn learned(readings: impl IntoIterator<Item = Reading>) -> i64 {
+    fn learned(readings: impl IntoIterator<Item = ClockReading>) -> i64 {
         let metrics = Arc::new(Metrics::new().unwrap());
         let clock = UpstreamClock::new(Arc::new(SystemClock), metrics);
         for reading in readings {
@@ -558,22 +500,5 @@ mod tests {
             (8_000..=10_000).contains(&offset),
             "{offset}: a refusal is proof enough"
         );
-    }
-
-    #[test]
-    fn date_is_compared_with_the_middle_of_the_round_trip() {
-        let (hour, round_trip) = (3_600_000, Duration::from_millis(200));
-        for (date, middle) in [
-            (5_000, Some(0)),
-            (5_000 + hour, Some(hour)),
-            (5_000 - hour, Some(-hour)),
-            (5_000 + 24 * hour, Some(24 * hour)),
-            (5_000 - 24 * hour, Some(-24 * hour)),
-            (6_000 + 24 * hour, None),
-            (4_000 - 24 * hour, None),
-        ] {
-            let reading = Reading::new(date, 5_600, round_trip);
-            assert_eq!(reading.map(Reading::middle), middle, "{date}");
-        }
     }
 }

@@ -8,6 +8,7 @@
 
 mod answer;
 mod clock;
+mod clock_reading;
 mod connect;
 mod dial;
 mod download;
@@ -42,6 +43,7 @@ use tokio::time::{Instant, sleep};
 use tower::Service;
 
 pub use self::clock::UpstreamClock;
+pub use self::clock_reading::{ClockReading, shifted};
 pub use self::dial::{Dial, Dialing, Network, NoHttp1, Stream, Transport, Versions};
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
 pub use self::origin::{NAME, Origin, OriginError};

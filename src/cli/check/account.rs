@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::network::{Stream, Way};
 use super::region;
-use super::report::{Fault, Found, Outcome};
+use super::report::{Fault, Found, Outcome, Report};
 use crate::auth::token::{Credential, Validity};
 use crate::cli::{Exit, send};
 use crate::clock::Clock;
@@ -114,7 +114,9 @@ pub(super) async fn ask(
 
 /// The same on a connection of its own.
 pub(super) async fn ask_anew(way: &Way, credentials: &Credentials) -> Outcome<Answer> {
-    let stream = way.reach(credentials.clock.now()).await?;
+    let stream = way
+        .reach(&mut Report::silent(), credentials.clock.now())
+        .await?;
     ask(stream, way, credentials).await
 }
 

@@ -1,6 +1,5 @@
 //! The clock: tokens begin and end by it, so it must not be far from upstream's.
 
-use std::cmp::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -13,18 +12,18 @@ use crate::auth::token::Credential;
 use crate::cli::Exit;
 use crate::clock::Clock;
 use crate::kling::service_code::Class;
-use crate::upstream::UpstreamClock;
+use crate::upstream::{ClockReading, UpstreamClock, shifted};
 
 /// More than this is no rounding; the default of `token.not_before_leeway` covers as much.
 const TOLERATED: Duration = Duration::from_secs(5);
-/// `Date` has whole seconds.
-const RESOLUTION: Duration = Duration::from_secs(1);
+/// Clocks agree if they differ by less, in milliseconds: `Date` has whole seconds.
+const RESOLUTION: u64 = 1_000;
 
 /// Upstream's clock, as its answer told it.
 struct Corrected {
     machine: Arc<dyn Clock>,
-    /// Which way the machine's is wrong, and how far.
-    skew: (Ordering, Duration),
+    /// Milliseconds by which upstream's clock is ahead.
+    offset: i64,
 }
 
 /// Compares this machine's clock with the `Date` of an answer. Where the token was refused for its
@@ -37,15 +36,16 @@ pub(super) fn compare(
     let Some(date) = answer.date else {
         return Ok(Found::new(None, "upstream told no Date to compare with"));
     };
-    let (direction, distance) = skew(date, answer.asked, answer.answered);
-    let text = match direction {
-        Ordering::Equal => "agrees with upstream's".to_owned(),
-        Ordering::Less => format!("{} behind upstream's", format_duration(distance)),
-        Ordering::Greater => format!("{} ahead of upstream's", format_duration(distance)),
+    let offset = offset(date, answer.asked, answer.answered);
+    let distance = rounded(offset);
+    let text = match offset {
+        0 => "agrees with upstream's".to_owned(),
+        1.. => format!("{} behind upstream's", format_duration(distance)),
+        _ => format!("{} ahead of upstream's", format_duration(distance)),
     };
     let is_corrected = UpstreamClock::corrects(&way.origin, distance);
     let is_pair = matches!(credentials.credential, Credential::Pair { .. });
-    let refused = is_pair && !distance.is_zero() && answer.row().class == Class::TokenTime;
+    let refused = is_pair && offset != 0 && answer.row().class == Class::TokenTime;
     let advice = if is_corrected {
         "set this machine's clock, best by NTP; meanwhile the proxy makes tokens by upstream's"
     } else {
@@ -58,7 +58,7 @@ pub(super) fn compare(
     let corrected = || -> Arc<dyn Clock> {
         Arc::new(Corrected {
             machine: Arc::clone(&credentials.clock),
-            skew: (direction, distance),
+            offset,
         })
     };
     let mut found = Found::new(refused.then(corrected), text);
@@ -72,24 +72,25 @@ pub(super) fn compare(
 
 impl Clock for Corrected {
     fn now(&self) -> SystemTime {
-        let now = self.machine.now();
-        match self.skew {
-            (Ordering::Greater, ahead) => now - ahead,
-            (_, behind) => now + behind,
-        }
+        shifted(self.machine.now(), self.offset)
     }
 }
 
-/// How far our clock is from upstream's, to the second. Upstream's stood at `date`, or less than a
-/// second later, at some moment between our times of asking and being answered.
-fn skew(date: SystemTime, asked: SystemTime, answered: SystemTime) -> (Ordering, Duration) {
-    let seconds = |skew: Duration| Duration::from_secs((skew + RESOLUTION / 2).as_secs());
-    let date = date + RESOLUTION / 2;
-    match (date.duration_since(answered), asked.duration_since(date)) {
-        (Ok(behind), _) if behind >= RESOLUTION => (Ordering::Less, seconds(behind)),
-        (_, Ok(ahead)) if ahead >= RESOLUTION => (Ordering::Greater, seconds(ahead)),
-        _ => (Ordering::Equal, Duration::ZERO),
+/// Returns the milliseconds by which upstream's clock is ahead of this machine's, as the proxy would
+/// learn them from this answer; 0 if the clocks agree.
+fn offset(date: SystemTime, asked: SystemTime, answered: SystemTime) -> i64 {
+    let round_trip = answered.duration_since(asked).unwrap_or_default();
+    let offset = ClockReading::new(date, answered, round_trip).offset(0);
+    if offset.unsigned_abs() < RESOLUTION {
+        0
+    } else {
+        offset
     }
+}
+
+/// The size of an offset to the second, for people.
+fn rounded(offset: i64) -> Duration {
+    Duration::from_secs((offset.unsigned_abs() + 500) / 1_000)
 }
 
 #[cfg(test)]
@@ -101,15 +102,15 @@ mod tests {
     #[test]
     fn the_time_an_answer_takes_is_no_skew() {
         let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
-        for (date, asked, answered, skew_found) in [
-            (1_000, 1_000, 1_000, (Ordering::Equal, 0)),
-            (1_000, 1_001, 1_001, (Ordering::Equal, 0)),
-            (1_010, 1_000, 1_020, (Ordering::Equal, 0)),
-            (1_000, 1_011, 1_012, (Ordering::Greater, 11)),
-            (1_600, 1_000, 1_001, (Ordering::Less, 600)),
+        for (date, asked, answered, ahead) in [
+            (1_000, 1_000, 1_000, 0),
+            (1_000, 1_001, 1_001, 0),
+            (1_010, 1_000, 1_020, 0),
+            (1_000, 1_011, 1_012, -11_000),
+            (1_600, 1_000, 1_001, 600_000),
         ] {
-            let (direction, skew) = skew(at(date), at(asked), at(answered));
-            assert_eq!((direction, skew.as_secs()), skew_found, "{date} {asked}");
+            let found = offset(at(date), at(asked), at(answered));
+            assert_eq!(found, ahead, "{date} {asked}");
         }
     }
 }

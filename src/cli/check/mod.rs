@@ -86,35 +86,20 @@ pub(super) fn run(
         clock,
     };
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
-    runtime.block_on(ask(&mut report, &way, credentials));
+    // The report has told why a step failed.
+    let _ = runtime.block_on(ask(&mut report, &way, credentials));
     // A name that is still being resolved must not keep the process.
     runtime.shutdown_background();
     report.end()
 }
 
 /// The steps that need the network. Each needs what the one before found.
-async fn ask(report: &mut Report, way: &Way, mut credentials: Credentials) -> Option<()> {
-    let deadline = way.deadline();
-    let addresses = report.wait("name", way.resolve(deadline)).await?;
-    let connected = way.connect(&addresses, deadline);
-    let stream = report.wait("connection", connected).await?;
-    let stream = match &way.egress {
-        Some(egress) => {
-            let tunnel = way.open_tunnel(egress, stream, deadline);
-            report.wait("tunnel", tunnel).await?
-        }
-        None => stream,
-    };
-    let stream = if way.origin.is_secure() {
-        let encrypted = way.encrypt(stream, deadline, credentials.clock.now());
-        report.wait("tls", encrypted).await?
-    } else {
-        Box::new(stream)
-    };
+async fn ask(report: &mut Report, way: &Way, mut credentials: Credentials) -> Result<(), Fault> {
+    let stream = way.reach(report, credentials.clock.now()).await?;
     let asked = account::ask(stream, way, &credentials);
     let mut answer = report.wait("answer", asked).await?;
-    let compared = || clock::compare(&answer, way, &credentials);
-    let corrected = report.take("clock", compared)?;
+    let compared = async { clock::compare(&answer, way, &credentials) };
+    let corrected = report.wait("clock", compared).await?;
     if let Some(clock) = corrected {
         // As the proxy does after a refusal for the token's time.
         credentials.clock = clock;

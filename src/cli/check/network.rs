@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use super::certificate::{Facts, time};
-use super::report::{Fault, Found, Outcome};
+use super::report::{Fault, Found, Outcome, Report};
 use crate::cli::Exit;
 use crate::error::{BoxError, chain};
 use crate::telemetry::printable;
@@ -51,8 +51,33 @@ struct Witness {
 // === impl Way ===
 
 impl Way {
+    /// Goes the way to upstream, a step for each part of it.
+    pub(super) async fn reach(
+        &self,
+        report: &mut Report,
+        now: SystemTime,
+    ) -> Result<Box<dyn Stream>, Fault> {
+        let deadline = self.deadline();
+        let addresses = report.wait("name", self.resolve(deadline)).await?;
+        let connected = self.connect(&addresses, deadline);
+        let stream = report.wait("connection", connected).await?;
+        let stream = match &self.egress {
+            Some(egress) => {
+                let tunnel = self.open_tunnel(egress, stream, deadline);
+                report.wait("tunnel", tunnel).await?
+            }
+            None => stream,
+        };
+        if self.origin.is_secure() {
+            let encrypted = self.encrypt(stream, deadline, now);
+            report.wait("tls", encrypted).await
+        } else {
+            Ok(Box::new(stream))
+        }
+    }
+
     /// When name, connection and TLS together have taken too long.
-    pub(super) fn deadline(&self) -> Instant {
+    fn deadline(&self) -> Instant {
         Instant::now() + self.timeouts.connect
     }
 
@@ -66,7 +91,7 @@ impl Way {
     }
 
     /// Finds the addresses of the first hop's name.
-    pub(super) async fn resolve(&self, deadline: Instant) -> Outcome<Vec<SocketAddr>> {
+    async fn resolve(&self, deadline: Instant) -> Outcome<Vec<SocketAddr>> {
         let (name, port, setting) = self.first_hop();
         if let Ok(address) = name.parse::<IpAddr>() {
             let addresses = vec![SocketAddr::new(address, port)];
@@ -102,11 +127,7 @@ impl Way {
     }
 
     /// Connects to the first address that answers.
-    pub(super) async fn connect(
-        &self,
-        addresses: &[SocketAddr],
-        deadline: Instant,
-    ) -> Outcome<TcpStream> {
+    async fn connect(&self, addresses: &[SocketAddr], deadline: Instant) -> Outcome<TcpStream> {
         let mut failures = Vec::new();
         for (index, address) in addresses.iter().enumerate() {
             // One silent address must not use up the time of all.
@@ -147,7 +168,7 @@ impl Way {
     }
 
     /// Asks the egress proxy for a tunnel to upstream.
-    pub(super) async fn open_tunnel(
+    async fn open_tunnel(
         &self,
         egress: &EgressProxy,
         stream: TcpStream,
@@ -180,7 +201,7 @@ impl Way {
     }
 
     /// Speaks TLS, and says who vouches for the other end.
-    pub(super) async fn encrypt(
+    async fn encrypt(
         &self,
         stream: TcpStream,
         deadline: Instant,
@@ -204,22 +225,6 @@ impl Way {
             }
             Ok(Err(error)) => Err(refused(name, &error, witness.shown().as_ref(), now)),
             Err(_) => Err(tls_failed(self.too_long())),
-        }
-    }
-
-    /// Name, connection, tunnel and TLS at once.
-    pub(super) async fn reach(&self, now: SystemTime) -> Result<Box<dyn Stream>, Fault> {
-        let deadline = self.deadline();
-        let addresses = self.resolve(deadline).await?.value;
-        let stream = self.connect(&addresses, deadline).await?.value;
-        let stream = match &self.egress {
-            Some(egress) => self.open_tunnel(egress, stream, deadline).await?.value,
-            None => stream,
-        };
-        if self.origin.is_secure() {
-            Ok(self.encrypt(stream, deadline, now).await?.value)
-        } else {
-            Ok(Box::new(stream))
         }
     }
 

@@ -19,7 +19,7 @@ pub(super) struct Found<T = ()> {
 }
 
 /// Why a step failed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Fault {
     exit: Exit,
     text: String,
@@ -27,7 +27,7 @@ pub(super) struct Fault {
 }
 
 /// Something to correct.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(super) struct Problem {
     /// A stable name, for scripts.
     r#type: &'static str,
@@ -37,7 +37,8 @@ pub(super) struct Problem {
 
 /// All steps so far.
 pub(super) struct Report {
-    output: Output,
+    /// `None` to tell nothing.
+    output: Option<Output>,
     steps: Vec<Step>,
     /// That of the first step that failed.
     exit: Option<Exit>,
@@ -129,7 +130,15 @@ impl Problem {
 impl Report {
     pub(super) fn new(output: Output) -> Self {
         Self {
-            output,
+            output: Some(output),
+            ..Self::silent()
+        }
+    }
+
+    /// A report for steps that are part of another one.
+    pub(super) fn silent() -> Self {
+        Self {
+            output: None,
             steps: Vec::new(),
             exit: None,
         }
@@ -143,15 +152,15 @@ impl Report {
     ) -> Option<T> {
         let start = Instant::now();
         let outcome = step();
-        self.add(name, start.elapsed(), outcome)
+        self.add(name, start.elapsed(), outcome).ok()
     }
 
-    /// Waits for a step and hands on what it found.
+    /// Waits for a step and hands on what it found, or why it failed.
     pub(super) async fn wait<T>(
         &mut self,
         name: &'static str,
         step: impl Future<Output = Outcome<T>>,
-    ) -> Option<T> {
+    ) -> Result<T, Fault> {
         let start = Instant::now();
         let outcome = step.await;
         self.add(name, start.elapsed(), outcome)
@@ -163,7 +172,7 @@ impl Report {
 
     /// Tells the end: what scripts read, and the exit code.
     pub(super) fn end(self) -> Result<(), Failure> {
-        if let Output::Json = self.output {
+        if let Some(Output::Json) = self.output {
             let worst = match self.exit {
                 Some(_) => Status::Failure,
                 None if self.steps.iter().any(|step| step.status != Status::Ok) => Status::Warning,
@@ -185,8 +194,13 @@ impl Report {
         })
     }
 
-    fn add<T>(&mut self, name: &'static str, took: Duration, outcome: Outcome<T>) -> Option<T> {
-        let (status, value, found, problems) = match outcome {
+    fn add<T>(
+        &mut self,
+        name: &'static str,
+        took: Duration,
+        outcome: Outcome<T>,
+    ) -> Result<T, Fault> {
+        let (status, found, problems, outcome) = match outcome {
             Ok(Found {
                 value,
                 text,
@@ -197,15 +211,12 @@ impl Report {
                 } else {
                     Status::Warning
                 };
-                (status, Some(value), text, warnings)
+                (status, text, warnings, Ok(value))
             }
-            Err(Fault {
-                exit,
-                text,
-                problems,
-            }) => {
-                self.exit.get_or_insert(exit);
-                (Status::Failure, None, text, problems)
+            Err(fault) => {
+                self.exit.get_or_insert(fault.exit);
+                let Fault { text, problems, .. } = fault.clone();
+                (Status::Failure, text, problems, Err(fault))
             }
         };
         let step = Step {
@@ -215,11 +226,11 @@ impl Report {
             problems,
             took_ms: took.as_millis(),
         };
-        if let Output::Text = self.output {
+        if let Some(Output::Text) = self.output {
             step.tell();
         }
         self.steps.push(step);
-        value
+        outcome
     }
 }
 
