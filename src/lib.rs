@@ -28,6 +28,7 @@ pub mod admin;
 pub mod auth;
 pub mod cli;
 pub mod clock;
+pub mod environment;
 pub mod error;
 pub mod kling;
 pub mod last_seen;

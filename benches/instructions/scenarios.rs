@@ -146,10 +146,7 @@ fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, bod
 
 /// The defaults, but for these variables.
 fn settings(variables: &[(&str, &str)]) -> Settings {
-    let variables: Vec<_> = variables
-        .iter()
-        .map(|(name, value)| (name.into(), value.into()))
-        .collect();
+    let variables = variables.iter().copied().collect();
     let (settings, _) = Settings::load(&Flags::default(), &variables).unwrap();
     settings
 }

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
+use kling_proxy::environment::Environment;
 use kling_proxy::settings::{Flags, Row, Settings};
 use libfuzzer_sys::fuzz_target;
 use toml::{Table, Value};
@@ -26,7 +27,8 @@ const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
 static FILE: LazyLock<Mutex<File>> =
     LazyLock::new(|| Mutex::new(tempfile::tempfile().expect("a temporary file")));
 static KEYS: LazyLock<Vec<String>> = LazyLock::new(|| {
-    let (_, rows) = Settings::load(&Flags::default(), &[]).expect("defaults are without problems");
+    let (_, rows) = Settings::load(&Flags::default(), &Environment::default())
+        .expect("defaults are without problems");
     rows.into_iter().map(|row| row.key).collect()
 });
 
@@ -91,7 +93,7 @@ fn load(
         config: Some(PathBuf::from(format!("/dev/fd/{}", file.as_raw_fd()))),
         values: Vec::new(),
     };
-    Settings::load(&flags, variables)
+    Settings::load(&flags, &variables.iter().cloned().collect())
 }
 
 /// What the rest of the program relies on, above all who can connect and where requests go.

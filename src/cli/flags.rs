@@ -1,12 +1,12 @@
 //! The flags that commands share, and which of them a command heeds.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, Id};
 
 use super::{CommandLine, Exit, Failure};
+use crate::environment::Environment;
 use crate::settings::{Flags, Problem, Row, Settings};
 
 #[derive(Args, Clone, Copy)]
@@ -106,10 +106,7 @@ impl SettingsArgs {
         }
     }
 
-    pub(super) fn load(
-        &self,
-        environment: &[(OsString, OsString)],
-    ) -> Result<(Settings, Vec<Row>), Failure> {
+    pub(super) fn load(&self, environment: &Environment) -> Result<(Settings, Vec<Row>), Failure> {
         Settings::load(&self.flags(), environment).map_err(|problems| Failure {
             exit: Exit::Settings,
             lines: problems.iter().map(Problem::to_string).collect(),

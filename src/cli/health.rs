@@ -2,7 +2,6 @@
 //! checks in images without a shell, and for what is started after it.
 
 use std::error::Error;
-use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{Exit, Failure, SettingsArgs, runtime, say, send};
 use crate::admin;
+use crate::environment::Environment;
 use crate::error::BoxError;
 
 /// Between two questions of `wait`: a proxy is ready within less.
@@ -22,10 +22,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const BOUND: usize = 64 << 10;
 
 /// Asks once.
-pub(super) fn run(
-    args: &SettingsArgs,
-    environment: &[(OsString, OsString)],
-) -> Result<(), Failure> {
+pub(super) fn run(args: &SettingsArgs, environment: &Environment) -> Result<(), Failure> {
     let address = address(args, environment)?;
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
     let answer = runtime.block_on(ask(address));
@@ -37,7 +34,7 @@ pub(super) fn run(
 pub(super) fn wait(
     patience: Duration,
     args: &SettingsArgs,
-    environment: &[(OsString, OsString)],
+    environment: &Environment,
 ) -> Result<(), Failure> {
     let address = address(args, environment)?;
     let mut last = "no answer yet".to_owned();
@@ -61,10 +58,7 @@ pub(super) fn wait(
 }
 
 /// Where the proxy of these settings answers.
-fn address(
-    args: &SettingsArgs,
-    environment: &[(OsString, OsString)],
-) -> Result<SocketAddr, Failure> {
+fn address(args: &SettingsArgs, environment: &Environment) -> Result<SocketAddr, Failure> {
     let (settings, _) = args.load(environment)?;
     let address = settings.admin.address.ok_or_else(|| {
         let reason = "admin.address is off: there is nothing to ask";

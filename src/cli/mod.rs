@@ -38,6 +38,7 @@ use tokio::runtime::Runtime;
 
 use self::flags::{SettingsArgs, WithSandbox, command_line, refuse_idle};
 use crate::auth::credentials::{self, CommandError, Found, Places};
+use crate::environment::Environment;
 use crate::error::chain;
 use crate::telemetry;
 
@@ -227,7 +228,7 @@ impl CommandLine {
             sandbox: WithSandbox { sandbox },
             settings,
         } = self;
-        let environment: Vec<_> = std::env::vars_os().collect();
+        let environment: Environment = std::env::vars_os().collect();
         match command {
             None => serve::run(sandbox, settings, environment)?,
             Some(Command::Serve(with)) => {

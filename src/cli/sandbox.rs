@@ -1,6 +1,5 @@
 //! `kling-proxy sandbox`: the embedded Kling API alone.
 
-use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -10,6 +9,7 @@ use super::serve::{NO_UPSTREAM, limit_connections, raise_descriptor_limit};
 use super::signal::Signals;
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::clock::SystemClock;
+use crate::environment::Environment;
 use crate::layer::guard::rules::Rules;
 use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
 use crate::server::{self, ConnectionLimits, Listener, Stop, Worker};
@@ -21,7 +21,7 @@ use crate::telemetry::metrics::Metrics;
 pub(super) fn run(
     address: SocketAddr,
     args: &SettingsArgs,
-    environment: &[(OsString, OsString)],
+    environment: &Environment,
 ) -> Result<(), Failure> {
     let (settings, _) = args.load(environment)?;
     refuse_exposed(address, &settings)?;

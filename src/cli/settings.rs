@@ -1,16 +1,12 @@
 //! `kling-proxy settings`: the effective settings, as a configuration file that says where each
 //! value comes from.
 
-use std::ffi::OsString;
-
 use super::{Failure, SettingsArgs, say};
 use crate::auth::credentials::{Error, Places};
+use crate::environment::Environment;
 use crate::error::chain;
 
-pub(super) fn run(
-    args: &SettingsArgs,
-    environment: &[(OsString, OsString)],
-) -> Result<(), Failure> {
+pub(super) fn run(args: &SettingsArgs, environment: &Environment) -> Result<(), Failure> {
     let (settings, rows) = args.load(environment)?;
     let lines: Vec<_> = rows
         .iter()

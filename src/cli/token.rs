@@ -1,12 +1,12 @@
 //! `kling-proxy token`: a fresh token for other tools, or what it claims.
 
-use std::ffi::OsString;
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::{Exit, Failure, SettingsArgs, complain, find_credential, say};
 use crate::auth::credentials::Places;
 use crate::auth::token::{self, Claims, Credential};
 use crate::clock::{Clock, SystemClock};
+use crate::environment::Environment;
 
 /// As much of an access key as is shown.
 const SHOWN: usize = 4;
@@ -14,7 +14,7 @@ const SHOWN: usize = 4;
 pub(super) fn run(
     decode: bool,
     args: &SettingsArgs,
-    environment: &[(OsString, OsString)],
+    environment: &Environment,
 ) -> Result<(), Failure> {
     let (settings, _) = args.load(environment)?;
     let found = find_credential(&Places {

@@ -1,6 +1,5 @@
 //! Where values come from: layers of keys, merged by figment, each value with its source.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use figment::value::{Dict, Map, Value};
@@ -8,6 +7,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 
 use super::Problem;
 use crate::auth::trusted_file::{self, TrustedFileError};
+use crate::environment::Environment;
 
 /// The lowest layer, and the list of known keys.
 const DEFAULTS: &str = include_str!("../../config/default.toml");
@@ -49,7 +49,7 @@ impl Layers {
     /// Reads all layers. What cannot be read or is not known is a problem and left out.
     pub(super) fn read(
         flags: &Flags,
-        environment: &[(OsString, OsString)],
+        environment: &Environment,
         problems: &mut Vec<Problem>,
     ) -> Self {
         let defaults = Layer {
@@ -61,20 +61,14 @@ impl Layers {
             .map(|(key, _)| key)
             .collect();
         let mut layers = Vec::new();
-        let get = |name: &str| {
-            let mut found = environment.iter().filter(|(key, _)| key == name);
-            found
-                .next()
-                .map(|(_, value)| value)
-                .filter(|value| !value.is_empty())
-        };
         let named = flags
             .config
             .clone()
-            .or_else(|| get(CONFIG).map(PathBuf::from));
+            .or_else(|| environment.get(CONFIG).map(PathBuf::from));
         let usual = || {
-            let folder = get("XDG_CONFIG_HOME").map(PathBuf::from);
-            let folder = folder.or_else(|| Some(PathBuf::from(get("HOME")?).join(".config")))?;
+            let folder = environment.get("XDG_CONFIG_HOME").map(PathBuf::from);
+            let folder =
+                folder.or_else(|| Some(PathBuf::from(environment.get("HOME")?).join(".config")))?;
             Some(folder.join("kling-proxy/config.toml")).filter(|path| path.exists())
         };
         if let Some(path) = named.or_else(usual) {
@@ -175,9 +169,9 @@ fn parse(text: &str) -> Result<Dict, String> {
 }
 
 /// One layer a variable, so that each value knows the variable it comes from.
-fn variables(environment: &[(OsString, OsString)], problems: &mut Vec<Problem>) -> Vec<Layer> {
+fn variables(environment: &Environment, problems: &mut Vec<Problem>) -> Vec<Layer> {
     let mut layers = Vec::new();
-    for (name, value) in environment {
+    for (name, value) in environment.variables() {
         let Some(name) = name.to_str() else { continue };
         let Some(key) = name.strip_prefix(PREFIX) else {
             continue;

@@ -7,7 +7,6 @@ mod check;
 mod layers;
 mod value;
 
-use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -23,6 +22,7 @@ use self::layers::{DEFAULT, Layers};
 use self::value::{Offset, OrOff, Setting};
 use crate::auth::credentials::Configured;
 use crate::auth::token::Validity;
+use crate::environment::Environment;
 use crate::layer::normalise::ErrorFormat;
 use crate::layer::retry;
 use crate::request::replay_body;
@@ -193,7 +193,7 @@ impl Settings {
     /// Every [`Problem`], so that one run is enough to correct them all.
     pub fn load(
         flags: &Flags,
-        environment: &[(OsString, OsString)],
+        environment: &Environment,
     ) -> Result<(Self, Vec<Row>), Vec<Problem>> {
         let mut problems = Vec::new();
         let layers = Layers::read(flags, environment, &mut problems);
@@ -392,11 +392,7 @@ mod tests {
     use crate::auth::secret::Secret;
 
     fn load(variables: &[(&str, &str)]) -> Result<(Settings, Vec<Row>), Vec<String>> {
-        let variables: Vec<_> = variables
-            .iter()
-            .map(|(name, value)| (name.into(), value.into()))
-            .collect();
-        Settings::load(&Flags::default(), &variables)
+        Settings::load(&Flags::default(), &variables.iter().copied().collect())
             .map_err(|problems| problems.iter().map(Problem::to_string).collect())
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use kling_proxy::auth::secret::Secret;
 use kling_proxy::auth::token::Credential;
 use kling_proxy::clock::Clock;
+use kling_proxy::environment::Environment;
 use kling_proxy::layer::guard::rules::Rules;
 use kling_proxy::lifecycle::Phase;
 use kling_proxy::server::{self, ConnectionLimits, Listener, Stop, Worker};
@@ -159,7 +160,7 @@ async fn simulate(world: World) {
 
 /// The real stack, with the default settings.
 fn proxy(world: &World) -> Shared {
-    let (settings, _) = Settings::load(&Flags::default(), &[]).unwrap();
+    let (settings, _) = Settings::load(&Flags::default(), &Environment::default()).unwrap();
     let [access_key, secret_key] = ["access", "secret"].map(|key| Secret::from(key.repeat(5)));
     Shared::new(Parts {
         credential: Credential::Pair {

@@ -1,6 +1,5 @@
 //! A command that prints a credential, for those who keep keys in a password manager or a vault.
 
-use std::ffi::OsString;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -13,12 +12,13 @@ use zeroize::Zeroizing;
 
 use super::{Error, Found, Key, api_key, harmless, key, pair};
 use crate::auth::secret::Secret;
+use crate::environment::Environment;
 
 /// A command line, run without a shell.
 #[derive(Clone, Copy)]
 pub struct Command<'a> {
     pub(super) words: &'a [String],
-    pub(super) environment: &'a [(OsString, OsString)],
+    pub(super) environment: &'a Environment,
 }
 
 /// What is wrong with a command. It shows nothing of what was printed.

@@ -2,6 +2,8 @@
 
 use std::ffi::{OsStr, OsString};
 
+use crate::environment::Environment;
+
 /// What a service manager hands to us alone (`systemd.exec(5)`, `sd_listen_fds(3)`, `sd_notify(3)`).
 const HANDED_OVER: [&str; 7] = [
     super::DIRECTORY,
@@ -27,10 +29,8 @@ const SECRETIVE_WORDS: [&str; 5] = ["AK", "AKSK", "PAT", "PW", "SK"];
 const HARMLESS: [&str; 2] = ["KEYFRAME", "KEYWORD"];
 
 /// The variables without our settings, and without those that hold or lead to a secret of ours.
-pub fn harmless(
-    environment: &[(OsString, OsString)],
-) -> impl Iterator<Item = &(OsString, OsString)> {
-    environment.iter().filter(|(name, _)| !is_ours(name))
+pub fn harmless(environment: &Environment) -> impl Iterator<Item = &(OsString, OsString)> {
+    environment.variables().filter(|(name, _)| !is_ours(name))
 }
 
 fn is_ours(name: &OsStr) -> bool {

@@ -3,7 +3,6 @@
 mod command;
 mod environment;
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 pub use self::command::{Command, CommandError};
@@ -11,6 +10,7 @@ pub use self::environment::harmless;
 use crate::auth::secret::Secret;
 use crate::auth::token::Credential;
 use crate::auth::trusted_file::{self, TrustedFileError};
+use crate::environment::Environment;
 
 /// What `credentials.*` of the settings say.
 #[derive(Clone, Debug, Default)]
@@ -33,7 +33,7 @@ pub struct Configured {
 #[derive(Clone, Copy)]
 pub struct Places<'a> {
     /// The variables of the process, as they were at its start.
-    pub environment: &'a [(OsString, OsString)],
+    pub environment: &'a Environment,
     /// The lowest place.
     pub configured: &'a Configured,
 }
@@ -163,12 +163,13 @@ impl Places<'_> {
 
     /// A variable, or the file that its `_FILE` twin names.
     fn variable(&self, name: &str) -> Result<Option<Key>, Error> {
-        if let Some(value) = self.get(name) {
+        if let Some(value) = self.environment.get(name) {
             let text = value.to_str().unwrap_or_default();
             return key(name.to_owned(), text).map(Some);
         }
         let file = format!("{name}_FILE");
-        self.get(&file)
+        self.environment
+            .get(&file)
             .map(Path::new)
             .map(|path| from_file(&file, path))
             .transpose()
@@ -177,20 +178,12 @@ impl Places<'_> {
     /// A file of systemd's `LoadCredential`.
     fn in_directory(&self, name: &str) -> Result<Option<Key>, Error> {
         let path = self
+            .environment
             .get(DIRECTORY)
             .map(|directory| PathBuf::from(directory).join(name));
         let path = path.filter(|path| path.exists());
         path.map(|path| from_file(&format!("${DIRECTORY}/{name}"), &path))
             .transpose()
-    }
-
-    /// A variable that is set and not empty.
-    fn get(&self, name: &str) -> Option<&OsString> {
-        let mut found = self.environment.iter().filter(|(key, _)| key == name);
-        found
-            .next()
-            .map(|(_, value)| value)
-            .filter(|value| !value.is_empty())
     }
 }
 
@@ -298,11 +291,8 @@ mod tests {
 
     /// What is found: the kind, or the error.
     fn find(variables: &[(&str, &str)]) -> String {
-        let environment = variables
-            .iter()
-            .map(|(name, value)| (name.into(), value.into()));
         let places = Places {
-            environment: &environment.collect::<Vec<_>>(),
+            environment: &variables.iter().copied().collect(),
             configured: &Configured::default(),
         };
         match places.find() {

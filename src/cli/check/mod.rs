@@ -9,7 +9,6 @@ mod network;
 mod region;
 mod report;
 
-use std::ffi::OsString;
 use std::sync::Arc;
 
 use self::account::Credentials;
@@ -18,13 +17,14 @@ use self::report::{Fault, Report};
 use super::{Exit, Failure, Output, SettingsArgs, runtime};
 use crate::auth::credentials::Places;
 use crate::clock::{Clock, SystemClock};
+use crate::environment::Environment;
 use crate::server::CertificateFiles;
 
 pub(super) fn run(
     offline: bool,
     output: Output,
     args: &SettingsArgs,
-    environment: &[(OsString, OsString)],
+    environment: &Environment,
 ) -> Result<(), Failure> {
     let mut report = Report::new(output);
     let (settings, rows) = match args.load(environment) {

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use crate::auth::credentials::harmless;
 use crate::auth::secret::Secret;
+use crate::environment::Environment;
 
 /// Names by which tools ask for the API's address.
 const URLS: [&str; 4] = [
@@ -32,7 +33,7 @@ const PROXY: &str = "_PROXY";
 /// Our environment without secrets, and with all that a tool needs to use the proxy unchanged: it
 /// shows the token as an API key, or signs with it as its secret key.
 pub(super) fn variables(
-    environment: &[(OsString, OsString)],
+    environment: &Environment,
     address: SocketAddr,
     token: &Secret,
 ) -> impl Iterator<Item = (OsString, OsString)> {
@@ -46,11 +47,10 @@ pub(super) fn variables(
 
 /// Excepts our address from the network's own proxy, which would see the token and could not reach us.
 /// Whatever else the variables say stays true: tools differ in which of them they read.
-fn directly(
-    environment: &[(OsString, OsString)],
-    address: SocketAddr,
-) -> Vec<(OsString, OsString)> {
-    let set = environment.iter().filter(|(_, value)| !value.is_empty());
+fn directly(environment: &Environment, address: SocketAddr) -> Vec<(OsString, OsString)> {
+    let set = environment
+        .variables()
+        .filter(|(_, value)| !value.is_empty());
     let (direct, others): (Vec<_>, Vec<_>) = set
         .filter(|(name, _)| name.to_string_lossy().to_ascii_uppercase().ends_with(PROXY))
         .partition(|(name, _)| DIRECT.iter().any(|direct| name == direct));

@@ -21,6 +21,7 @@ use super::serve::{
 use super::{Exit, Failure, SettingsArgs, runtime};
 use crate::auth::client_token::ClientTokens;
 use crate::auth::secret::Secret;
+use crate::environment::Environment;
 use crate::layer::guard::rules::Rules;
 use crate::telemetry;
 
@@ -32,7 +33,7 @@ pub(super) fn run(
     with_sandbox: bool,
     command: &[OsString],
     args: SettingsArgs,
-    environment: &[(OsString, OsString)],
+    environment: &Environment,
 ) -> Result<ExitCode, Failure> {
     let (mut settings, rows) = args.load(environment)?;
     let is_default = |key| rows.iter().any(|row| row.key == key && row.is_default());
@@ -52,7 +53,7 @@ pub(super) fn run(
     settings.limits.connections = settings.limits.connections.min(fitting);
     let configuration = Configuration {
         args,
-        environment: environment.to_owned(),
+        environment: environment.clone(),
         settings,
         rows,
         filter,
@@ -73,7 +74,8 @@ pub(super) fn run(
     let runtime = runtime().map_err(failed)?;
     let ended = runtime.block_on(async {
         let mut signals = Signals::new().map_err(failed)?;
-        let mut running = proxy.start(configuration, Manager::new(&[]), None)?;
+        let mut running =
+            proxy.start(configuration, Manager::new(&Environment::default()), None)?;
         let child = command.spawn().map_err(|error| {
             let exit = match error.kind() {
                 io::ErrorKind::NotFound => Exit::NotFound,

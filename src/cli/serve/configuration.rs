@@ -1,16 +1,15 @@
 //! What a proxy is started with, kept to be read again.
 
-use std::ffi::OsString;
-
 use crate::auth::credentials::Places;
 use crate::cli::SettingsArgs;
+use crate::environment::Environment;
 use crate::settings::{Row, Settings};
 use crate::telemetry::Filter;
 
 /// The settings in force, and where they came from.
 pub(in crate::cli) struct Configuration {
     pub(in crate::cli) args: SettingsArgs,
-    pub(in crate::cli) environment: Vec<(OsString, OsString)>,
+    pub(in crate::cli) environment: Environment,
     pub(in crate::cli) settings: Settings,
     pub(in crate::cli) rows: Vec<Row>,
     /// What decides which lines are logged.

@@ -1,6 +1,5 @@
 //! The sockets that clients connect to.
 
-use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -8,6 +7,7 @@ use std::sync::Arc;
 
 use super::systemd;
 use crate::cli::{Exit, Failure};
+use crate::environment::Environment;
 use crate::error::chain;
 use crate::server::{self, Certificate, CertificateFiles, Listener, SocketFile};
 use crate::settings::{Listen, Problem, Settings};
@@ -35,7 +35,7 @@ impl Listeners {
     /// for. Call it before the first thread is started, as [`SocketFile::bind`] says.
     pub(in crate::cli) fn open(
         settings: &Settings,
-        environment: &[(OsString, OsString)],
+        environment: &Environment,
     ) -> Result<Self, Failure> {
         let certificate = load_certificate(&settings.listen)?;
         let (mut data, mut admin) = (Vec::new(), Vec::new());

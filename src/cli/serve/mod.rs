@@ -10,8 +10,6 @@ mod running;
 mod set_up;
 mod systemd;
 
-use std::ffi::OsString;
-
 use tokio::time::Instant;
 
 pub(super) use self::configuration::Configuration;
@@ -25,6 +23,7 @@ pub(super) use self::set_up::Proxy;
 pub(super) use self::systemd::Manager;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, runtime, say};
+use crate::environment::Environment;
 use crate::sandbox::Sandbox;
 use crate::server::Listener;
 use crate::telemetry;
@@ -33,7 +32,7 @@ use crate::upstream::Origin;
 pub(super) fn run(
     with_sandbox: bool,
     args: SettingsArgs,
-    environment: Vec<(OsString, OsString)>,
+    environment: Environment,
 ) -> Result<(), Failure> {
     let (settings, rows) = args.load(&environment)?;
     let filter = telemetry::init(settings.log.format, settings.log.filter.clone());

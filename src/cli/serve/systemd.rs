@@ -1,7 +1,7 @@
 //! What systemd hands over, and what it is told; so does any service manager that speaks its
 //! protocols (sd_listen_fds(3), sd_notify(3)).
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
 #[cfg(target_os = "linux")]
@@ -16,6 +16,7 @@ use rustix::time::{ClockId, clock_gettime};
 use socket2::SockRef;
 
 use crate::cli::{Exit, Failure};
+use crate::environment::Environment;
 use crate::server::Listener;
 use crate::settings::Problem;
 
@@ -35,11 +36,9 @@ pub(in crate::cli) struct Manager(Option<(UnixDatagram, SocketAddr)>);
 /// The listening sockets that were opened for us, with their names.
 ///
 /// Call it once, before the first thread is started: it takes the variables out of the environment.
-pub(super) fn sockets(
-    environment: &[(OsString, OsString)],
-) -> Result<Vec<(String, Listener)>, Failure> {
+pub(super) fn sockets(environment: &Environment) -> Result<Vec<(String, Listener)>, Failure> {
     let mut sockets = ListenFd::from_env();
-    let names = variable(environment, NAMES).map(OsStr::to_string_lossy);
+    let names = environment.get(NAMES).map(OsStr::to_string_lossy);
     let mut names = names.iter().flat_map(|names| names.split(':'));
     let mut listeners = Vec::new();
     for index in 0..sockets.len() {
@@ -77,22 +76,17 @@ fn listens(socket: &impl AsFd) -> io::Result<bool> {
     Ok(true)
 }
 
-fn variable<'a>(environment: &'a [(OsString, OsString)], name: &str) -> Option<&'a OsStr> {
-    let mut found = environment.iter().filter(|(key, _)| key == name);
-    found.next().map(|(_, value)| value.as_os_str())
-}
-
 // === impl Manager ===
 
 impl Manager {
     /// The manager that the environment names.
-    pub(in crate::cli) fn new(environment: &[(OsString, OsString)]) -> Self {
+    pub(in crate::cli) fn new(environment: &Environment) -> Self {
         let connect = |name: &OsStr| {
             let socket = UnixDatagram::unbound()?;
             socket.set_write_timeout(Some(PATIENCE))?;
             Ok::<_, io::Error>((socket, address(name)?))
         };
-        Self(variable(environment, NOTIFY).and_then(|name| {
+        Self(environment.get(NOTIFY).and_then(|name| {
             let warn = |error: &_| tracing::warn!(%error, "{NOTIFY} cannot be used");
             connect(name).inspect_err(warn).ok()
         }))
