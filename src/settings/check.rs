@@ -30,27 +30,7 @@ impl Settings {
                 problems.push(Problem::new(key, reason));
             }
         };
-        let Validity {
-            lifetime,
-            refresh_before,
-            ..
-        } = self.token;
-        require(
-            LIFETIMES.contains(&lifetime),
-            "token.lifetime",
-            format!(
-                "want 1m to 30m, got {}",
-                humantime::format_duration(lifetime)
-            ),
-        );
-        require(
-            refresh_before < lifetime,
-            "token.refresh_before",
-            format!(
-                "want less than token.lifetime, {}",
-                humantime::format_duration(lifetime)
-            ),
-        );
+        check_validity(self.token, &mut require);
         self.listen.check(&mut require);
         let local = self
             .admin
@@ -68,6 +48,23 @@ impl Settings {
             "errors.status",
             "has no effect with errors.format = \"upstream\"".to_owned(),
         );
+        self.check_durations(&mut require);
+        require(
+            ATTEMPTS.contains(&self.retry.attempts),
+            "retry.attempts",
+            format!("want 1 to 10, got {}", self.retry.attempts),
+        );
+        for (key, number) in [
+            ("limits.connections", self.limits.connections),
+            ("limits.in_flight", self.limits.in_flight),
+        ] {
+            require(number > 0, key, "want more than 0".to_owned());
+        }
+        problems
+    }
+
+    /// Finds durations that are no use, or too long.
+    fn check_durations(&self, require: &mut impl FnMut(bool, &str, String)) {
         for (key, duration) in [
             ("upstream.connect_timeout", self.upstream.timeouts.connect),
             ("upstream.response_timeout", self.upstream.timeouts.response),
@@ -87,18 +84,6 @@ impl Settings {
         ] {
             require(duration <= LONGEST_WAIT, key, "want at most 24h".to_owned());
         }
-        require(
-            ATTEMPTS.contains(&self.retry.attempts),
-            "retry.attempts",
-            format!("want 1 to 10, got {}", self.retry.attempts),
-        );
-        for (key, number) in [
-            ("limits.connections", self.limits.connections),
-            ("limits.in_flight", self.limits.in_flight),
-        ] {
-            require(number > 0, key, "want more than 0".to_owned());
-        }
-        problems
     }
 
     /// What is wrong with an address to listen on that stands at `place`, if anything.
@@ -172,6 +157,21 @@ impl Access {
             );
         }
     }
+}
+
+/// Finds token times that Kling would not take, or that leave no time between two tokens.
+fn check_validity(token: Validity, require: &mut impl FnMut(bool, &str, String)) {
+    let lifetime = humantime::format_duration(token.lifetime);
+    require(
+        LIFETIMES.contains(&token.lifetime),
+        "token.lifetime",
+        format!("want 1m to 30m, got {lifetime}"),
+    );
+    require(
+        token.refresh_before < token.lifetime,
+        "token.refresh_before",
+        format!("want less than token.lifetime, {lifetime}"),
+    );
 }
 
 /// A name or an address, as a `Host` header has it before the port.

@@ -56,30 +56,8 @@ impl Layers {
             source: DEFAULT.to_owned(),
             values: default_values(),
         };
-        let keys: Vec<_> = leaves(&defaults.values)
-            .into_iter()
-            .map(|(key, _)| key)
-            .collect();
-        let mut layers = Vec::new();
-        let named = flags
-            .config
-            .clone()
-            .or_else(|| environment.get(CONFIG).map(PathBuf::from));
-        let usual = || {
-            let folder = environment.get("XDG_CONFIG_HOME").map(PathBuf::from);
-            let folder =
-                folder.or_else(|| Some(PathBuf::from(environment.get("HOME")?).join(".config")))?;
-            Some(folder.join("kling-proxy/config.toml")).filter(|path| path.exists())
-        };
-        if let Some(path) = named.or_else(usual) {
-            match read_file(&path) {
-                Ok(values) => layers.push(Layer {
-                    source: path.display().to_string(),
-                    values,
-                }),
-                Err(reason) => problems.push(Problem::new(path.display(), reason)),
-            }
-        }
+        let keys = defaults.keys();
+        let mut layers = Vec::from_iter(file(flags, environment, problems));
         layers.extend(variables(environment, problems));
         layers.extend(flags.values.iter().map(|(key, flag, value)| Layer {
             source: (*flag).to_owned(),
@@ -89,11 +67,7 @@ impl Layers {
         let defaults = Figment::from(defaults);
         let mut figment = defaults.clone();
         for mut layer in layers {
-            let given: Vec<_> = leaves(&layer.values)
-                .into_iter()
-                .map(|(key, _)| key)
-                .collect();
-            for key in given {
+            for key in layer.keys() {
                 if !keys.contains(&key) {
                     problems.push(unknown(&layer.source, &key, &keys));
                     forget(&mut layer.values, &key);
@@ -128,6 +102,13 @@ impl Layers {
 
 // === impl Layer ===
 
+impl Layer {
+    fn keys(&self) -> Vec<String> {
+        let leaves = leaves(&self.values);
+        leaves.into_iter().map(|(key, _)| key).collect()
+    }
+}
+
 impl Provider for Layer {
     fn metadata(&self) -> Metadata {
         Metadata::named(self.source.clone())
@@ -141,6 +122,27 @@ impl Provider for Layer {
 fn default_values() -> Dict {
     // Constant, and parsed by every test that loads settings.
     parse(DEFAULTS).unwrap_or_default()
+}
+
+/// Reads the settings file: the one that is named, else the usual one if there is one.
+fn file(flags: &Flags, environment: &Environment, problems: &mut Vec<Problem>) -> Option<Layer> {
+    let named = flags.config.clone();
+    let named = named.or_else(|| environment.get(CONFIG).map(PathBuf::from));
+    let usual = || {
+        let folder = environment.get("XDG_CONFIG_HOME").map(PathBuf::from);
+        let home = || Some(Path::new(environment.get("HOME")?).join(".config"));
+        let path = folder.or_else(home)?.join("kling-proxy/config.toml");
+        path.exists().then_some(path)
+    };
+    let path = named.or_else(usual)?;
+    let source = path.display().to_string();
+    match read_file(&path) {
+        Ok(values) => Some(Layer { source, values }),
+        Err(reason) => {
+            problems.push(Problem::new(source, reason));
+            None
+        }
+    }
 }
 
 fn read_file(path: &Path) -> Result<Dict, String> {

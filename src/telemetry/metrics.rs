@@ -55,6 +55,9 @@ pub struct Metrics {
     log_lines_dropped: IntCounter,
 }
 
+/// Makes metrics and registers them.
+struct Registrar(Registry);
+
 // === impl Metrics ===
 
 impl Metrics {
@@ -64,28 +67,9 @@ impl Metrics {
     ///
     /// Only if two metrics here had one name, which every start would show.
     pub fn new() -> Result<Self, prometheus::Error> {
-        let registry = Registry::new_custom(Some("kling_proxy".to_owned()), None)?;
-        let gauge = |name, help| registered(&registry, IntGauge::new(name, help)?);
-        let counters = |name, help, labels: &[&str]| {
-            registered(
-                &registry,
-                IntCounterVec::new(Opts::new(name, help), labels)?,
-            )
-        };
-        let known = |name, help, label, values: &[&str]| {
-            let counters = counters(name, help, &[label]);
-            counters.inspect(|counters| {
-                for value in values {
-                    counters.with_label_values(&[value]);
-                }
-            })
-        };
-        let requests = counters(
-            "requests_total",
-            "Requests answered.",
-            &["method", "status_class"],
-        )?;
-        let attempts = known(
+        let registrar = Registrar::new()?;
+        registrar.version()?;
+        let attempts = registrar.known(
             "upstream_attempts_total",
             "Requests sent upstream, by what came of them: response, or the error's type.",
             "outcome",
@@ -95,71 +79,60 @@ impl Metrics {
             ]
             .concat(),
         )?;
-        let clock_offset = Gauge::new(
-            "clock_offset_seconds",
-            "How far ahead of this machine's the clock is that tokens are made by: upstream's, as far as it is known.",
-        )?;
-        register_version(&registry)?;
-        let client_tokens_valid = gauge(
+        let client_tokens_valid = registrar.gauge(
             "client_tokens_valid",
             "Whether the file of client tokens is right: 1, and 0 while it is wrong or holds none; 1 without one.",
         )?;
         client_tokens_valid.set(1);
-
-        let methods = METHODS.iter().map(Method::as_str).chain([OTHER_METHOD]);
         Ok(Self {
-            requests: methods
-                .map(|method| {
-                    STATUS_CLASSES.map(|class| requests.with_label_values(&[method, class]))
-                })
-                .collect(),
-            duration: registered(&registry, duration()?)?,
-            in_flight: gauge("requests_in_flight", "Requests whose answer has not ended.")?,
+            requests: registrar.requests()?,
+            duration: registrar.duration()?,
+            in_flight: registrar.gauge("requests_in_flight", "Requests whose answer has not ended.")?,
             answers: attempts.with_label_values(&["response"]),
             attempts,
-            refusals: known(
+            refusals: registrar.known(
                 "guard_refusals_total",
                 "Requests refused unsent, by the error's type.",
                 "reason",
                 &kinds(Class::counts_as_refusal),
             )?,
-            clients: counters(
+            clients: registrar.counters(
                 "client_requests_total",
                 "Requests that showed a client token, by its name.",
                 &["client"],
             )?,
             client_tokens_valid,
-            withheld: known(
+            withheld: registrar.known(
                 "resends_withheld_total",
                 "Requests that could be sent again but were not, by what was exhausted: body, budget or time.",
                 "reason",
                 &["body", "budget", "time"],
             )?,
-            not_kept: known(
+            not_kept: registrar.known(
                 "request_bodies_not_kept_total",
                 "Request bodies that cannot be sent again, by the bound they exceeded: body or memory.",
                 "reason",
                 &["body", "memory"],
             )?,
-            minted: known(
+            minted: registrar.known(
                 "tokens_minted_total",
                 "Tokens minted, by outcome: ok or error.",
                 "outcome",
                 &["ok", "error"],
             )?,
-            token_expiry: gauge(
+            token_expiry: registrar.gauge(
                 "token_expiry_timestamp_seconds",
                 "When the current token ends; 0 without one.",
             )?,
-            clock_offset: registered(&registry, clock_offset)?,
-            log_lines_dropped: registered(
-                &registry,
-                IntCounter::new(
-                    "log_lines_dropped_total",
-                    "Log lines that were lost: standard error did not take them.",
-                )?,
-            )?,
-            registry,
+            clock_offset: registrar.register(Gauge::new(
+                "clock_offset_seconds",
+                "How far ahead of this machine's the clock is that tokens are made by: upstream's, as far as it is known.",
+            )?)?,
+            log_lines_dropped: registrar.register(IntCounter::new(
+                "log_lines_dropped_total",
+                "Log lines that were lost: standard error did not take them.",
+            )?)?,
+            registry: registrar.0,
         })
     }
 
@@ -249,29 +222,70 @@ impl Metrics {
     }
 }
 
-fn duration() -> Result<Histogram, prometheus::Error> {
-    let options = HistogramOpts::new(
-        "request_duration_seconds",
-        "From the head of a request to the head of its answer.",
-    );
-    Histogram::with_opts(options.buckets(BUCKETS.to_vec()))
-}
+// === impl Registrar ===
 
-/// Registers what says which version runs.
-fn register_version(registry: &Registry) -> Result<(), prometheus::Error> {
-    let build = Opts::new("build_info", "The running version.");
-    let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;
-    build.set(1);
-    registry.register(Box::new(build))
-}
+impl Registrar {
+    fn new() -> Result<Self, prometheus::Error> {
+        Registry::new_custom(Some("kling_proxy".to_owned()), None).map(Self)
+    }
 
-/// Registers a metric.
-fn registered<C: Collector + Clone + 'static>(
-    registry: &Registry,
-    metric: C,
-) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+    fn register<C: Collector + Clone + 'static>(&self, metric: C) -> Result<C, prometheus::Error> {
+        self.0.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        self.register(IntGauge::new(name, help)?)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        self.register(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    /// Registers counters by one label whose values are known. All of them stand at 0 from the start.
+    fn known(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: &[&str],
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        let counters = self.counters(name, help, &[label])?;
+        for value in values {
+            counters.with_label_values(&[value]);
+        }
+        Ok(counters)
+    }
+
+    /// Registers the requests answered: a row for each method, a column for each class of statuses.
+    fn requests(&self) -> Result<Vec<[IntCounter; STATUS_CLASSES.len()]>, prometheus::Error> {
+        let labels = ["method", "status_class"];
+        let requests = self.counters("requests_total", "Requests answered.", &labels)?;
+        let methods = METHODS.iter().map(Method::as_str).chain([OTHER_METHOD]);
+        let row = |method| STATUS_CLASSES.map(|class| requests.with_label_values(&[method, class]));
+        Ok(methods.map(row).collect())
+    }
+
+    fn duration(&self) -> Result<Histogram, prometheus::Error> {
+        let options = HistogramOpts::new(
+            "request_duration_seconds",
+            "From the head of a request to the head of its answer.",
+        );
+        self.register(Histogram::with_opts(options.buckets(BUCKETS.to_vec()))?)
+    }
+
+    /// Registers the version as a label of a gauge that is always 1.
+    fn version(&self) -> Result<(), prometheus::Error> {
+        let build = Opts::new("build_info", "The running version.");
+        let build = IntGauge::with_opts(build.const_label("version", env!("CARGO_PKG_VERSION")))?;
+        build.set(1);
+        self.register(build).map(drop)
+    }
 }
 
 /// Returns the types of errors whose class is counted.

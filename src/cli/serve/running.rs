@@ -108,28 +108,14 @@ impl Proxy {
         let quit = Arc::new(Notify::new());
         let (serving, never) = latch::channel(Stop::Never);
         let mut others = JoinSet::new();
-        let own = |connections| ConnectionLimits {
-            connections: Arc::new(Semaphore::new(connections)),
-            heads: Arc::default(),
-            ..limits.clone()
-        };
         if let Some((listener, sandbox)) = sandbox {
-            let limits = own(share_of_descriptors(3));
+            let limits = own_connections(&limits, share_of_descriptors(3));
             let ended = start_sandbox(listener, sandbox, limits, never.clone()).map_err(failed)?;
             others.spawn(ended);
         }
         if !admin.is_empty() {
-            let local = admin.iter().all(Listener::is_local);
-            let control = local.then(|| Control {
-                quit: configuration.settings.admin.quit.then(|| quit.clone()),
-            });
-            let most = share_of_descriptors(8).min(ADMIN_CONNECTIONS);
-            let limits = ConnectionLimits {
-                evictor: Some(Arc::new(Evictor::new(most))),
-                ..own(Semaphore::MAX_PERMITS)
-            };
-            let (router, worker) = (shared.admin(control), Worker::alone());
-            others.spawn(server::run(admin, worker, router, limits, never));
+            let quit = configuration.settings.admin.quit.then(|| quit.clone());
+            others.spawn(serve_admin(admin, &shared, quit, &limits, never));
         }
         keep_warm(&shared, configuration.settings.upstream.warmth);
         let lifecycle = Arc::clone(&shared.lifecycle);
@@ -269,6 +255,33 @@ impl Running {
             }
         }
     }
+}
+
+/// ConnectionLimits like these, for a listener with connections of its own.
+fn own_connections(limits: &ConnectionLimits, connections: usize) -> ConnectionLimits {
+    ConnectionLimits {
+        connections: Arc::new(Semaphore::new(connections)),
+        heads: Arc::default(),
+        ..limits.clone()
+    }
+}
+
+/// Serves health, metrics and, on this machine only, control.
+fn serve_admin(
+    listeners: Vec<Listener>,
+    shared: &Shared,
+    quit: Option<Arc<Notify>>,
+    limits: &ConnectionLimits,
+    stop: latch::Receiver<Stop>,
+) -> impl Future<Output = io::Result<usize>> + use<> {
+    let local = listeners.iter().all(Listener::is_local);
+    let router = shared.admin(local.then_some(Control { quit }));
+    let most = share_of_descriptors(8).min(ADMIN_CONNECTIONS);
+    let limits = ConnectionLimits {
+        evictor: Some(Arc::new(Evictor::new(most))),
+        ..own_connections(limits, Semaphore::MAX_PERMITS)
+    };
+    server::run(listeners, Worker::alone(), router, limits, stop)
 }
 
 /// Asks upstream once, and keeps a connection ready, as far as the settings want that.

@@ -88,18 +88,7 @@ impl Proxy {
             .tokens
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
-        let upstream = match sandbox {
-            Some(_) => EMBEDDED_SANDBOX,
-            None => FAR_UPSTREAM,
-        };
-        let connections = limit_connections(&settings.limits, upstream);
-        let limits = ConnectionLimits {
-            connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
-            heads: Arc::default(),
-            evictor: None,
-            header_timeout: settings.limits.header_timeout,
-            idle: settings.upstream.timeouts.idle,
-        };
+        let limits = limits(settings, configuration.sandboxed);
         let (delay, drain) = (settings.shutdown.delay, settings.shutdown.drain);
         Ok(Self {
             shared,
@@ -109,6 +98,23 @@ impl Proxy {
             delay,
             drain,
         })
+    }
+}
+
+/// The limits of the data listeners, as far as there are file descriptors.
+fn limits(settings: &Settings, sandboxed: bool) -> ConnectionLimits {
+    let upstream = if sandboxed {
+        EMBEDDED_SANDBOX
+    } else {
+        FAR_UPSTREAM
+    };
+    let connections = limit_connections(&settings.limits, upstream);
+    ConnectionLimits {
+        connections: Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS))),
+        heads: Arc::default(),
+        evictor: None,
+        header_timeout: settings.limits.header_timeout,
+        idle: settings.upstream.timeouts.idle,
     }
 }
 
