@@ -61,6 +61,31 @@ pub struct Settings {
     pub log: Log,
 }
 
+/// The settings that a reload applies to a running proxy. All others take effect at the next start.
+///
+/// The reload names each field, so that none is left out.
+#[derive(Clone, Copy, Debug)]
+pub struct LiveSettings<'a> {
+    /// `credentials.*`
+    pub credentials: &'a Configured,
+    /// `token.*`
+    pub token: Validity,
+    /// `access.*`
+    pub access: &'a Access,
+    /// `limits.request_body`
+    pub request_body: ByteSize,
+    /// `limits.in_flight`
+    pub in_flight: u64,
+    /// `retry.attempts` and `.total_time`
+    pub retry: retry::RetryLimits,
+    /// `retry.replay_*`
+    pub replay: replay_body::ReplayLimits,
+    /// `errors.*`
+    pub errors: ErrorFormat,
+    /// `log.filter`
+    pub filter: &'a Targets,
+}
+
 /// Where clients connect.
 #[derive(Debug)]
 pub struct Listen {
@@ -172,6 +197,8 @@ pub struct Row {
     pub value: String,
     /// Where it comes from.
     pub source: String,
+    /// A reload applies it. Without this it takes effect at the next start.
+    pub is_live: bool,
 }
 
 /// Keys whose value is never shown.
@@ -197,18 +224,22 @@ impl Settings {
     ) -> Result<(Self, Vec<Row>), Vec<Problem>> {
         let mut problems = Vec::new();
         let layers = Layers::read(flags, environment, &mut problems);
-        let settings = Self::read(&mut Reader {
+        let mut reader = Reader {
             layers: &layers,
             problems: &mut problems,
-        });
+            live: Vec::new(),
+        };
+        let settings = Self::read(&mut reader);
+        let live = reader.live;
         problems.extend(settings.problems());
         if problems.is_empty() {
-            Ok((settings, rows(&layers)))
+            Ok((settings, rows(&layers, &live)))
         } else {
             Err(problems)
         }
     }
 
+    /// Reads all keys: by `live` those that a reload applies, by `get` those of the next start.
     fn read(from: &mut Reader<'_>) -> Self {
         Self {
             listen: Listen {
@@ -237,42 +268,42 @@ impl Settings {
                 },
             },
             credentials: Configured {
-                access_key: from.get("credentials.access_key"),
-                secret_key: from.get("credentials.secret_key"),
-                access_key_file: from.get("credentials.access_key_file"),
-                secret_key_file: from.get("credentials.secret_key_file"),
-                api_key_file: from.get("credentials.api_key_file"),
-                command: from.get("credentials.command"),
+                access_key: from.live("credentials.access_key"),
+                secret_key: from.live("credentials.secret_key"),
+                access_key_file: from.live("credentials.access_key_file"),
+                secret_key_file: from.live("credentials.secret_key_file"),
+                api_key_file: from.live("credentials.api_key_file"),
+                command: from.live("credentials.command"),
             },
             token: Validity {
-                lifetime: from.get("token.lifetime"),
-                not_before_leeway: from.get("token.not_before_leeway"),
-                refresh_before: from.get("token.refresh_before"),
+                lifetime: from.live("token.lifetime"),
+                not_before_leeway: from.live("token.not_before_leeway"),
+                refresh_before: from.live("token.refresh_before"),
             },
             access: Access {
-                allowed_hosts: from.get("access.allowed_hosts"),
-                allowed_origins: from.get("access.allowed_origins"),
-                allowed_methods: from.get("access.allowed_methods"),
-                allowed_paths: from.get("access.allowed_paths"),
-                client_tokens_file: from.get("access.client_tokens_file"),
+                allowed_hosts: from.live("access.allowed_hosts"),
+                allowed_origins: from.live("access.allowed_origins"),
+                allowed_methods: from.live("access.allowed_methods"),
+                allowed_paths: from.live("access.allowed_paths"),
+                client_tokens_file: from.live("access.client_tokens_file"),
             },
             limits: Limits {
-                request_body: from.get("limits.request_body"),
+                request_body: from.live("limits.request_body"),
                 connections: from.get("limits.connections"),
                 header_timeout: from.get("limits.header_timeout"),
-                in_flight: from.get("limits.in_flight"),
+                in_flight: from.live("limits.in_flight"),
             },
             retry: retry::RetryLimits {
-                attempts: from.get("retry.attempts"),
-                total_time: from.get("retry.total_time"),
+                attempts: from.live("retry.attempts"),
+                total_time: from.live("retry.total_time"),
             },
             replay: replay_body::ReplayLimits {
-                body: from.get("retry.replay_body"),
-                memory: from.get("retry.replay_memory"),
+                body: from.live("retry.replay_body"),
+                memory: from.live("retry.replay_memory"),
             },
             errors: ErrorFormat {
-                statuses: from.get("errors.status"),
-                format: from.get("errors.format"),
+                statuses: from.live("errors.status"),
+                format: from.live("errors.format"),
             },
             sandbox: sandbox::Options {
                 task_time: from.get("sandbox.task_time"),
@@ -290,8 +321,23 @@ impl Settings {
             },
             log: Log {
                 format: from.get("log.format"),
-                filter: from.get("log.filter"),
+                filter: from.live("log.filter"),
             },
+        }
+    }
+
+    /// The settings that a reload applies to a running proxy.
+    pub fn live(&self) -> LiveSettings<'_> {
+        LiveSettings {
+            credentials: &self.credentials,
+            token: self.token,
+            access: &self.access,
+            request_body: self.limits.request_body,
+            in_flight: self.limits.in_flight,
+            retry: self.retry,
+            replay: self.replay,
+            errors: self.errors,
+            filter: &self.log.filter,
         }
     }
 }
@@ -300,11 +346,19 @@ impl Settings {
 struct Reader<'a> {
     layers: &'a Layers,
     problems: &'a mut Vec<Problem>,
+    /// Keys of [`LiveSettings`].
+    live: Vec<&'static str>,
 }
 
 // === impl Reader ===
 
 impl Reader<'_> {
+    /// The value of a key of [`LiveSettings`].
+    fn live<T: Setting>(&mut self, key: &'static str) -> T {
+        self.live.push(key);
+        self.get(key)
+    }
+
     /// The value of a key; after a problem, its default, so that reading goes on.
     fn get<T: Setting>(&mut self, key: &str) -> T {
         if let Some((value, source)) = self.layers.find(key) {
@@ -362,13 +416,14 @@ impl fmt::Display for Problem {
     }
 }
 
-fn rows(layers: &Layers) -> Vec<Row> {
+fn rows(layers: &Layers, live: &[&str]) -> Vec<Row> {
     let row = |key: &String| {
         let (value, source) = layers.find(key)?;
         Some(Row {
             key: key.clone(),
             value: shown(key, &value),
             source,
+            is_live: live.contains(&key.as_str()),
         })
     };
     layers.keys.iter().filter_map(row).collect()
@@ -388,6 +443,8 @@ fn shown(key: &str, value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::auth::secret::Secret;
 
@@ -404,6 +461,83 @@ mod tests {
             ["127.0.0.1:5546".parse().unwrap()]
         );
         assert!(rows.iter().all(Row::is_default), "{rows:?}");
+    }
+
+    #[test]
+    fn a_setting_is_called_live_if_and_only_if_a_reload_applies_it() {
+        let variable = |key: &str| format!("KLING_PROXY_{}", key.to_uppercase().replace('.', "__"));
+        let live = |key: &str, value: &str| {
+            // A certificate needs its key, and the other way round.
+            let mut variables = vec![(variable(key), value)];
+            if let Some(file) = key.strip_prefix("listen.tls.") {
+                let other = match file {
+                    "key_file" => "certificate_file",
+                    _ => "key_file",
+                };
+                variables.push((variable(&format!("listen.tls.{other}")), value));
+            }
+            let variables: Vec<_> = variables
+                .iter()
+                .map(|(name, value)| (&**name, *value))
+                .collect();
+            format!("{:?}", load(&variables).unwrap().0.live())
+        };
+        let (settings, rows) = load(&[]).unwrap();
+        let before = format!("{:?}", settings.live());
+        let others = BTreeMap::from([
+            ("listen.address", "127.0.0.1:1"),
+            ("listen.unix_socket", "/x"),
+            ("listen.unsafe_allow_remote", "true"),
+            ("listen.tls.certificate_file", "/x"),
+            ("listen.tls.key_file", "/x"),
+            ("admin.address", "off"),
+            ("admin.quit", "true"),
+            ("upstream.url", "https://kling.test"),
+            ("upstream.ca_file", "/x"),
+            ("upstream.proxy", "http://egress.test:3128"),
+            ("upstream.connect_timeout", "1s"),
+            ("upstream.response_timeout", "1s"),
+            ("upstream.idle_timeout", "1s"),
+            ("upstream.warm_up", "false"),
+            ("upstream.keep_warm", "1s"),
+            ("credentials.access_key", "x"),
+            ("credentials.secret_key", "x"),
+            ("credentials.access_key_file", "/x"),
+            ("credentials.secret_key_file", "/x"),
+            ("credentials.api_key_file", "/x"),
+            ("credentials.command", "x"),
+            ("token.lifetime", "20m"),
+            ("token.not_before_leeway", "1s"),
+            ("token.refresh_before", "1m"),
+            ("access.allowed_hosts", "kling.test"),
+            ("access.allowed_origins", "http://kling.test"),
+            ("access.allowed_methods", "GET"),
+            ("access.allowed_paths", "/v1"),
+            ("access.client_tokens_file", "/x"),
+            ("limits.request_body", "1MiB"),
+            ("limits.connections", "1"),
+            ("limits.header_timeout", "1s"),
+            ("limits.in_flight", "1"),
+            ("retry.attempts", "1"),
+            ("retry.total_time", "1s"),
+            ("retry.replay_body", "2MiB"),
+            ("retry.replay_memory", "2MiB"),
+            ("errors.status", "actionable"),
+            ("errors.format", "upstream"),
+            ("sandbox.task_time", "1s"),
+            ("sandbox.concurrency", "1"),
+            ("sandbox.clock_offset", "1s"),
+            ("sandbox.seed", "1"),
+            ("sandbox.public_url", "http://kling.test"),
+            ("shutdown.delay", "1s"),
+            ("shutdown.drain", "1s"),
+            ("log.format", "json"),
+            ("log.filter", "debug"),
+        ]);
+        for Row { key, is_live, .. } in rows {
+            let value = others.get(&*key).expect("another value for each setting");
+            assert_eq!(live(&key, value) != before, is_live, "{key}");
+        }
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Takes changes over while running: those of secret files within seconds, those of all settings on
 //! SIGHUP. What is wrong changes nothing, and the log says so.
 
-use std::collections::BTreeMap;
 use std::future;
 use std::io;
 use std::mem;
@@ -24,23 +23,11 @@ use crate::error::chain;
 use crate::layer::guard::rules::Rules;
 use crate::lifecycle::Phase;
 use crate::server::Certificate;
-use crate::settings::{Row, Settings};
+use crate::settings::{LiveSettings, Row, Settings};
 use crate::stack::Shared;
 
 /// The least time between two runs of a command because of refusals.
 const RARELY: Duration = Duration::from_mins(1);
-
-/// Settings that change while running; for all others the process has to start again.
-const LIVE: [&str; 8] = [
-    "access.",
-    "credentials.",
-    "errors.",
-    "limits.in_flight",
-    "limits.request_body",
-    "log.filter",
-    "retry.",
-    "token.",
-];
 
 /// Keeps a running proxy up to date.
 pub(super) struct Reload {
@@ -152,27 +139,42 @@ impl Reload {
             self.client_tokens_file = ClientTokensFile::default();
             tokens
         };
-        let rules = rules(&settings, client_tokens);
-        for key in changed(&self.configuration.rows, &rows) {
-            if LIVE.iter().any(|live| key.starts_with(live)) {
+        for Row { key, is_live, .. } in changed(&self.configuration.rows, &rows) {
+            if *is_live {
                 tracing::info!(key, "setting changed");
             } else {
                 tracing::warn!(key, "setting changed; it takes effect at the next start");
             }
         }
-        self.shared.admin_rules.store(rules.for_admin());
-        self.shared.rules.store(rules);
-        self.shared.errors.store(settings.errors);
-        self.shared.retry_policy.set_limits(settings.retry);
-        self.shared.replay_budget.set_bounds(settings.replay);
-        self.shared.tokens.set_validity(settings.token);
-        let filter = settings.log.filter.clone();
-        self.configuration.filter.set(filter);
+        self.apply(settings.live(), client_tokens);
         self.configuration.rows = rows;
         let running = mem::replace(&mut self.configuration.settings, settings);
         // The open listeners are still those.
         self.configuration.settings.listen = running.listen;
         Ok(())
+    }
+
+    /// Applies settings to the running proxy, with these client tokens.
+    fn apply(&self, live: LiveSettings<'_>, client_tokens: Option<Arc<ClientTokens>>) {
+        let LiveSettings {
+            credentials: _, // looked up anew after each reload
+            token,
+            access,
+            request_body,
+            in_flight,
+            retry,
+            replay,
+            errors,
+            filter,
+        } = live;
+        let rules = rules(access, request_body, in_flight, client_tokens);
+        self.shared.admin_rules.store(rules.for_admin());
+        self.shared.rules.store(rules);
+        self.shared.errors.store(errors);
+        self.shared.retry_policy.set_limits(retry);
+        self.shared.replay_budget.set_bounds(replay);
+        self.shared.tokens.set_validity(token);
+        self.configuration.filter.set(filter.clone());
     }
 
     /// Looks for a credential again, since it may have come from a file. A command is run where
@@ -315,15 +317,9 @@ fn told(failure: &Failure) -> String {
     failure.lines.join("; ")
 }
 
-/// The keys that have another value now, or none any more.
-fn changed<'a>(before: &'a [Row], after: &'a [Row]) -> impl Iterator<Item = &'a str> {
-    let values = |rows: &'a [Row]| -> BTreeMap<&'a str, &'a str> {
-        let value = |row: &'a Row| (row.key.as_str(), row.value.as_str());
-        rows.iter().map(value).collect()
-    };
-    let (before, mut all) = (values(before), values(after));
-    let after = all.clone();
-    all.extend(&before);
-    all.into_keys()
-        .filter(move |key| before.get(key) != after.get(key))
+/// The rows that have another value now.
+fn changed<'a>(before: &[Row], after: &'a [Row]) -> impl Iterator<Item = &'a Row> {
+    let is_same = |old: &Row, new: &Row| old.key == new.key && old.value == new.value;
+    let is_old = move |new: &Row| before.iter().any(|old| is_same(old, new));
+    after.iter().filter(move |row| !is_old(row))
 }

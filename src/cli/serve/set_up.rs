@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use tokio::sync::Semaphore;
 
 use super::client_tokens;
@@ -20,7 +21,7 @@ use crate::error::chain;
 use crate::layer::guard::rules::Rules;
 use crate::sandbox::{self, Sandbox};
 use crate::server::{ConnectionLimits, Listener};
-use crate::settings::{Problem, Settings};
+use crate::settings::{Access, Problem, Settings};
 use crate::stack::{Parts, Shared};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Network, Origin, client_config};
@@ -49,7 +50,12 @@ impl Proxy {
         } else {
             found(configuration)?
         };
-        let rules = rules(settings, client_tokens(settings, &clock)?);
+        let rules = rules(
+            &settings.access,
+            settings.limits.request_body,
+            settings.limits.in_flight,
+            client_tokens(settings, &clock)?,
+        );
         warn_of_clients(&rules);
         let tls = client_config(settings.upstream.ca_file.as_deref())
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
@@ -170,16 +176,21 @@ pub(super) fn client_tokens(
     })
 }
 
-/// The rules of `access.*` and `limits.*`, with these client tokens.
-pub(super) fn rules(settings: &Settings, client_tokens: Option<Arc<ClientTokens>>) -> Rules {
+/// The rules of `access.*`, `limits.request_body` and `limits.in_flight`, with these client tokens.
+pub(super) fn rules(
+    access: &Access,
+    request_body: ByteSize,
+    in_flight: u64,
+    client_tokens: Option<Arc<ClientTokens>>,
+) -> Rules {
     Rules {
-        allowed_hosts: settings.access.allowed_hosts.clone(),
-        allowed_origins: settings.access.allowed_origins.clone(),
-        allowed_methods: settings.access.allowed_methods.clone(),
-        allowed_paths: settings.access.allowed_paths.clone(),
+        allowed_hosts: access.allowed_hosts.clone(),
+        allowed_origins: access.allowed_origins.clone(),
+        allowed_methods: access.allowed_methods.clone(),
+        allowed_paths: access.allowed_paths.clone(),
         client_tokens,
-        request_body: settings.limits.request_body,
-        in_flight: settings.limits.in_flight,
+        request_body,
+        in_flight,
     }
 }
 
