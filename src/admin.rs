@@ -34,7 +34,7 @@ const OWN_FILES_ONLY: HeaderValue = HeaderValue::from_static("default-src 'self'
 
 /// What is shown.
 #[derive(Clone)]
-struct Shown {
+struct AdminState {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
     rules: Reloadable<Rules>,
@@ -86,7 +86,7 @@ pub fn router(
         .route("/health/live", get(live))
         .route(READY, get(ready))
         .route("/metrics", get(exposition))
-        .with_state(Shown {
+        .with_state(AdminState {
             lifecycle,
             metrics,
             rules,
@@ -94,18 +94,18 @@ pub fn router(
 }
 
 /// Whether the start is over.
-async fn startup(State(shown): State<Shown>) -> Response {
+async fn startup(State(shown): State<AdminState>) -> Response {
     let phase = shown.lifecycle.phase();
     health(phase, phase > Phase::Starting)
 }
 
 /// Whether a restart would not help: it answers.
-async fn live(State(shown): State<Shown>) -> Response {
+async fn live(State(shown): State<AdminState>) -> Response {
     health(shown.lifecycle.phase(), true)
 }
 
 /// Whether new requests should come here.
-async fn ready(State(shown): State<Shown>) -> Response {
+async fn ready(State(shown): State<AdminState>) -> Response {
     let phase = shown.lifecycle.phase();
     if phase == Phase::Ready && telemetry::is_stuck() {
         return unavailable(
@@ -124,14 +124,14 @@ async fn ready(State(shown): State<Shown>) -> Response {
 }
 
 /// Makes a browser that shows an answer run nothing of it: upstream's text may be in there.
-pub fn harmless(mut response: Response) -> Response {
+pub fn set_security_headers(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.insert(CONTENT_SECURITY_POLICY, OWN_FILES_ONLY);
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
 
-async fn exposition(State(shown): State<Shown>) -> Response {
+async fn exposition(State(shown): State<AdminState>) -> Response {
     match shown.metrics.render() {
         Ok(text) => ([(CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Err(error) => {

@@ -31,7 +31,6 @@ pub mod clock;
 pub mod environment;
 pub mod error;
 pub mod kling;
-pub mod last_seen;
 pub mod layer;
 pub mod lifecycle;
 pub mod reloadable;

@@ -200,9 +200,9 @@ impl Shared {
             Arc::clone(&self.metrics),
             self.rules.clone(),
         );
-        let harmless = MapResponseLayer::new(admin::harmless);
+        let set_security_headers = MapResponseLayer::new(admin::set_security_headers);
         let Some(control) = control else {
-            return open.layer(harmless);
+            return open.layer(set_security_headers);
         };
         let guarded = ServiceBuilder::new()
             .map_request(ProxyRequest::from)
@@ -217,7 +217,7 @@ impl Shared {
             .service(service_fn(move |inbound: ProxyRequest| {
                 ready(control.answer(&inbound.request))
             }));
-        open.fallback_service(guarded).layer(harmless)
+        open.fallback_service(guarded).layer(set_security_headers)
     }
 }
 

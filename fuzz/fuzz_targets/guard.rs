@@ -29,7 +29,7 @@ use kling_proxy::kling::service_code;
 use kling_proxy::layer::cors::CorsLayer;
 use kling_proxy::layer::guard::GuardLayer;
 use kling_proxy::layer::guard::rules::Rules;
-use kling_proxy::layer::normalise::{ErrorFormat, Format, NormaliseLayer, StatusMapping};
+use kling_proxy::layer::normalise::{ErrorBodyFormat, ErrorFormat, NormaliseLayer, StatusMapping};
 use kling_proxy::layer::trace::TraceLayer;
 use kling_proxy::reloadable::Reloadable;
 use kling_proxy::request::context::ProxyRequest;
@@ -77,7 +77,7 @@ static RULES: LazyLock<[Reloadable<Rules>; 3]> = LazyLock::new(|| {
 static LOOK: LazyLock<Reloadable<ErrorFormat>> = LazyLock::new(|| {
     Reloadable::new(ErrorFormat {
         statuses: StatusMapping::Documented,
-        format: Format::Kling,
+        format: ErrorBodyFormat::Kling,
     })
 });
 static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Metrics::new().expect("metrics").into());

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use http_body_util::BodyExt;
 use kling_proxy::error::{Answer, Error};
 use kling_proxy::kling::envelope::{self, Envelope, Peek};
-use kling_proxy::layer::normalise::{ErrorFormat, Format, NormaliseLayer, StatusMapping};
+use kling_proxy::layer::normalise::{ErrorBodyFormat, ErrorFormat, NormaliseLayer, StatusMapping};
 use kling_proxy::reloadable::Reloadable;
 use kling_proxy::request::context::ProxyRequest;
 use libfuzzer_sys::fuzz_target;
@@ -157,7 +157,7 @@ fn answer_is_well_formed(envelope: Envelope, size: usize) {
     };
     let layer = NormaliseLayer::new(Reloadable::new(ErrorFormat {
         statuses: StatusMapping::Documented,
-        format: Format::Kling,
+        format: ErrorBodyFormat::Kling,
     }));
     let mut error = Some(error);
     let failing = service_fn(move |_: ProxyRequest| {

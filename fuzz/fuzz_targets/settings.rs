@@ -15,7 +15,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 use kling_proxy::environment::Environment;
-use kling_proxy::settings::{Flags, Row, Settings};
+use kling_proxy::settings::{Flags, SettingRow, Settings};
 use libfuzzer_sys::fuzz_target;
 use toml::{Table, Value};
 
@@ -80,7 +80,7 @@ fn split(input: &[u8]) -> (&[u8], Vec<Variable>) {
 fn load(
     text: &[u8],
     variables: &[Variable],
-) -> Result<(Settings, Vec<Row>), Vec<kling_proxy::settings::Problem>> {
+) -> Result<(Settings, Vec<SettingRow>), Vec<kling_proxy::settings::SettingProblem>> {
     let mut file = FILE.lock().expect("one thread");
     let written = file
         .rewind()
@@ -145,7 +145,7 @@ fn is_safe(settings: &Settings) {
 }
 
 /// No key of the file is ignored: a variable may stand above it, and nothing else.
-fn every_key_took_effect(values: Option<&Table>, rows: &[Row]) {
+fn every_key_took_effect(values: Option<&Table>, rows: &[SettingRow]) {
     for (key, _) in values.map(leaves).unwrap_or_default() {
         let row = rows
             .iter()

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::last_seen::LastSeen;
+use crate::clock::last_seen::LastSeen;
 
 /// What each client has in flight.
 pub struct Shares {

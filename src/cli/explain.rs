@@ -8,7 +8,7 @@ use crate::kling::service_code::{self, Needs, Phrase, Resend, Row, TABLE, WITH_R
 
 /// A row as JSON shows it.
 #[derive(Serialize)]
-struct Shown {
+struct ShownCode {
     code: u16,
     status: u16,
     actionable_status: u16,
@@ -44,8 +44,8 @@ pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
         })?),
     };
     match (output, row) {
-        (Output::Json, None) => say(json(&TABLE.iter().map(Shown::from).collect::<Vec<_>>())),
-        (Output::Json, Some(row)) => say(json(&Shown::from(row))),
+        (Output::Json, None) => say(json(&TABLE.iter().map(ShownCode::from).collect::<Vec<_>>())),
+        (Output::Json, Some(row)) => say(json(&ShownCode::from(row))),
         (Output::Text, None) => {
             say(format_args!(
                 "{:<5} {:<7} {:<28} {:<10} {:<7} meaning",
@@ -79,7 +79,7 @@ pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
 
 // === impl Shown ===
 
-impl From<&Row> for Shown {
+impl From<&Row> for ShownCode {
     fn from(row: &Row) -> Self {
         Self {
             code: row.code,

@@ -7,7 +7,7 @@ use clap::{ArgMatches, Args, CommandFactory, Id};
 
 use super::{CommandLine, Exit, Failure};
 use crate::environment::Environment;
-use crate::settings::{Flags, Problem, Row, Settings};
+use crate::settings::{Flags, SettingProblem, SettingRow, Settings};
 
 #[derive(Args, Clone, Copy)]
 pub(super) struct WithSandbox {
@@ -106,10 +106,13 @@ impl SettingsArgs {
         }
     }
 
-    pub(super) fn load(&self, environment: &Environment) -> Result<(Settings, Vec<Row>), Failure> {
+    pub(super) fn load(
+        &self,
+        environment: &Environment,
+    ) -> Result<(Settings, Vec<SettingRow>), Failure> {
         Settings::load(&self.flags(), environment).map_err(|problems| Failure {
             exit: Exit::Settings,
-            lines: problems.iter().map(Problem::to_string).collect(),
+            lines: problems.iter().map(SettingProblem::to_string).collect(),
         })
     }
 }

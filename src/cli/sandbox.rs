@@ -13,7 +13,7 @@ use crate::environment::Environment;
 use crate::layer::guard::rules::Rules;
 use crate::sandbox::{ACCESS_KEY, API_KEY, SECRET_KEY, Sandbox};
 use crate::server::{self, ConnectionLimits, Listener, Stop, Worker};
-use crate::settings::{Problem, Settings};
+use crate::settings::{SettingProblem, Settings};
 use crate::stack;
 use crate::telemetry;
 use crate::telemetry::metrics::Metrics;
@@ -76,6 +76,6 @@ fn refuse_exposed(address: SocketAddr, settings: &Settings) -> Result<(), Failur
         "{address} can be reached from other machines, and the sandbox's keys are known to all: \
          set listen.unsafe_allow_remote = true if whoever can connect may use it"
     );
-    let problem = Problem::new("--address", reason);
+    let problem = SettingProblem::new("--address", reason);
     Err(Failure::new(Exit::Settings, problem.to_string()))
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::{Access, Listen, Problem, Settings};
+use super::{AccessSettings, ListenSettings, SettingProblem, Settings};
 use crate::auth::token::Validity;
 use crate::layer::normalise::{ErrorBodyFormat, StatusMapping};
 
@@ -21,13 +21,13 @@ const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
 impl Settings {
     /// What is wrong although each value is well formed.
-    pub(super) fn problems(&self) -> Vec<Problem> {
+    pub(super) fn problems(&self) -> Vec<SettingProblem> {
         let addresses = self.listen.addresses.iter();
         let exposed = addresses.filter_map(|address| self.exposure("listen.address", *address));
         let mut problems: Vec<_> = exposed.collect();
         let mut require = |ok: bool, key: &str, reason: String| {
             if !ok {
-                problems.push(Problem::new(key, reason));
+                problems.push(SettingProblem::new(key, reason));
             }
         };
         check_validity(self.token, &mut require);
@@ -87,7 +87,7 @@ impl Settings {
     }
 
     /// What is wrong with an address to listen on that stands at `place`, if anything.
-    pub fn exposure(&self, place: &str, address: SocketAddr) -> Option<Problem> {
+    pub fn exposure(&self, place: &str, address: SocketAddr) -> Option<SettingProblem> {
         let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
         let exposed = !protected && !address.ip().is_loopback();
         exposed.then(|| {
@@ -96,14 +96,14 @@ impl Settings {
                  set access.client_tokens_file, so that clients have to show a token, or \
                  listen.unsafe_allow_remote = true"
             );
-            Problem::new(place, reason)
+            SettingProblem::new(place, reason)
         })
     }
 }
 
 // === impl Listen ===
 
-impl Listen {
+impl ListenSettings {
     /// Finds a certificate without its key, or the other way round.
     fn check(&self, require: &mut impl FnMut(bool, &str, String)) {
         let certificate = ("listen.tls.certificate_file", &self.certificate_file);
@@ -120,7 +120,7 @@ impl Listen {
 
 // === impl Access ===
 
-impl Access {
+impl AccessSettings {
     /// Finds entries that could never match a request.
     fn check(&self, require: &mut impl FnMut(bool, &str, String)) {
         require(

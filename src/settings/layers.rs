@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
-use super::Problem;
+use super::SettingProblem;
 use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::environment::Environment;
 
@@ -50,7 +50,7 @@ impl Layers {
     pub(super) fn read(
         flags: &Flags,
         environment: &Environment,
-        problems: &mut Vec<Problem>,
+        problems: &mut Vec<SettingProblem>,
     ) -> Self {
         let defaults = Layer {
             source: DEFAULT.to_owned(),
@@ -125,7 +125,11 @@ fn default_values() -> Dict {
 }
 
 /// Reads the settings file: the one that is named, else the usual one if there is one.
-fn file(flags: &Flags, environment: &Environment, problems: &mut Vec<Problem>) -> Option<Layer> {
+fn file(
+    flags: &Flags,
+    environment: &Environment,
+    problems: &mut Vec<SettingProblem>,
+) -> Option<Layer> {
     let named = flags.config.clone();
     let named = named.or_else(|| environment.get(CONFIG).map(PathBuf::from));
     let usual = || {
@@ -139,7 +143,7 @@ fn file(flags: &Flags, environment: &Environment, problems: &mut Vec<Problem>) -
     match read_file(&path) {
         Ok(values) => Some(Layer { source, values }),
         Err(reason) => {
-            problems.push(Problem::new(source, reason));
+            problems.push(SettingProblem::new(source, reason));
             None
         }
     }
@@ -171,7 +175,7 @@ fn parse(text: &str) -> Result<Dict, String> {
 }
 
 /// One layer a variable, so that each value knows the variable it comes from.
-fn variables(environment: &Environment, problems: &mut Vec<Problem>) -> Vec<Layer> {
+fn variables(environment: &Environment, problems: &mut Vec<SettingProblem>) -> Vec<Layer> {
     let mut layers = Vec::new();
     for (name, value) in environment.variables() {
         let Some(name) = name.to_str() else { continue };
@@ -182,7 +186,7 @@ fn variables(environment: &Environment, problems: &mut Vec<Problem>) -> Vec<Laye
             continue;
         }
         match value.to_str() {
-            None => problems.push(Problem::new(name, "its value is not UTF-8")),
+            None => problems.push(SettingProblem::new(name, "its value is not UTF-8")),
             Some("") => {}
             Some(value) => {
                 let key = key.to_ascii_lowercase().replace("__", ".");
@@ -254,7 +258,7 @@ fn forget(values: &mut Dict, key: &str) {
     }
 }
 
-fn unknown(source: &str, key: &str, keys: &[String]) -> Problem {
+fn unknown(source: &str, key: &str, keys: &[String]) -> SettingProblem {
     // `_` and `.` look alike to who forgot the second `_` of a variable.
     let flat = |key: &str| key.replace('.', "_");
     let nearest = keys
@@ -270,12 +274,12 @@ fn unknown(source: &str, key: &str, keys: &[String]) -> Problem {
             "{PREFIX}{}",
             nearest.to_ascii_uppercase().replace('.', "__")
         );
-        Problem::new(
+        SettingProblem::new(
             source,
             format!("no such setting; the nearest is {variable}"),
         )
     } else {
-        Problem::new(
+        SettingProblem::new(
             source,
             format!("no such key: `{key}`; the nearest is `{nearest}`"),
         )

@@ -34,19 +34,19 @@ use crate::upstream::{EgressProxy, Origin, Timeouts};
 #[derive(Debug)]
 pub struct Settings {
     /// `listen.*`
-    pub listen: Listen,
+    pub listen: ListenSettings,
     /// `admin.*`
     pub admin: Admin,
     /// `upstream.*`
-    pub upstream: Upstream,
+    pub upstream: UpstreamSettings,
     /// `credentials.*`
     pub credentials: Configured,
     /// `token.*`
     pub token: Validity,
     /// `access.*`
-    pub access: Access,
+    pub access: AccessSettings,
     /// `limits.*`
-    pub limits: Limits,
+    pub limits: LimitSettings,
     /// `retry.attempts` and `.total_time`
     pub retry: retry::RetryLimits,
     /// `retry.replay_*`
@@ -71,7 +71,7 @@ pub struct LiveSettings<'a> {
     /// `token.*`
     pub token: Validity,
     /// `access.*`
-    pub access: &'a Access,
+    pub access: &'a AccessSettings,
     /// `limits.request_body`
     pub request_body: ByteSize,
     /// `limits.in_flight`
@@ -88,7 +88,7 @@ pub struct LiveSettings<'a> {
 
 /// Where clients connect.
 #[derive(Debug)]
-pub struct Listen {
+pub struct ListenSettings {
     /// By TCP.
     pub addresses: Vec<SocketAddr>,
     /// By a Unix socket.
@@ -112,7 +112,7 @@ pub struct Admin {
 
 /// Where requests go.
 #[derive(Debug)]
-pub struct Upstream {
+pub struct UpstreamSettings {
     /// `upstream.url`.
     pub origin: Origin,
     /// A further trust root.
@@ -122,12 +122,12 @@ pub struct Upstream {
     /// How long to wait.
     pub timeouts: Timeouts,
     /// How ready to be.
-    pub warmth: Warmth,
+    pub warmth: WarmUp,
 }
 
 /// What is done so that requests need not wait for a connection.
 #[derive(Clone, Copy, Debug)]
-pub struct Warmth {
+pub struct WarmUp {
     /// Whether to ask upstream at start.
     pub probe: bool,
     /// How long after the last request to keep a connection ready; zero for not at all.
@@ -136,7 +136,7 @@ pub struct Warmth {
 
 /// Who may call.
 #[derive(Debug)]
-pub struct Access {
+pub struct AccessSettings {
     /// Host names without port.
     pub allowed_hosts: Vec<String>,
     /// Web origins that may call.
@@ -151,7 +151,7 @@ pub struct Access {
 
 /// What fits.
 #[derive(Debug)]
-pub struct Limits {
+pub struct LimitSettings {
     /// Largest request body.
     pub request_body: ByteSize,
     /// Most connections.
@@ -182,7 +182,7 @@ pub struct Log {
 
 /// Something to correct. It never shows the value of a secret.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct SettingProblem {
     /// The key, file or variable.
     place: String,
     reason: String,
@@ -190,7 +190,7 @@ pub struct Problem {
 
 /// One setting as `kling-proxy settings` shows it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Row {
+pub struct SettingRow {
     /// Its key.
     pub key: String,
     /// Its value in TOML, redacted if it is a secret.
@@ -217,11 +217,11 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// Every [`Problem`], so that one run is enough to correct them all.
+    /// Every [`SettingProblem`], so that one run is enough to correct them all.
     pub fn load(
         flags: &Flags,
         environment: &Environment,
-    ) -> Result<(Self, Vec<Row>), Vec<Problem>> {
+    ) -> Result<(Self, Vec<SettingRow>), Vec<SettingProblem>> {
         let mut problems = Vec::new();
         let layers = Layers::read(flags, environment, &mut problems);
         let mut reader = Reader {
@@ -242,7 +242,7 @@ impl Settings {
     /// Reads all keys: by `live` those that a reload applies, by `get` those of the next start.
     fn read(from: &mut Reader<'_>) -> Self {
         Self {
-            listen: Listen {
+            listen: ListenSettings {
                 addresses: from.get("listen.address"),
                 unix_socket: from.get("listen.unix_socket"),
                 certificate_file: from.get("listen.tls.certificate_file"),
@@ -253,7 +253,7 @@ impl Settings {
                 address: from.get::<OrOff>("admin.address").0,
                 quit: from.get("admin.quit"),
             },
-            upstream: Upstream {
+            upstream: UpstreamSettings {
                 origin: from.get("upstream.url"),
                 ca_file: from.get("upstream.ca_file"),
                 proxy: from.get("upstream.proxy"),
@@ -262,7 +262,7 @@ impl Settings {
                     response: from.get("upstream.response_timeout"),
                     idle: from.get("upstream.idle_timeout"),
                 },
-                warmth: Warmth {
+                warmth: WarmUp {
                     probe: from.get("upstream.warm_up"),
                     keep: from.get("upstream.keep_warm"),
                 },
@@ -280,14 +280,14 @@ impl Settings {
                 not_before_leeway: from.live("token.not_before_leeway"),
                 refresh_before: from.live("token.refresh_before"),
             },
-            access: Access {
+            access: AccessSettings {
                 allowed_hosts: from.live("access.allowed_hosts"),
                 allowed_origins: from.live("access.allowed_origins"),
                 allowed_methods: from.live("access.allowed_methods"),
                 allowed_paths: from.live("access.allowed_paths"),
                 client_tokens_file: from.live("access.client_tokens_file"),
             },
-            limits: Limits {
+            limits: LimitSettings {
                 request_body: from.live("limits.request_body"),
                 connections: from.get("limits.connections"),
                 header_timeout: from.get("limits.header_timeout"),
@@ -345,7 +345,7 @@ impl Settings {
 /// Reads one key after the other.
 struct Reader<'a> {
     layers: &'a Layers,
-    problems: &'a mut Vec<Problem>,
+    problems: &'a mut Vec<SettingProblem>,
     /// Keys of [`LiveSettings`].
     live: Vec<&'static str>,
 }
@@ -368,7 +368,7 @@ impl Reader<'_> {
                     let want = reason.unwrap_or_else(|| format!("want {}", T::want()));
                     let got = shown(key, &value);
                     let reason = format!("{want}; got {got} from {source}");
-                    self.problems.push(Problem::new(key, reason));
+                    self.problems.push(SettingProblem::new(key, reason));
                 }
             }
         }
@@ -386,7 +386,7 @@ impl Reader<'_> {
 
 // === impl Row ===
 
-impl Row {
+impl SettingRow {
     /// Whether its value is a secret.
     pub fn is_secret(&self) -> bool {
         self.value == REDACTED
@@ -400,7 +400,7 @@ impl Row {
 
 // === impl Problem ===
 
-impl Problem {
+impl SettingProblem {
     /// Says that something at `place` has to be corrected.
     pub fn new(place: impl fmt::Display, reason: impl Into<String>) -> Self {
         Self {
@@ -410,16 +410,16 @@ impl Problem {
     }
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for SettingProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}`: {}", self.place, self.reason)
     }
 }
 
-fn rows(layers: &Layers, live: &[&str]) -> Vec<Row> {
+fn rows(layers: &Layers, live: &[&str]) -> Vec<SettingRow> {
     let row = |key: &String| {
         let (value, source) = layers.find(key)?;
-        Some(Row {
+        Some(SettingRow {
             key: key.clone(),
             value: shown(key, &value),
             source,
@@ -448,9 +448,9 @@ mod tests {
     use super::*;
     use crate::auth::secret::Secret;
 
-    fn load(variables: &[(&str, &str)]) -> Result<(Settings, Vec<Row>), Vec<String>> {
+    fn load(variables: &[(&str, &str)]) -> Result<(Settings, Vec<SettingRow>), Vec<String>> {
         Settings::load(&Flags::default(), &variables.iter().copied().collect())
-            .map_err(|problems| problems.iter().map(Problem::to_string).collect())
+            .map_err(|problems| problems.iter().map(SettingProblem::to_string).collect())
     }
 
     #[test]
@@ -460,7 +460,7 @@ mod tests {
             settings.listen.addresses,
             ["127.0.0.1:5546".parse().unwrap()]
         );
-        assert!(rows.iter().all(Row::is_default), "{rows:?}");
+        assert!(rows.iter().all(SettingRow::is_default), "{rows:?}");
     }
 
     #[test]
@@ -534,7 +534,7 @@ mod tests {
             ("log.format", "json"),
             ("log.filter", "debug"),
         ]);
-        for Row { key, is_live, .. } in rows {
+        for SettingRow { key, is_live, .. } in rows {
             let value = others.get(&*key).expect("another value for each setting");
             assert_eq!(live(&key, value) != before, is_live, "{key}");
         }

@@ -17,7 +17,7 @@ use crate::clock::{Clock, SystemClock};
 pub(super) struct JsonLine;
 
 /// The members of a line.
-struct Line<'a> {
+struct LineMembers<'a> {
     event: &'a Event<'a>,
     /// The fields of the innermost span, if it has any.
     span: Option<&'a RawValue>,
@@ -42,14 +42,14 @@ where
             .as_ref()
             .and_then(|all| all.get::<FormattedFields<JsonFields>>());
         let span = fields.and_then(|fields| serde_json::from_str(fields).ok());
-        let line = serde_json::to_string(&Line { event, span }).map_err(|_| fmt::Error)?;
+        let line = serde_json::to_string(&LineMembers { event, span }).map_err(|_| fmt::Error)?;
         writeln!(writer, "{line}")
     }
 }
 
 // === impl Line ===
 
-impl Serialize for Line<'_> {
+impl Serialize for LineMembers<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let metadata = self.event.metadata();
         let timestamp = humantime::format_rfc3339_micros(SystemClock.now());

@@ -61,7 +61,7 @@ enum Trouble {
 pub(super) struct Lines;
 
 /// Puts a line into the queue.
-pub(super) struct Line {
+pub(super) struct QueuedLine {
     /// Whether to wait for room, for at most [`PATIENCE`].
     is_patient: bool,
 }
@@ -279,14 +279,14 @@ impl QueueState {
 // === impl Lines ===
 
 impl MakeWriter<'_> for Lines {
-    type Writer = Line;
+    type Writer = QueuedLine;
 
-    fn make_writer(&self) -> Line {
-        Line { is_patient: false }
+    fn make_writer(&self) -> QueuedLine {
+        QueuedLine { is_patient: false }
     }
 
-    fn make_writer_for(&self, metadata: &Metadata<'_>) -> Line {
-        Line {
+    fn make_writer_for(&self, metadata: &Metadata<'_>) -> QueuedLine {
+        QueuedLine {
             is_patient: metadata.target() == CREATES,
         }
     }
@@ -294,7 +294,7 @@ impl MakeWriter<'_> for Lines {
 
 // === impl Line ===
 
-impl Write for Line {
+impl Write for QueuedLine {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         QUEUE.push(line, self.is_patient);
         Ok(line.len())

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::pool::Pool;
-use crate::last_seen::LastSeen;
+use crate::clock::last_seen::LastSeen;
 
 /// How often to look whether it is still ready. With [`MOMENT`] and the age at which a pool renews
 /// a connection it stays below the age at which one is not used any more.

@@ -10,13 +10,13 @@ use tokio::process::{self, Child};
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
-use super::{Error, Found, Key, api_key, harmless, key, pair};
+use super::{Error, Found, Key, api_key, key, pair, without_secrets};
 use crate::auth::secret::Secret;
 use crate::environment::Environment;
 
 /// A command line, run without a shell.
 #[derive(Clone, Copy)]
-pub struct Command<'a> {
+pub struct CredentialCommand<'a> {
     pub(super) words: &'a [String],
     pub(super) environment: &'a Environment,
 }
@@ -62,7 +62,7 @@ const MOST: u64 = 64 << 10;
 
 // === impl Command ===
 
-impl Command<'_> {
+impl CredentialCommand<'_> {
     /// Runs the command and reads what it prints. What it writes to standard error is for people.
     ///
     /// # Errors
@@ -102,7 +102,7 @@ impl Command<'_> {
         let child = process::Command::new(program)
             .args(arguments)
             .env_clear()
-            .envs(harmless(self.environment).cloned())
+            .envs(without_secrets(self.environment).cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

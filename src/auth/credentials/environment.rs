@@ -29,7 +29,7 @@ const SECRETIVE_WORDS: [&str; 5] = ["AK", "AKSK", "PAT", "PW", "SK"];
 const HARMLESS: [&str; 2] = ["KEYFRAME", "KEYWORD"];
 
 /// The variables without our settings, and without those that hold or lead to a secret of ours.
-pub fn harmless(environment: &Environment) -> impl Iterator<Item = &(OsString, OsString)> {
+pub fn without_secrets(environment: &Environment) -> impl Iterator<Item = &(OsString, OsString)> {
     environment.variables().filter(|(name, _)| !is_ours(name))
 }
 

@@ -5,8 +5,8 @@ mod environment;
 
 use std::path::{Path, PathBuf};
 
-pub use self::command::{Command, CommandError};
-pub use self::environment::harmless;
+pub use self::command::{CommandError, CredentialCommand};
+pub use self::environment::without_secrets;
 use crate::auth::secret::Secret;
 use crate::auth::token::Credential;
 use crate::auth::trusted_file::{self, TrustedFileError};
@@ -100,10 +100,10 @@ const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 
 impl Places<'_> {
     /// What to run where [`find`](Self::find) finds nothing: the last place.
-    pub fn command(&self) -> Option<Command<'_>> {
+    pub fn command(&self) -> Option<CredentialCommand<'_>> {
         let words = &self.configured.command[..];
         let environment = self.environment;
-        (!words.is_empty()).then_some(Command { words, environment })
+        (!words.is_empty()).then_some(CredentialCommand { words, environment })
     }
 
     /// Looks for a credential, in the order that docs/configuration.md gives.

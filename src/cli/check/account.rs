@@ -10,9 +10,9 @@ use hyper::body::Incoming;
 use serde::Deserialize;
 use tokio::time::timeout;
 
-use super::network::{Stream, Way};
+use super::network::{Target, TargetStream};
 use super::region;
-use super::report::{Fault, Found, Outcome, Report};
+use super::report::{Fault, Finding, Report, StepResult};
 use crate::auth::token::{Credential, Validity};
 use crate::cli::{Exit, send};
 use crate::clock::Clock;
@@ -38,7 +38,7 @@ pub(super) struct Credentials {
 }
 
 /// What upstream answered, in Kling's form.
-pub(super) struct Answer {
+pub(super) struct ApiResponse {
     pub(super) envelope: Envelope,
     /// What upstream says, fit to be shown.
     message: String,
@@ -63,10 +63,10 @@ struct Pack {
 
 /// Reads what the account has cost: free, and good for either kind of credential.
 pub(super) async fn ask(
-    stream: Box<dyn Stream>,
-    way: &Way,
+    stream: Box<dyn TargetStream>,
+    target: &Target,
     credentials: &Credentials,
-) -> Outcome<Answer> {
+) -> StepResult<ApiResponse> {
     let asked = credentials.clock.now();
     let authorization = credentials
         .credential
@@ -80,8 +80,8 @@ pub(super) async fn ask(
                 advice,
             )
         })?;
-    let limit = way.timeouts.response.min(PATIENCE);
-    let exchange = exchange(stream, way.origin.host(), authorization.clone(), asked);
+    let limit = target.timeouts.response.min(PATIENCE);
+    let exchange = exchange(stream, target.origin.host(), authorization.clone(), asked);
     let (status, headers, body) = match timeout(limit, exchange).await {
         Ok(exchanged) => exchanged?,
         Err(_) => {
@@ -101,7 +101,7 @@ pub(super) async fn ask(
         return Err(not_kling(status, &headers));
     };
     let said = envelope.message.as_deref().unwrap_or("no message");
-    let answer = Answer {
+    let answer = ApiResponse {
         message: credentials.quote(said, &authorization),
         date: date(&headers),
         asked,
@@ -109,19 +109,26 @@ pub(super) async fn ask(
         envelope,
     };
     let text = format!("{status}, code {}", answer.envelope.code);
-    Ok(Found::new(answer, text))
+    Ok(Finding::new(answer, text))
 }
 
 /// The same on a connection of its own.
-pub(super) async fn ask_anew(way: &Way, credentials: &Credentials) -> Outcome<Answer> {
-    let stream = way
+pub(super) async fn ask_anew(
+    target: &Target,
+    credentials: &Credentials,
+) -> StepResult<ApiResponse> {
+    let stream = target
         .reach(&mut Report::silent(), credentials.clock.now())
         .await?;
-    ask(stream, way, credentials).await
+    ask(stream, target, credentials).await
 }
 
 /// Says whether the account is there and of use.
-pub(super) async fn judge(answer: &Answer, way: &Way, credentials: &Credentials) -> Outcome {
+pub(super) async fn judge(
+    answer: &ApiResponse,
+    target: &Target,
+    credentials: &Credentials,
+) -> StepResult {
     let row = answer.row();
     let text = format!("{} {}: {}", answer.envelope.code, row.kind, answer.message);
     let refused =
@@ -145,7 +152,7 @@ pub(super) async fn judge(answer: &Answer, way: &Way, credentials: &Credentials)
              upstream.url is the region that issued it; it was not sent anywhere else",
         ),
         (Class::Credential, Credential::Pair { .. }) => {
-            Err(region::find(&text, row.kind, way, credentials).await)
+            Err(region::find(&text, row.kind, target, credentials).await)
         }
         (Class::CredentialMissing | Class::TokenTime, _) => refused(row.kind, row.solution),
         _ => Err(Fault::new(Exit::Failed, row.kind, text, row.solution)),
@@ -154,7 +161,7 @@ pub(super) async fn judge(answer: &Answer, way: &Way, credentials: &Credentials)
 
 // === impl Answer ===
 
-impl Answer {
+impl ApiResponse {
     /// Returns the row of upstream's code.
     pub(super) fn row(&self) -> &'static Row {
         service_code::sent_by_kling(self.envelope.code)
@@ -186,7 +193,7 @@ impl Credentials {
 
 /// Sends the request and reads the answer. Redirects are answers like others.
 async fn exchange(
-    stream: Box<dyn Stream>,
+    stream: Box<dyn TargetStream>,
     host: HeaderValue,
     authorization: HeaderValue,
     now: SystemTime,
@@ -269,7 +276,7 @@ fn not_kling(status: StatusCode, headers: &HeaderMap) -> Fault {
 }
 
 /// Kling knows the credential; whether there is something to spend is told besides.
-fn known(answer: &Answer, credential: &Credential) -> Found {
+fn known(answer: &ApiResponse, credential: &Credential) -> Finding {
     let data = answer.envelope.data.as_ref();
     let costs = data.and_then(|data| serde_json::from_str::<Costs>(data.get()).ok());
     let packs = costs.map_or_else(Vec::new, |costs| costs.packs);
@@ -282,7 +289,7 @@ fn known(answer: &Answer, credential: &Credential) -> Found {
             packs.len()
         );
     }
-    let mut found = Found::new((), text);
+    let mut found = Finding::new((), text);
     if usable == 0 && !packs.is_empty() {
         found.warn(
             "resource_pack_depleted",

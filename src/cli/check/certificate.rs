@@ -10,7 +10,7 @@ use x509_cert::Certificate;
 use x509_cert::der::Decode;
 
 use super::local::EXPOSED;
-use super::report::{Fault, Found, Outcome};
+use super::report::{Fault, Finding, StepResult};
 use crate::auth::trusted_file;
 use crate::cli::Exit;
 use crate::error::chain;
@@ -22,7 +22,7 @@ const SOON: Duration = Duration::from_hours(14 * 24);
 
 /// What a certificate says of itself.
 #[derive(Clone, Debug)]
-pub(super) struct Facts {
+pub(super) struct CertificateFacts {
     /// Who vouches for it, as its distinguished name.
     pub(super) issuer: String,
     /// When it begins to be good.
@@ -33,7 +33,7 @@ pub(super) struct Facts {
 
 // === impl Facts ===
 
-impl Facts {
+impl CertificateFacts {
     /// `None` for what is no certificate.
     pub(super) fn read(certificate: &CertificateDer<'_>) -> Option<Self> {
         let certificate = Certificate::from_der(certificate).ok()?;
@@ -48,7 +48,7 @@ impl Facts {
 }
 
 /// The certificate of HTTPS: whether it can be used, until when, and by which names.
-pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) -> Outcome {
+pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) -> StepResult {
     let key = files.key.clone();
     let certificate = server::Certificate::load(files).map_err(|error| {
         Fault::new(
@@ -59,7 +59,7 @@ pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) 
         )
     })?;
     let shown = certificate.chain();
-    let facts: Option<Vec<_>> = shown.iter().map(Facts::read).collect();
+    let facts: Option<Vec<_>> = shown.iter().map(CertificateFacts::read).collect();
     // A chain is as good as what ends first.
     let facts = facts.and_then(|facts| facts.into_iter().min_by_key(|facts| facts.ends));
     let covered = |host: &&String| shown.first().is_some_and(|own| covers(own, host));
@@ -79,7 +79,7 @@ pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) 
     if !others.is_empty() {
         text = format!("{text}; not for {}", list(&others));
     }
-    let mut found = Found::new((), text);
+    let mut found = Finding::new((), text);
     if let Some(facts) = facts {
         if facts.ends <= now {
             found.warn("certificate_ended", "renew it: clients refuse it");

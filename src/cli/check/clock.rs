@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use humantime::format_duration;
 
-use super::account::{Answer, Credentials};
-use super::network::Way;
-use super::report::{Fault, Found, Outcome};
+use super::account::{ApiResponse, Credentials};
+use super::network::Target;
+use super::report::{Fault, Finding, StepResult};
 use crate::auth::token::Credential;
 use crate::cli::Exit;
 use crate::clock::Clock;
@@ -29,12 +29,12 @@ struct Corrected {
 /// Compares this machine's clock with the `Date` of an answer. Where the token was refused for its
 /// time, hands on the clock that the proxy makes the next one by.
 pub(super) fn compare(
-    answer: &Answer,
-    way: &Way,
+    answer: &ApiResponse,
+    target: &Target,
     credentials: &Credentials,
-) -> Outcome<Option<Arc<dyn Clock>>> {
+) -> StepResult<Option<Arc<dyn Clock>>> {
     let Some(date) = answer.date else {
-        return Ok(Found::new(None, "upstream told no Date to compare with"));
+        return Ok(Finding::new(None, "upstream told no Date to compare with"));
     };
     let offset = offset(date, answer.asked, answer.answered);
     let distance = rounded(offset);
@@ -43,7 +43,7 @@ pub(super) fn compare(
         1.. => format!("{} behind upstream's", format_duration(distance)),
         _ => format!("{} ahead of upstream's", format_duration(distance)),
     };
-    let is_corrected = UpstreamClock::corrects(&way.origin, distance);
+    let is_corrected = UpstreamClock::corrects(&target.origin, distance);
     let is_pair = matches!(credentials.credential, Credential::Pair { .. });
     let refused = is_pair && offset != 0 && answer.row().class == Class::TokenTime;
     let advice = if is_corrected {
@@ -61,7 +61,7 @@ pub(super) fn compare(
             offset,
         })
     };
-    let mut found = Found::new(refused.then(corrected), text);
+    let mut found = Finding::new(refused.then(corrected), text);
     if refused || distance > TOLERATED {
         found.warn("clock_wrong", advice);
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rustls::RootCertStore;
 
-use super::report::{Fault, Found, Outcome};
+use super::report::{Fault, Finding, StepResult};
 use crate::auth::client_token::ClientTokens;
 use crate::auth::credentials::{self, Places};
 use crate::auth::secret::Secret;
@@ -14,14 +14,14 @@ use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::cli::{Exit, find_credential};
 use crate::clock::Clock;
 use crate::error::chain;
-use crate::settings::{Row, Settings};
+use crate::settings::{SettingRow, Settings};
 use crate::upstream::{TlsError, trust_roots};
 
 /// The type of a warning about a file that every user can read.
 pub(super) const EXPOSED: &str = "file_readable_by_others";
 
 /// Where settings come from, and whether others can read a secret there.
-pub(super) fn settings(settings: &Settings, rows: &[Row]) -> Found {
+pub(super) fn settings(settings: &Settings, rows: &[SettingRow]) -> Finding {
     let set = rows.iter().filter(|row| !row.is_default());
     let mut sources: Vec<_> = set.map(|row| row.source.as_str()).collect();
     sources.sort_unstable();
@@ -32,7 +32,7 @@ pub(super) fn settings(settings: &Settings, rows: &[Row]) -> Found {
     } else {
         format!("upstream is {origin}; set by {}", sources.join(", "))
     };
-    let mut found = Found::new((), text);
+    let mut found = Finding::new((), text);
     // Of the sources only the settings file is a file.
     for source in sources {
         let path = Path::new(source);
@@ -50,7 +50,7 @@ pub(super) fn settings(settings: &Settings, rows: &[Row]) -> Found {
 }
 
 /// The file of `access.client_tokens_file`.
-pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> Outcome {
+pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> StepResult {
     let tokens = ClientTokens::read(path, Arc::clone(clock)).map_err(|error| {
         Fault::new(
             Exit::Settings,
@@ -59,7 +59,7 @@ pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> Outcome {
             "correct the file: one token a line, or name:token, and mode 600 in a folder of yours",
         )
     })?;
-    let mut found = Found::new((), format!("read from {}", path.display()));
+    let mut found = Finding::new((), format!("read from {}", path.display()));
     if let Some(warning) = tokens.warning {
         found.warn(EXPOSED, warning);
     }
@@ -67,11 +67,11 @@ pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> Outcome {
 }
 
 /// The access key and secret key, or the API key.
-pub(super) fn credential(places: &Places) -> Outcome<Credential> {
+pub(super) fn credential(places: &Places) -> StepResult<Credential> {
     let found = find_credential(places).map_err(|error| missing(&error))?;
     let text = format!("{} from {}", found.credential.kind(), found.source);
     let is_token = matches!(&found.credential, Credential::ApiKey(key) if is_token(key));
-    let mut outcome = Found::new(found.credential, text);
+    let mut outcome = Finding::new(found.credential, text);
     for warning in found.warnings {
         outcome.warn("credential_place", warning);
     }
@@ -149,7 +149,7 @@ fn missing(error: &credentials::Error) -> Fault {
 }
 
 /// Whom to believe that upstream is upstream.
-pub(super) fn trust(ca_file: Option<&Path>) -> Outcome<Arc<RootCertStore>> {
+pub(super) fn trust(ca_file: Option<&Path>) -> StepResult<Arc<RootCertStore>> {
     let roots = trust_roots(ca_file).map_err(|error| {
         let (r#type, advice) = match &error {
             TlsError::Environment { variable, .. } => (
@@ -168,5 +168,5 @@ pub(super) fn trust(ca_file: Option<&Path>) -> Outcome<Arc<RootCertStore>> {
         roots.store.len(),
         roots.sources.join(", ")
     );
-    Ok(Found::new(roots.store, text))
+    Ok(Finding::new(roots.store, text))
 }

@@ -12,7 +12,7 @@ mod report;
 use std::sync::Arc;
 
 use self::account::Credentials;
-use self::network::Way;
+use self::network::Target;
 use self::report::{Fault, Report};
 use super::{Exit, Failure, Output, SettingsArgs, runtime};
 use crate::auth::credentials::Places;
@@ -72,7 +72,7 @@ pub(super) fn run(
     }
 
     let upstream = settings.upstream;
-    let way = Way {
+    let target = Target {
         egress: upstream
             .proxy
             .and_then(|proxy| proxy.leading_to(&upstream.origin)),
@@ -87,25 +87,29 @@ pub(super) fn run(
     };
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
     // The report has told why a step failed.
-    let _ = runtime.block_on(ask(&mut report, &way, credentials));
+    let _ = runtime.block_on(ask(&mut report, &target, credentials));
     // A name that is still being resolved must not keep the process.
     runtime.shutdown_background();
     report.end()
 }
 
 /// The steps that need the network. Each needs what the one before found.
-async fn ask(report: &mut Report, way: &Way, mut credentials: Credentials) -> Result<(), Fault> {
-    let stream = way.reach(report, credentials.clock.now()).await?;
-    let asked = account::ask(stream, way, &credentials);
+async fn ask(
+    report: &mut Report,
+    target: &Target,
+    mut credentials: Credentials,
+) -> Result<(), Fault> {
+    let stream = target.reach(report, credentials.clock.now()).await?;
+    let asked = account::ask(stream, target, &credentials);
     let mut answer = report.wait("answer", asked).await?;
-    let compared = async { clock::compare(&answer, way, &credentials) };
+    let compared = async { clock::compare(&answer, target, &credentials) };
     let corrected = report.wait("clock", compared).await?;
     if let Some(clock) = corrected {
         // As the proxy does after a refusal for the token's time.
         credentials.clock = clock;
-        let again = account::ask_anew(way, &credentials);
+        let again = account::ask_anew(target, &credentials);
         answer = report.wait("second_answer", again).await?;
     }
-    let judged = account::judge(&answer, way, &credentials);
+    let judged = account::judge(&answer, target, &credentials);
     report.wait("account", judged).await
 }

@@ -19,8 +19,8 @@ use tokio::net::{TcpStream, lookup_host};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
-use super::certificate::{Facts, time};
-use super::report::{Fault, Found, Outcome, Report};
+use super::certificate::{CertificateFacts, time};
+use super::report::{Fault, Finding, Report, StepResult};
 use crate::cli::Exit;
 use crate::error::{BoxError, chain};
 use crate::telemetry::printable;
@@ -28,7 +28,7 @@ use crate::upstream::{EgressProxy, Origin, Timeouts, TunnelError};
 
 /// Where to go, and what to rely on.
 #[derive(Clone)]
-pub(super) struct Way {
+pub(super) struct Target {
     /// What stands in between.
     pub(super) egress: Option<EgressProxy>,
     pub(super) origin: Origin,
@@ -37,26 +37,26 @@ pub(super) struct Way {
 }
 
 /// A connection, encrypted or not.
-pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(super) trait TargetStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> TargetStream for S {}
 
 /// Verifies as ever, and keeps what it was shown: after a refusal nobody else can tell.
 #[derive(Debug)]
 struct Witness {
     verifier: Arc<WebPkiServerVerifier>,
-    shown: Mutex<Option<Facts>>,
+    shown: Mutex<Option<CertificateFacts>>,
 }
 
 // === impl Way ===
 
-impl Way {
+impl Target {
     /// Goes the way to upstream, a step for each part of it.
     pub(super) async fn reach(
         &self,
         report: &mut Report,
         now: SystemTime,
-    ) -> Result<Box<dyn Stream>, Fault> {
+    ) -> Result<Box<dyn TargetStream>, Fault> {
         let deadline = self.deadline();
         let addresses = report.wait("name", self.resolve(deadline)).await?;
         let connected = self.connect(&addresses, deadline);
@@ -91,11 +91,11 @@ impl Way {
     }
 
     /// Finds the addresses of the first hop's name.
-    async fn resolve(&self, deadline: Instant) -> Outcome<Vec<SocketAddr>> {
+    async fn resolve(&self, deadline: Instant) -> StepResult<Vec<SocketAddr>> {
         let (name, port, setting) = self.first_hop();
         if let Ok(address) = name.parse::<IpAddr>() {
             let addresses = vec![SocketAddr::new(address, port)];
-            return Ok(Found::new(addresses, format!("{setting} has an address")));
+            return Ok(Finding::new(addresses, format!("{setting} has an address")));
         }
         let reason = match timeout_at(deadline, lookup_host((name, port))).await {
             Ok(Ok(addresses)) => {
@@ -105,7 +105,7 @@ impl Way {
                     .map(|found| found.ip().to_string())
                     .collect();
                 let text = format!("{name} is {}", shown.join(", "));
-                return Ok(Found::new(addresses, text));
+                return Ok(Finding::new(addresses, text));
             }
             Ok(Err(error)) => chain(&error),
             Err(_) => self.too_long(),
@@ -127,7 +127,7 @@ impl Way {
     }
 
     /// Connects to the first address that answers.
-    async fn connect(&self, addresses: &[SocketAddr], deadline: Instant) -> Outcome<TcpStream> {
+    async fn connect(&self, addresses: &[SocketAddr], deadline: Instant) -> StepResult<TcpStream> {
         let mut failures = Vec::new();
         for (index, address) in addresses.iter().enumerate() {
             // One silent address must not use up the time of all.
@@ -135,7 +135,7 @@ impl Way {
             let share = rest / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
             let connected = timeout_at(Instant::now() + share, TcpStream::connect(address)).await;
             match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-                Ok(stream) => return Ok(Found::new(stream, format!("to {address}"))),
+                Ok(stream) => return Ok(Finding::new(stream, format!("to {address}"))),
                 Err(error) => failures.push((address, error)),
             }
         }
@@ -173,9 +173,9 @@ impl Way {
         egress: &EgressProxy,
         stream: TcpStream,
         deadline: Instant,
-    ) -> Outcome<TcpStream> {
+    ) -> StepResult<TcpStream> {
         let text = match timeout_at(deadline, egress.open_tunnel(stream, &self.origin)).await {
-            Ok(Ok(tunnel)) => return Ok(Found::new(tunnel, "through upstream.proxy")),
+            Ok(Ok(tunnel)) => return Ok(Finding::new(tunnel, "through upstream.proxy")),
             Ok(Err(error @ TunnelError::Refused(StatusCode::PROXY_AUTHENTICATION_REQUIRED))) => {
                 return Err(Fault::new(
                     Exit::Unavailable,
@@ -206,7 +206,7 @@ impl Way {
         stream: TcpStream,
         deadline: Instant,
         now: SystemTime,
-    ) -> Outcome<Box<dyn Stream>> {
+    ) -> StepResult<Box<dyn TargetStream>> {
         let (name, _) = self.origin.name_and_port();
         let failed = |error: BoxError| tls_failed(chain(&*error));
         let witness = Witness::new(&self.roots).map_err(failed)?;
@@ -216,12 +216,12 @@ impl Way {
         match timeout_at(deadline, handshake).await {
             Ok(Ok(stream)) => {
                 let text = match witness.shown() {
-                    Some(Facts { issuer, ends, .. }) => {
+                    Some(CertificateFacts { issuer, ends, .. }) => {
                         format!("certificate of {issuer}, good until {}", time(ends))
                     }
                     None => "certificate verified".to_owned(),
                 };
-                Ok(Found::new(Box::new(stream), text))
+                Ok(Finding::new(Box::new(stream), text))
             }
             Ok(Err(error)) => Err(refused(name, &error, witness.shown().as_ref(), now)),
             Err(_) => Err(tls_failed(self.too_long())),
@@ -256,7 +256,7 @@ impl Witness {
             .with_no_client_auth())
     }
 
-    fn shown(&self) -> Option<Facts> {
+    fn shown(&self) -> Option<CertificateFacts> {
         let shown = self.shown.lock();
         shown.unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -271,7 +271,7 @@ impl ServerCertVerifier for Witness {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, TlsError> {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = Facts::read(own);
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = CertificateFacts::read(own);
         self.verifier
             .verify_server_cert(own, others, name, ocsp, now)
     }
@@ -302,7 +302,12 @@ impl ServerCertVerifier for Witness {
 }
 
 /// What a handshake that failed means.
-fn refused(name: &str, error: &io::Error, shown: Option<&Facts>, now: SystemTime) -> Fault {
+fn refused(
+    name: &str,
+    error: &io::Error,
+    shown: Option<&CertificateFacts>,
+    now: SystemTime,
+) -> Fault {
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
     let Some(TlsError::InvalidCertificate(wrong)) = cause else {
         let text = printable(&chain(error)).into_owned();
@@ -324,7 +329,7 @@ fn refused(name: &str, error: &io::Error, shown: Option<&Facts>, now: SystemTime
             | CertificateError::ExpiredContext { .. }
             | CertificateError::NotValidYet
             | CertificateError::NotValidYetContext { .. },
-            Some(Facts { begins, ends, .. }),
+            Some(CertificateFacts { begins, ends, .. }),
         ) => Fault::new(
             Exit::Unavailable,
             "certificate_out_of_time",

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::account::{self, Credentials};
-use super::network::Way;
+use super::network::Target;
 use super::report::Fault;
 use crate::auth::token::Validity;
 use crate::cli::Exit;
@@ -32,10 +32,10 @@ struct Tried {
 pub(super) async fn find(
     text: &str,
     kind: &'static str,
-    way: &Way,
+    target: &Target,
     credentials: &Credentials,
 ) -> Fault {
-    let others = others(&way.origin);
+    let others = others(&target.origin);
     if others.is_empty() {
         let advice = "copy access key and secret key again, both whole, and see that upstream.url \
                       is where they come from";
@@ -44,7 +44,7 @@ pub(super) async fn find(
     let Tried {
         known_by,
         unreachable,
-    } = ask_all(&others, way, credentials).await;
+    } = ask_all(&others, target, credentials).await;
     if let Some(host) = known_by {
         let text = format!("{text}; {host} knows the pair");
         let advice = format!("set upstream.url = \"{host}\"");
@@ -68,7 +68,7 @@ fn others(origin: &Origin) -> Vec<Origin> {
 }
 
 /// Asks one after the other until one knows the pair.
-async fn ask_all(others: &[Origin], way: &Way, credentials: &Credentials) -> Tried {
+async fn ask_all(others: &[Origin], target: &Target, credentials: &Credentials) -> Tried {
     let credentials = Credentials {
         validity: Validity {
             lifetime: LIFETIME,
@@ -78,11 +78,11 @@ async fn ask_all(others: &[Origin], way: &Way, credentials: &Credentials) -> Tri
     };
     let mut unreachable = Vec::new();
     for other in others {
-        let way = Way {
+        let target = Target {
             origin: other.clone(),
-            ..way.clone()
+            ..target.clone()
         };
-        match ask(&way, &credentials).await {
+        match ask(&target, &credentials).await {
             Ok(true) => {
                 return Tried {
                     known_by: Some(other.clone()),
@@ -100,8 +100,8 @@ async fn ask_all(others: &[Origin], way: &Way, credentials: &Credentials) -> Tri
 }
 
 /// Whether a host knows the pair: it may then still refuse for another reason.
-async fn ask(way: &Way, credentials: &Credentials) -> Result<bool, Fault> {
-    let answer = account::ask_anew(way, credentials).await?.value;
+async fn ask(target: &Target, credentials: &Credentials) -> Result<bool, Fault> {
+    let answer = account::ask_anew(target, credentials).await?.value;
     Ok(!answer.row().class.refuses_token())
 }
 
@@ -141,9 +141,9 @@ mod tests {
         origin.parse().unwrap()
     }
 
-    fn way(origin: Origin) -> Way {
+    fn target(origin: Origin) -> Target {
         let timeout = Duration::from_secs(20);
-        Way {
+        Target {
             egress: None,
             origin,
             roots: Arc::new(RootCertStore::empty()),
@@ -198,7 +198,7 @@ mod tests {
         let knowing = host(1102, told.clone()).await;
         let untried = host(0, told).await;
         let others = [gone.clone(), ignorant, knowing.clone(), untried.clone()];
-        let tried = ask_all(&others, &way(untried), &credentials()).await;
+        let tried = ask_all(&others, &target(untried), &credentials()).await;
         let expected = Tried {
             known_by: Some(knowing),
             unreachable: vec![gone],

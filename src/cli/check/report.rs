@@ -8,10 +8,10 @@ use tokio::time::Instant;
 use crate::cli::{Exit, Failure, Output, say};
 
 /// What a step came to.
-pub(super) type Outcome<T = ()> = Result<Found<T>, Fault>;
+pub(super) type StepResult<T = ()> = Result<Finding<T>, Fault>;
 
 /// What was found by a step that did not fail.
-pub(super) struct Found<T = ()> {
+pub(super) struct Finding<T = ()> {
     /// For the steps that follow.
     pub(super) value: T,
     text: String,
@@ -64,7 +64,7 @@ enum Status {
 
 /// The whole report as JSON shows it.
 #[derive(Serialize)]
-struct Shown<'a> {
+struct ShownReport<'a> {
     status: Status,
     exit_code: u8,
     steps: &'a [Step],
@@ -72,7 +72,7 @@ struct Shown<'a> {
 
 // === impl Found ===
 
-impl<T> Found<T> {
+impl<T> Finding<T> {
     pub(super) fn new(value: T, text: impl Into<String>) -> Self {
         Self {
             value,
@@ -148,7 +148,7 @@ impl Report {
     pub(super) fn take<T>(
         &mut self,
         name: &'static str,
-        step: impl FnOnce() -> Outcome<T>,
+        step: impl FnOnce() -> StepResult<T>,
     ) -> Option<T> {
         let start = Instant::now();
         let outcome = step();
@@ -159,7 +159,7 @@ impl Report {
     pub(super) async fn wait<T>(
         &mut self,
         name: &'static str,
-        step: impl Future<Output = Outcome<T>>,
+        step: impl Future<Output = StepResult<T>>,
     ) -> Result<T, Fault> {
         let start = Instant::now();
         let outcome = step.await;
@@ -178,7 +178,7 @@ impl Report {
                 None if self.steps.iter().any(|step| step.status != Status::Ok) => Status::Warning,
                 None => Status::Ok,
             };
-            let shown = Shown {
+            let shown = ShownReport {
                 status: worst,
                 exit_code: self.exit.map_or(0, |exit| exit as u8),
                 steps: &self.steps,
@@ -198,10 +198,10 @@ impl Report {
         &mut self,
         name: &'static str,
         took: Duration,
-        outcome: Outcome<T>,
+        outcome: StepResult<T>,
     ) -> Result<T, Fault> {
         let (status, found, problems, outcome) = match outcome {
-            Ok(Found {
+            Ok(Finding {
                 value,
                 text,
                 warnings,

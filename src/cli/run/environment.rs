@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::net::SocketAddr;
 
-use crate::auth::credentials::harmless;
+use crate::auth::credentials::without_secrets;
 use crate::auth::secret::Secret;
 use crate::environment::Environment;
 
@@ -39,7 +39,7 @@ pub(super) fn variables(
 ) -> impl Iterator<Item = (OsString, OsString)> {
     let set = |name: &str, value: &str| (name.into(), value.into());
     let url = format!("http://{address}");
-    let kept = harmless(environment).cloned();
+    let kept = without_secrets(environment).cloned();
     kept.chain(URLS.map(|name| set(name, &url)))
         .chain(KEYS.map(|name| set(name, token.expose())))
         .chain(directly(environment, address))

@@ -13,9 +13,9 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use self::signals::Signals;
+use self::signals::ForwardedSignals;
 use super::serve::{
-    Configuration, EMBEDDED_SANDBOX, Listeners, Manager, Proxy, Running, fitting_connections,
+    Configuration, EMBEDDED_SANDBOX, Listeners, Proxy, Running, SdNotify, fitting_connections,
     hide_memory, raise_descriptor_limit,
 };
 use super::{Exit, Failure, SettingsArgs, runtime};
@@ -73,9 +73,9 @@ pub(super) fn run(
     let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
     let runtime = runtime().map_err(failed)?;
     let ended = runtime.block_on(async {
-        let mut signals = Signals::new().map_err(failed)?;
+        let mut signals = ForwardedSignals::new().map_err(failed)?;
         let mut running =
-            proxy.start(configuration, Manager::new(&Environment::default()), None)?;
+            proxy.start(configuration, SdNotify::new(&Environment::default()), None)?;
         let child = command.spawn().map_err(|error| {
             let exit = match error.kind() {
                 io::ErrorKind::NotFound => Exit::NotFound,
@@ -112,7 +112,7 @@ fn admit_one(proxy: &Proxy) -> Result<Secret, Failure> {
 async fn accompany(
     mut command: Child,
     running: &mut Running,
-    signals: &mut Signals,
+    signals: &mut ForwardedSignals,
 ) -> Result<ExitStatus, Failure> {
     let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
     loop {

@@ -29,15 +29,15 @@ const ENDING: [Signal; 3] = [Signal::INT, Signal::QUIT, Signal::TERM];
 const LAG: Duration = Duration::from_millis(500);
 
 /// The signals that come to us, taken over so that they do not end us.
-pub(super) struct Signals {
+pub(super) struct ForwardedSignals {
     coming: mpsc::Receiver<Signal>,
     /// Whether we have been told to end.
-    told: bool,
+    is_stopping: bool,
 }
 
 // === impl Signals ===
 
-impl Signals {
+impl ForwardedSignals {
     /// Takes them over from now on, but for those that we were started to ignore, as by nohup(1): the
     /// command ignores them too.
     pub(super) fn new() -> io::Result<Self> {
@@ -53,8 +53,11 @@ impl Signals {
                 while stream.recv().await.is_some() && sender.send(passed).await.is_ok() {}
             });
         }
-        let told = false;
-        Ok(Self { coming, told })
+        let is_stopping = false;
+        Ok(Self {
+            coming,
+            is_stopping,
+        })
     }
 
     /// Waits for the next one.
@@ -67,7 +70,7 @@ impl Signals {
 
     /// Tells the command, which decides what to do.
     pub(super) fn pass_on(&mut self, signal: Signal, command: &Child) {
-        self.told |= ENDING.contains(&signal);
+        self.is_stopping |= ENDING.contains(&signal);
         if OF_TERMINAL.contains(&signal) && are_in_foreground() {
             return; // told already: a second one would cut its end short
         }
@@ -82,15 +85,15 @@ impl Signals {
     /// Waits, once the command has ended, until we are told to end again. What comes in the moment of
     /// the first time, or of the command's end, is the same word.
     pub(super) async fn insist(&mut self) {
-        let mut told = self.told.then(Instant::now);
+        let mut is_stopping = self.is_stopping.then(Instant::now);
         loop {
             if !ENDING.contains(&self.next().await) {
                 continue;
             }
-            match told {
-                Some(told) if told.elapsed() > LAG => return,
+            match is_stopping {
+                Some(is_stopping) if is_stopping.elapsed() > LAG => return,
                 Some(_) => {}
-                None => told = Some(Instant::now()),
+                None => is_stopping = Some(Instant::now()),
             }
         }
     }

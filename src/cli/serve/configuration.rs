@@ -3,7 +3,7 @@
 use crate::auth::credentials::Places;
 use crate::cli::SettingsArgs;
 use crate::environment::Environment;
-use crate::settings::{Row, Settings};
+use crate::settings::{SettingRow, Settings};
 use crate::telemetry::Filter;
 
 /// The settings in force, and where they came from.
@@ -11,7 +11,7 @@ pub(in crate::cli) struct Configuration {
     pub(in crate::cli) args: SettingsArgs,
     pub(in crate::cli) environment: Environment,
     pub(in crate::cli) settings: Settings,
-    pub(in crate::cli) rows: Vec<Row>,
+    pub(in crate::cli) rows: Vec<SettingRow>,
     /// What decides which lines are logged.
     pub(in crate::cli) filter: Filter,
     /// Whether the embedded sandbox is upstream; its credential never changes.

@@ -10,7 +10,7 @@ use crate::cli::{Exit, Failure};
 use crate::environment::Environment;
 use crate::error::chain;
 use crate::server::{self, Certificate, CertificateFiles, Listener, SocketFile};
-use crate::settings::{Listen, Problem, Settings};
+use crate::settings::{ListenSettings, SettingProblem, Settings};
 use crate::upstream::Origin;
 
 /// All listening sockets but the sandbox's.
@@ -65,7 +65,7 @@ impl Listeners {
         }
         if data.is_empty() {
             let reason = "want an address, where there is no listen.unix_socket";
-            let problem = Problem::new("listen.address", reason);
+            let problem = SettingProblem::new("listen.address", reason);
             return Err(Failure::new(Exit::Settings, problem.to_string()));
         }
         if let Some(certificate) = &certificate {
@@ -108,7 +108,8 @@ impl Listeners {
         let addresses = self.data.iter().chain(&self.admin);
         let mut ports = addresses.filter_map(|listener| Some(listener.address()?.port()));
         if ports.any(|port| origin.loopback_port() == Some(port)) {
-            let problem = Problem::new("upstream.url", format!("{origin} is this proxy itself"));
+            let problem =
+                SettingProblem::new("upstream.url", format!("{origin} is this proxy itself"));
             return Err(Failure::new(Exit::Settings, problem.to_string()));
         }
         Ok(())
@@ -137,7 +138,7 @@ fn refuse_exposed(listener: &Listener, settings: &Settings) -> Result<(), Failur
     }
 }
 
-fn load_certificate(listen: &Listen) -> Result<Option<Arc<Certificate>>, Failure> {
+fn load_certificate(listen: &ListenSettings) -> Result<Option<Arc<Certificate>>, Failure> {
     let (Some(certificate), Some(key)) = (&listen.certificate_file, &listen.key_file) else {
         return Ok(None);
     };

@@ -2,7 +2,7 @@
 
 mod client_tokens;
 mod configuration;
-mod half;
+mod half_pair;
 mod listeners;
 mod process;
 mod reload;
@@ -20,7 +20,7 @@ pub(super) use self::process::{
 };
 pub(super) use self::running::Running;
 pub(super) use self::set_up::Proxy;
-pub(super) use self::systemd::Manager;
+pub(super) use self::systemd::SdNotify;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::environment::Environment;
@@ -69,8 +69,8 @@ async fn serve(proxy: Proxy, configuration: Configuration) -> Result<(), Failure
         &proxy.shared.origin,
         proxy.sandbox.as_ref(),
     );
-    let manager = Manager::new(&configuration.environment);
-    let mut running = proxy.start(configuration, manager, Some(hang_up))?;
+    let sd_notify = SdNotify::new(&configuration.environment);
+    let mut running = proxy.start(configuration, sd_notify, Some(hang_up))?;
     let first = tokio::select! {
         () = signals.next() => Some(Instant::now()),
         asked = running.asked_to_end() => {

@@ -51,7 +51,7 @@ pub(in crate::cli) fn raise_descriptor_limit() {
 }
 
 /// `limits.connections`, or fewer where there are not enough descriptors, with a warning.
-pub(in crate::cli) fn limit_connections(limits: &settings::Limits, upstream: u64) -> usize {
+pub(in crate::cli) fn limit_connections(limits: &settings::LimitSettings, upstream: u64) -> usize {
     let (wanted, fitting) = (limits.connections, fitting_connections(limits, upstream));
     if wanted > fitting {
         let to_upstream = upstream * wanted.min(limits.in_flight.saturating_add(KEPT));
@@ -68,7 +68,7 @@ pub(in crate::cli) fn limit_connections(limits: &settings::Limits, upstream: u64
 
 /// How many connections of clients there are enough descriptors for. Each may need one to upstream, but
 /// all together no more than requests may be in flight. Where there are few, connections get half of them.
-pub(in crate::cli) fn fitting_connections(limits: &settings::Limits, upstream: u64) -> u64 {
+pub(in crate::cli) fn fitting_connections(limits: &settings::LimitSettings, upstream: u64) -> u64 {
     let limit = descriptor_limit();
     let left = limit - RESERVED.min(limit / 2);
     let to_upstream = upstream.saturating_mul(limits.in_flight.saturating_add(KEPT));

@@ -13,9 +13,9 @@ use tokio::time::{Instant, sleep_until};
 
 use super::client_tokens::{ClientTokensFile, Decision};
 use super::configuration::Configuration;
-use super::half::{HalfNew, Look, ticks};
+use super::half_pair::{HalfPair, ReadReason, ticks};
 use super::set_up::{client_tokens, rules, warn_of_clients};
-use super::systemd::Manager;
+use super::systemd::SdNotify;
 use crate::auth::client_token::ClientTokens;
 use crate::auth::credentials;
 use crate::cli::{Failure, runtime};
@@ -23,7 +23,7 @@ use crate::error::chain;
 use crate::layer::guard::rules::Rules;
 use crate::lifecycle::Phase;
 use crate::server::Certificate;
-use crate::settings::{LiveSettings, Row, Settings};
+use crate::settings::{LiveSettings, SettingRow, Settings};
 use crate::stack::Shared;
 
 /// The least time between two runs of a command because of refusals.
@@ -38,25 +38,25 @@ pub(super) struct Reload {
     /// Whether other machines can connect.
     pub(super) exposed: bool,
     /// Waits for word of each reload.
-    pub(super) manager: Arc<Manager>,
+    pub(super) sd_notify: Arc<SdNotify>,
     /// When the command was run last that prints a credential.
     pub(super) ran: Option<Instant>,
     /// A pair of which only one half is new.
-    pub(super) half_new: HalfNew,
+    pub(super) half_new: HalfPair,
     /// What is known of the file of client tokens.
     pub(super) client_tokens_file: ClientTokensFile,
 }
 
 /// What is wrong, and what that comes to.
 #[derive(PartialEq, Eq)]
-struct Problem {
+struct ReloadProblem {
     text: String,
     outcome: &'static str,
 }
 
 /// A warning that is repeated only once it is another.
 #[derive(Default)]
-struct Warning(Option<Problem>);
+struct Warning(Option<ReloadProblem>);
 
 // === impl Reload ===
 
@@ -76,9 +76,9 @@ impl Reload {
         loop {
             let next_read = self.client_tokens_file.next_read(Instant::now());
             let look = tokio::select! {
-                _ = ticks.tick() => Look::Regular,
+                _ = ticks.tick() => ReadReason::Regular,
                 () = self.shared.tokens.refused() => {
-                    credential.tell("credential", self.credential(Look::Refused).await.map_err(kept));
+                    credential.tell("credential", self.credential(ReadReason::Refused).await.map_err(kept));
                     continue;
                 }
                 () = until(next_read) => {
@@ -87,7 +87,7 @@ impl Reload {
                 }
                 Some(()) = next(hang_up.as_mut()) => {
                     if self.is_ready() {
-                        self.manager.reloading();
+                        self.sd_notify.reloading();
                     }
                     // Whoever asks wants an answer, be it the same one.
                     [credential, clients, certificate] = Default::default();
@@ -98,16 +98,16 @@ impl Reload {
                             "settings are wrong: keeping the old ones"
                         ),
                     }
-                    Look::HangUp
+                    ReadReason::HangUp
                 }
             };
             credential.tell("credential", self.credential(look).await.map_err(kept));
             clients.tell("client tokens", self.clients());
             certificate.tell("certificate", self.certificate().map_err(kept));
             match look {
-                Look::HangUp if self.is_ready() => self.manager.ready(),
-                Look::Regular => ticks.reset(),
-                Look::HangUp | Look::Refused => {}
+                ReadReason::HangUp if self.is_ready() => self.sd_notify.ready(),
+                ReadReason::Regular => ticks.reset(),
+                ReadReason::HangUp | ReadReason::Refused => {}
             }
         }
     }
@@ -139,7 +139,7 @@ impl Reload {
             self.client_tokens_file = ClientTokensFile::default();
             tokens
         };
-        for Row { key, is_live, .. } in changed(&self.configuration.rows, &rows) {
+        for SettingRow { key, is_live, .. } in changed(&self.configuration.rows, &rows) {
             if *is_live {
                 tracing::info!(key, "setting changed");
             } else {
@@ -179,14 +179,14 @@ impl Reload {
 
     /// Looks for a credential again, since it may have come from a file. A command is run where
     /// somebody asks for that, but not for each of many refusals.
-    async fn credential(&mut self, look: Look) -> Result<(), String> {
+    async fn credential(&mut self, look: ReadReason) -> Result<(), String> {
         if self.configuration.sandboxed {
             return Ok(());
         }
         let asked = match look {
-            Look::Regular => false,
-            Look::HangUp => true,
-            Look::Refused => self.ran.is_none_or(|ran| ran.elapsed() >= RARELY),
+            ReadReason::Regular => false,
+            ReadReason::HangUp => true,
+            ReadReason::Refused => self.ran.is_none_or(|ran| ran.elapsed() >= RARELY),
         };
         let places = self.configuration.places();
         let (found, whole) = match (places.find(), places.command()) {
@@ -213,7 +213,7 @@ impl Reload {
     }
 
     /// Reads the file of client tokens again.
-    fn clients(&mut self) -> Result<(), Problem> {
+    fn clients(&mut self) -> Result<(), ReloadProblem> {
         let path = &self.configuration.settings.access.client_tokens_file;
         let in_force = self.shared.rules.load().client_tokens.clone();
         let metrics = &self.shared.metrics;
@@ -247,7 +247,7 @@ impl Reload {
                     let none = ClientTokens::none(Arc::clone(&self.shared.clock));
                     self.admit(Arc::new(none));
                 }
-                Err(Problem {
+                Err(ReloadProblem {
                     text,
                     outcome: "none is accepted",
                 })
@@ -280,7 +280,7 @@ impl Reload {
 // === impl Warning ===
 
 impl Warning {
-    fn tell(&mut self, what: &str, outcome: Result<(), Problem>) {
+    fn tell(&mut self, what: &str, outcome: Result<(), ReloadProblem>) {
         let problem = outcome.err();
         if let Some(problem) = &problem
             && self.0.as_ref() != Some(problem)
@@ -297,8 +297,8 @@ async fn next(signal: Option<&mut Signal>) -> Option<()> {
 }
 
 /// A problem that changes nothing.
-fn kept(text: String) -> Problem {
-    Problem {
+fn kept(text: String) -> ReloadProblem {
+    ReloadProblem {
         text,
         outcome: "keeping what there is",
     }
@@ -318,8 +318,11 @@ fn told(failure: &Failure) -> String {
 }
 
 /// The rows that have another value now.
-fn changed<'a>(before: &[Row], after: &'a [Row]) -> impl Iterator<Item = &'a Row> {
-    let is_same = |old: &Row, new: &Row| old.key == new.key && old.value == new.value;
-    let is_old = move |new: &Row| before.iter().any(|old| is_same(old, new));
+fn changed<'a>(
+    before: &[SettingRow],
+    after: &'a [SettingRow],
+) -> impl Iterator<Item = &'a SettingRow> {
+    let is_same = |old: &SettingRow, new: &SettingRow| old.key == new.key && old.value == new.value;
+    let is_old = move |new: &SettingRow| before.iter().any(|old| is_same(old, new));
     after.iter().filter(move |row| !is_old(row))
 }

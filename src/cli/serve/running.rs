@@ -20,18 +20,18 @@ use tokio_util::task::TaskTracker;
 
 use super::client_tokens::ClientTokensFile;
 use super::configuration::Configuration;
-use super::half::HalfNew;
+use super::half_pair::HalfPair;
 use super::listeners::Listeners;
 use super::process::share_of_descriptors;
 use super::reload::Reload;
 use super::set_up::Proxy;
-use super::systemd::Manager;
+use super::systemd::SdNotify;
 use crate::admin::Control;
 use crate::cli::{Exit, Failure, runtime};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::sandbox::Sandbox;
 use crate::server::{self, ConnectionLimits, Evictor, Listener, SocketFile, Stop, Worker};
-use crate::settings::Warmth;
+use crate::settings::WarmUp;
 use crate::stack::Shared;
 use crate::telemetry::metrics::Metrics;
 
@@ -50,7 +50,7 @@ const LAST_LINES: Duration = Duration::from_millis(600);
 pub(in crate::cli) struct Running {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
-    manager: Arc<Manager>,
+    sd_notify: Arc<SdNotify>,
     delay: Duration,
     drain: Duration,
     socket_file: Option<SocketFile>,
@@ -85,7 +85,7 @@ impl Proxy {
     pub(in crate::cli) fn start(
         self,
         configuration: Configuration,
-        manager: Manager,
+        sd_notify: SdNotify,
         hang_up: Option<Signal>,
     ) -> Result<Running, Failure> {
         let failed = |error: io::Error| Failure::because(Exit::Failed, &error);
@@ -120,15 +120,15 @@ impl Proxy {
         keep_warm(&shared, configuration.settings.upstream.warmth);
         let lifecycle = Arc::clone(&shared.lifecycle);
         let metrics = Arc::clone(&shared.metrics);
-        let manager = Arc::new(manager);
+        let sd_notify = Arc::new(sd_notify);
         let reload = Reload {
             configuration,
             shared: shared.clone(),
             certificate,
             exposed,
-            manager: Arc::clone(&manager),
+            sd_notify: Arc::clone(&sd_notify),
             ran: None,
-            half_new: HalfNew::default(),
+            half_new: HalfPair::default(),
             client_tokens_file: ClientTokensFile::default(),
         };
         reload.start(hang_up).map_err(failed)?;
@@ -136,11 +136,11 @@ impl Proxy {
         let (stop, stopped) = latch::channel(Stop::Never);
         let threads = start_threads(data, &shared, &limits, &stopped).map_err(failed)?;
         lifecycle.enter(Phase::Ready);
-        manager.ready();
+        sd_notify.ready();
         Ok(Running {
             lifecycle,
             metrics,
-            manager,
+            sd_notify,
             delay,
             drain,
             socket_file,
@@ -189,7 +189,7 @@ impl Running {
     ) -> Result<(), Failure> {
         tracing::info!("shutting down");
         self.lifecycle.enter(Phase::Stopping);
-        self.manager.stopping();
+        self.sd_notify.stopping();
         let mut insisted = pin!(insisted);
         let mut is_insisted = tokio::select! {
             () = sleep(self.delay) => false,
@@ -285,7 +285,7 @@ fn serve_admin(
 }
 
 /// Asks upstream once, and keeps a connection ready, as far as the settings want that.
-fn keep_warm(shared: &Shared, Warmth { probe, keep }: Warmth) {
+fn keep_warm(shared: &Shared, WarmUp { probe, keep }: WarmUp) {
     let upstream = shared.upstream.clone();
     tokio::spawn(async move {
         if probe {

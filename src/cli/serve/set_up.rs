@@ -21,7 +21,7 @@ use crate::error::chain;
 use crate::layer::guard::rules::Rules;
 use crate::sandbox::{self, Sandbox};
 use crate::server::{ConnectionLimits, Listener};
-use crate::settings::{Access, Problem, Settings};
+use crate::settings::{AccessSettings, SettingProblem, Settings};
 use crate::stack::{Parts, Shared};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Network, Origin, client_config};
@@ -171,14 +171,14 @@ pub(super) fn client_tokens(
     let path = settings.access.client_tokens_file.as_ref();
     let tokens = path.map(|path| client_tokens::read(path, clock).map(Arc::new));
     tokens.transpose().map_err(|error| {
-        let problem = Problem::new("access.client_tokens_file", chain(&error));
+        let problem = SettingProblem::new("access.client_tokens_file", chain(&error));
         Failure::new(Exit::Settings, problem.to_string())
     })
 }
 
 /// The rules of `access.*`, `limits.request_body` and `limits.in_flight`, with these client tokens.
 pub(super) fn rules(
-    access: &Access,
+    access: &AccessSettings,
     request_body: ByteSize,
     in_flight: u64,
     client_tokens: Option<Arc<ClientTokens>>,

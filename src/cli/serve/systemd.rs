@@ -18,7 +18,7 @@ use socket2::SockRef;
 use crate::cli::{Exit, Failure};
 use crate::environment::Environment;
 use crate::server::Listener;
-use crate::settings::Problem;
+use crate::settings::SettingProblem;
 
 /// How many sockets are handed over; our id stands in `LISTEN_PID`.
 const SOCKETS: &str = "LISTEN_FDS";
@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Who started us and waits for word, if anybody.
 #[derive(Debug)]
-pub(in crate::cli) struct Manager(Option<(UnixDatagram, SocketAddr)>);
+pub(in crate::cli) struct SdNotify(Option<(UnixDatagram, SocketAddr)>);
 
 /// The listening sockets that were opened for us, with their names.
 ///
@@ -45,7 +45,10 @@ pub(super) fn sockets(environment: &Environment) -> Result<Vec<(String, Listener
         let name = names.next().unwrap_or_default().to_owned();
         let listener = take(&mut sockets, index).map_err(|error| {
             let reason = format!("socket {} ({name}) cannot be used: {error}", index + 1);
-            Failure::new(Exit::Settings, Problem::new(SOCKETS, reason).to_string())
+            Failure::new(
+                Exit::Settings,
+                SettingProblem::new(SOCKETS, reason).to_string(),
+            )
         })?;
         listeners.push((name, listener));
     }
@@ -78,7 +81,7 @@ fn listens(socket: &impl AsFd) -> io::Result<bool> {
 
 // === impl Manager ===
 
-impl Manager {
+impl SdNotify {
     /// The manager that the environment names.
     pub(in crate::cli) fn new(environment: &Environment) -> Self {
         let connect = |name: &OsStr| {

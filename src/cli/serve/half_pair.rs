@@ -15,7 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(4);
 
 /// Why files are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Look {
+pub(super) enum ReadReason {
     /// It is time again.
     Regular,
     /// The process got SIGHUP.
@@ -26,9 +26,9 @@ pub(super) enum Look {
 
 /// A pair of which only one half is new, while it waits for the other half.
 #[derive(Default)]
-pub(super) struct HalfNew(Option<Waiting>);
+pub(super) struct HalfPair(Option<WaitingPair>);
 
-struct Waiting {
+struct WaitingPair {
     pair: Credential,
     /// Whether a regular look has found it.
     is_seen: bool,
@@ -42,13 +42,13 @@ pub(super) fn ticks() -> Interval {
 
 // === impl HalfNew ===
 
-impl HalfNew {
+impl HalfPair {
     /// Returns true if a pair of which a look found only one half new is to wait.
     ///
     /// It waits until a second regular look finds the same: that half stays alone, and was meant so.
     /// Other looks do not count, since they may follow one another at once.
-    pub(super) fn waits(&mut self, found: &Credential, look: Look) -> bool {
-        let is_regular = look == Look::Regular;
+    pub(super) fn waits(&mut self, found: &Credential, look: ReadReason) -> bool {
+        let is_regular = look == ReadReason::Regular;
         if let Some(waiting) = &mut self.0
             && waiting.pair == *found
         {
@@ -57,7 +57,7 @@ impl HalfNew {
             return !is_settled;
         }
         tracing::info!("only one half of the pair is new: waiting for the other");
-        self.0 = Some(Waiting {
+        self.0 = Some(WaitingPair {
             pair: found.clone(),
             is_seen: is_regular,
         });
@@ -90,11 +90,11 @@ mod tests {
     /// How long it takes until half a pair is in use that is replaced so long after the start. Every
     /// other look comes late.
     fn taken(after: Duration, late: Duration) -> Duration {
-        let mut half_new = HalfNew::default();
+        let mut half_new = HalfPair::default();
         let looks = (1_u32..).map(|n| INTERVAL * n + late * n.div_ceil(2));
         let in_use = looks
             .skip_while(|now| *now < after)
-            .find(|_| !half_new.waits(&pair("old", "new"), Look::Regular));
+            .find(|_| !half_new.waits(&pair("old", "new"), ReadReason::Regular));
         in_use.unwrap().abs_diff(after)
     }
 
@@ -111,31 +111,31 @@ mod tests {
 
     #[test]
     fn looks_out_of_turn_do_not_count() {
-        use Look::{HangUp, Refused, Regular};
-        let half = pair("old", "new");
+        use ReadReason::{HangUp, Refused, Regular};
+        let half_pair = pair("old", "new");
         for looks in [
             &[Regular, Regular][..],
             &[Regular, HangUp, HangUp, Refused, Regular],
             &[HangUp, HangUp, Regular, Refused, Regular],
             &[Refused, Regular, Regular],
         ] {
-            let mut half_new = HalfNew::default();
+            let mut half_new = HalfPair::default();
             let (last, others) = looks.split_last().unwrap();
             for look in others {
-                assert!(half_new.waits(&half, *look), "{looks:?}");
+                assert!(half_new.waits(&half_pair, *look), "{looks:?}");
             }
-            assert!(!half_new.waits(&half, *last), "{looks:?}");
+            assert!(!half_new.waits(&half_pair, *last), "{looks:?}");
         }
     }
 
     #[test]
     fn another_half_waits_anew() {
-        let mut half_new = HalfNew::default();
-        for half in [pair("old", "new"), pair("old", "newer")] {
-            assert!(half_new.waits(&half, Look::Regular));
+        let mut half_new = HalfPair::default();
+        for half_pair in [pair("old", "new"), pair("old", "newer")] {
+            assert!(half_new.waits(&half_pair, ReadReason::Regular));
         }
-        assert!(!half_new.waits(&pair("old", "newer"), Look::Regular));
+        assert!(!half_new.waits(&pair("old", "newer"), ReadReason::Regular));
         half_new.forget();
-        assert!(half_new.waits(&pair("old", "newer"), Look::Regular));
+        assert!(half_new.waits(&pair("old", "newer"), ReadReason::Regular));
     }
 }

@@ -1,5 +1,7 @@
 //! The wall clock, as an argument: it decides when a token is minted, used and replaced.
 
+pub mod last_seen;
+
 use std::time::SystemTime;
 
 /// Tells the wall-clock time.
