@@ -311,7 +311,7 @@ impl Answer {
     }
 }
 
-// === impl Failure ===
+// === impl FailureRecord ===
 
 impl From<&Error> for FailureRecord {
     fn from(error: &Error) -> Self {

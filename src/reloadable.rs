@@ -7,7 +7,7 @@ use arc_swap::{ArcSwap, Guard};
 /// A shared value; every clone sees the latest one. Reading takes no lock.
 pub struct Reloadable<T>(Arc<ArcSwap<T>>);
 
-// === impl Live ===
+// === impl Reloadable ===
 
 impl<T> Reloadable<T> {
     /// Shares a value.

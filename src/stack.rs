@@ -176,7 +176,7 @@ impl Shared {
             .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers what a shutdown gives up
             .layer(GuardLayer {
                 rules: self.rules.clone(),
-                shares: Arc::clone(&self.shares),
+                shares: Some(Arc::clone(&self.shares)),
                 hop: self.hop.clone(),
                 lifecycle: Arc::clone(&self.lifecycle),
                 metrics: Arc::clone(&self.metrics),
@@ -204,12 +204,13 @@ impl Shared {
         let Some(control) = control else {
             return open.layer(set_security_headers);
         };
+        let metrics = Arc::clone(&self.metrics);
         let guarded = ServiceBuilder::new()
-            .map_request(ProxyRequest::from)
+            .map_request(move |request| ProxyRequest::untraced(request, &metrics))
             .layer(NormaliseLayer::new(self.errors.clone()))
             .layer(GuardLayer {
                 rules: self.admin_rules.clone(),
-                shares: Arc::default(), // it limits no requests
+                shares: None,
                 hop: None,
                 lifecycle: Arc::default(), // it serves to the end, to tell how that goes
                 metrics: Arc::clone(&self.metrics),
@@ -231,16 +232,18 @@ pub fn sandbox(
 ) -> impl Service<Request, Response = Response, Error = sandbox::Reset, Future: Send> + Send {
     let rules = Reloadable::new(rules);
     let [mut files, mut all_else] = [sandbox.clone(), sandbox];
+    let metrics = Arc::new(metrics);
+    let uncounted = Arc::clone(&metrics);
     let mut guarded = ServiceBuilder::new()
-        .map_request(ProxyRequest::from)
+        .map_request(move |request| ProxyRequest::untraced(request, &uncounted))
         .layer(CorsLayer::new(rules.clone()))
         .layer(NormaliseLayer::new(Reloadable::new(errors)))
         .layer(GuardLayer {
             rules,
-            shares: Arc::default(),
+            shares: None,
             hop: None,
             lifecycle: Arc::default(),
-            metrics: Arc::new(metrics),
+            metrics,
         })
         .service(service_fn(move |inbound: ProxyRequest| {
             let answer = all_else.call(inbound.request);

@@ -8,17 +8,10 @@ use axum::extract::Request;
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
-use kling_proxy::auth::secret::Secret;
-use kling_proxy::auth::token::Credential;
-use kling_proxy::clock::SystemClock;
-use kling_proxy::kling::envelope::{self, Peek};
-use kling_proxy::kling::service_code;
-use kling_proxy::layer::guard::rules::Rules;
-use kling_proxy::settings::{Flags, Settings};
-use kling_proxy::stack::{Parts, Shared};
-use kling_proxy::telemetry::metrics::Metrics;
-use kling_proxy::telemetry::{self, Format};
-use kling_proxy::upstream::{Network, client_config};
+use kling_proxy::internals::{
+    Credential, Flags, LogFormat, Metrics, Network, Parts, Peek, Rules, Secret, Settings, Shared,
+    SystemClock, client_config, envelope, init_log, service_code,
+};
 use tokio::runtime;
 use tokio_util::task::TaskTracker;
 use tower::Service;
@@ -124,7 +117,7 @@ fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, bod
             if status.is_success() { "3" } else { "1" },
         ),
     ]);
-    telemetry::init(Format::Json, settings.log.filter.clone());
+    init_log(LogFormat::Json, settings.log.filter.clone());
     let mut stack = shared(&settings).stack(&TaskTracker::new());
     let runtime = runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.unwrap();

@@ -22,18 +22,10 @@ use http::{Method, StatusCode, request};
 use http_body_util::BodyExt;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
-use kling_proxy::auth::client_token::ClientTokens;
-use kling_proxy::clock::Clock;
-use kling_proxy::error::Error;
-use kling_proxy::kling::service_code;
-use kling_proxy::layer::cors::CorsLayer;
-use kling_proxy::layer::guard::GuardLayer;
-use kling_proxy::layer::guard::rules::Rules;
-use kling_proxy::layer::normalise::{ErrorBodyFormat, ErrorFormat, NormaliseLayer, StatusMapping};
-use kling_proxy::layer::trace::TraceLayer;
-use kling_proxy::reloadable::Reloadable;
-use kling_proxy::request::context::ProxyRequest;
-use kling_proxy::telemetry::metrics::Metrics;
+use kling_proxy::internals::{
+    ClientTokens, Clock, CorsLayer, Error, ErrorBodyFormat, ErrorFormat, GuardLayer, Metrics,
+    NormaliseLayer, ProxyRequest, Reloadable, Rules, StatusMapping, TraceLayer, service_code,
+};
 use libfuzzer_sys::fuzz_target;
 use tempfile::NamedTempFile;
 use tokio::runtime::{Builder, Runtime};
@@ -133,7 +125,7 @@ async fn answer(
     let origins: Vec<_> = request.headers().get_all(ORIGIN).iter().cloned().collect();
     let guard = GuardLayer {
         rules: rules.clone(),
-        shares: Arc::default(),
+        shares: Some(Arc::default()),
         hop: None,
         lifecycle: Arc::default(),
         metrics: Arc::clone(&METRICS),

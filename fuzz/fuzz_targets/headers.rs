@@ -15,15 +15,11 @@ use axum::response::Response;
 use bytesize::ByteSize;
 use futures_util::FutureExt;
 use http::header::{ACCEPT_ENCODING, AUTHORIZATION, HOST, HeaderMap, HeaderName, HeaderValue};
-use kling_proxy::auth::secret::Secret;
-use kling_proxy::auth::token::{Credential, Tokens, Validity};
-use kling_proxy::clock::SystemClock;
-use kling_proxy::error::Error;
-use kling_proxy::layer::authenticate::AuthenticateLayer;
-use kling_proxy::request::headers::{strip_request, strip_response};
-use kling_proxy::request::replay_body::{ReplayBudget, ReplayLimits};
-use kling_proxy::request::replayable::{Attempt, ReplayableRequest};
-use kling_proxy::telemetry::metrics::Metrics;
+use kling_proxy::internals::{
+    Attempt, AuthenticateLayer, Credential, Error, Metrics, ProxyRequest, ReplayBudget,
+    ReplayLimits, ReplayableRequest, Secret, SystemClock, Tokens, Validity, strip_request,
+    strip_response,
+};
 use libfuzzer_sys::fuzz_target;
 use tower::{Layer, ServiceExt, service_fn};
 
@@ -84,6 +80,8 @@ const CONFINED: [(&str, &str); 2] = [
 /// What may stand around an element of a list.
 const SPACE: [char; 2] = [' ', '\t'];
 
+static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Metrics::new().expect("metrics").into());
+
 static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
     let validity = Validity {
         lifetime: Duration::from_mins(30),
@@ -91,15 +89,21 @@ static AUTHENTICATE: LazyLock<AuthenticateLayer> = LazyLock::new(|| {
         refresh_before: Duration::from_mins(5),
     };
     let credential = Credential::ApiKey(Secret::from("ours".to_owned()));
-    let metrics = Metrics::new().expect("metrics").into();
-    let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
+    let tokens = Tokens::new(
+        credential,
+        validity,
+        Arc::new(SystemClock),
+        Arc::clone(&METRICS),
+    );
     AuthenticateLayer::new(Arc::new(tokens), HeaderValue::from_static("kling.test"))
 });
 
 static BUDGET: LazyLock<Arc<ReplayBudget>> = LazyLock::new(|| {
     let [body, memory] = [ByteSize::b(0); 2];
-    let metrics = Metrics::new().expect("metrics").into();
-    Arc::new(ReplayBudget::new(ReplayLimits { body, memory }, metrics))
+    Arc::new(ReplayBudget::new(
+        ReplayLimits { body, memory },
+        Arc::clone(&METRICS),
+    ))
 });
 
 fuzz_target!(|input: &[u8]| {
@@ -255,7 +259,8 @@ fn authenticated(headers: HeaderMap) -> HeaderMap {
         *answer.headers_mut() = request.into_parts().0.headers;
         Ok::<_, Error>(answer)
     });
-    let request = ReplayableRequest::new(request.into(), &BUDGET, false);
+    let request = ProxyRequest::untraced(request, &METRICS);
+    let request = ReplayableRequest::new(request, &BUDGET, false);
     let answer = AUTHENTICATE.layer(inner).oneshot(request);
     let answer = answer.now_or_never().expect("it waits for nothing");
     answer.expect("there is a key").into_parts().0.headers

@@ -8,11 +8,10 @@ use axum::extract::Request;
 use axum::response::Response;
 use futures_util::FutureExt;
 use http_body_util::BodyExt;
-use kling_proxy::error::{Answer, Error};
-use kling_proxy::kling::envelope::{self, Envelope, Peek};
-use kling_proxy::layer::normalise::{ErrorBodyFormat, ErrorFormat, NormaliseLayer, StatusMapping};
-use kling_proxy::reloadable::Reloadable;
-use kling_proxy::request::context::ProxyRequest;
+use kling_proxy::internals::{
+    Answer, Envelope, Error, ErrorBodyFormat, ErrorFormat, Metrics, NormaliseLayer, Peek,
+    ProxyRequest, Reloadable, StatusMapping, envelope,
+};
 use libfuzzer_sys::fuzz_target;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -21,6 +20,8 @@ use serde_json::value::RawValue;
 use tower::{Layer, ServiceExt, service_fn};
 
 /// A longer text is cut at this many places.
+static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Metrics::new().expect("metrics").into());
+
 const CUTS: usize = 64;
 
 fuzz_target!(|text: &[u8]| {
@@ -164,7 +165,9 @@ fn answer_is_well_formed(envelope: Envelope, size: usize) {
         let error = error.take().expect("one request");
         async { Err::<Response, _>(error) }
     });
-    let answer = layer.layer(failing).oneshot(Request::default().into());
+    let answer = layer
+        .layer(failing)
+        .oneshot(ProxyRequest::untraced(Request::default(), &METRICS));
     let Ok(response) = answer.now_or_never().expect("it waits for nothing");
     let (head, body) = response.into_parts();
     let body = body.collect().now_or_never().expect("it is all there");

@@ -14,8 +14,7 @@ use std::path::PathBuf;
 use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
-use kling_proxy::environment::Environment;
-use kling_proxy::settings::{Flags, SettingRow, Settings};
+use kling_proxy::internals::{Environment, Flags, SettingRow, Settings};
 use libfuzzer_sys::fuzz_target;
 use toml::{Table, Value};
 
@@ -80,7 +79,7 @@ fn split(input: &[u8]) -> (&[u8], Vec<Variable>) {
 fn load(
     text: &[u8],
     variables: &[Variable],
-) -> Result<(Settings, Vec<SettingRow>), Vec<kling_proxy::settings::SettingProblem>> {
+) -> Result<(Settings, Vec<SettingRow>), Vec<kling_proxy::internals::SettingProblem>> {
     let mut file = FILE.lock().expect("one thread");
     let written = file
         .rewind()

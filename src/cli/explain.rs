@@ -77,7 +77,7 @@ pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
     Ok(())
 }
 
-// === impl Shown ===
+// === impl ShownCode ===
 
 impl From<&Row> for ShownCode {
     fn from(row: &Row) -> Self {

@@ -83,9 +83,7 @@ where
             Ok(authorization) => authorization,
             Err(error) => return Either::Left(future::ready(Err(Error::Credentials(error)))),
         };
-        if let Some(context) = original.context() {
-            context.attempted();
-        }
+        original.context().attempted();
         let path = original.uri().path_and_query().cloned();
         // Stripped before they are set: `Connection: authorization` must not name ours.
         let mut attempt = original.attempt();
@@ -136,6 +134,7 @@ mod tests {
     use crate::auth::secret::Secret;
     use crate::auth::token::{Credential, Validity};
     use crate::clock::SystemClock;
+    use crate::request::context::ProxyRequest;
     use crate::request::replay_body::{ReplayBudget, ReplayLimits};
     use crate::telemetry::metrics::Metrics;
 
@@ -152,7 +151,8 @@ mod tests {
             body: ByteSize::kib(1),
             memory: ByteSize::kib(1),
         };
-        let keeper = Arc::new(ReplayBudget::new(bounds, Arc::clone(&metrics)));
+        let budget = Arc::new(ReplayBudget::new(bounds, Arc::clone(&metrics)));
+        let request = ProxyRequest::untraced(request, &metrics);
         let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
         let host = HeaderValue::from_static("kling.test");
         let stack = ServiceBuilder::new()
@@ -162,7 +162,7 @@ mod tests {
                 *answer.headers_mut() = request.into_parts().0.headers;
                 Ok::<_, Error>(answer)
             }));
-        let request = ReplayableRequest::new(request.into(), &keeper, false);
+        let request = ReplayableRequest::new(request, &budget, false);
         let answer = stack.oneshot(request).await.map_err(|error| error.code())?;
         let text = |value: &HeaderValue| value.to_str().unwrap().to_owned();
         Ok(answer

@@ -127,7 +127,7 @@ where
         if request.effect() == Effect::Read {
             return Either::Left(self.inner.call(request));
         }
-        let create = PendingCreate::new(request.context(), request.uri().clone());
+        let create = PendingCreate::new(request.context().clone(), request.uri().clone());
         let create = Arc::new(create);
         request.set_pending(Arc::clone(&create));
         let (sender, outcome) = oneshot::channel();
@@ -323,7 +323,7 @@ impl Drop for AnswerBody {
     }
 }
 
-// === impl Reading ===
+// === impl AnswerReader ===
 
 impl AnswerReader {
     fn poll_step(
@@ -341,9 +341,9 @@ impl AnswerReader {
             Some(Err(_)) | None => self.ended = true,
         }
         if self.is_over()
-            && let (Some(reader), Some(context)) = (self.text.get_ref(), self.create.context())
+            && let Some(reader) = self.text.get_ref()
         {
-            context.created(reader.task());
+            self.create.context().created(reader.task());
         }
         Poll::Ready(step)
     }

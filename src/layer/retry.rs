@@ -21,7 +21,6 @@ use crate::error::Error;
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::Resend;
 use crate::reloadable::Reloadable;
-use crate::request::context::RequestContext;
 use crate::request::replayable::ReplayableRequest;
 use crate::telemetry::CREATES;
 use crate::telemetry::metrics::Metrics;
@@ -153,7 +152,7 @@ impl Policy<ReplayableRequest, Response, Error> for RetryPolicy {
                 ($target:expr) => {
                     tracing::info!(
                         target: $target,
-                        request_id = request.context().map(|context| context.id().as_str()),
+                        request_id = request.context().id().as_str(),
                         error.type = error.kind(),
                         attempts = self.attempts,
                         wait_seconds = wait.as_secs_f64(),
@@ -175,11 +174,7 @@ impl Policy<ReplayableRequest, Response, Error> for RetryPolicy {
     /// Called before each attempt: with a copy, `retry` is asked what to make of its outcome.
     fn clone_request(&mut self, request: &ReplayableRequest) -> Option<ReplayableRequest> {
         if !mem::take(&mut self.again) {
-            self.begun = Some(
-                request
-                    .context()
-                    .map_or_else(Instant::now, RequestContext::begun),
-            );
+            self.begun = Some(request.context().begun());
             self.limits = **self.shared.limits.load();
             self.attempts = 0;
             self.renewed = false;

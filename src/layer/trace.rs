@@ -126,7 +126,6 @@ where
             effect,
             answered: false,
         };
-        let context = Some(context);
         let inbound = ProxyRequest { request, context };
         let inner = unanswered.span.in_scope(|| self.inner.call(inbound));
         TraceFuture {

@@ -37,11 +37,11 @@ struct ContextInner {
 pub struct ProxyRequest {
     /// As it came.
     pub request: Request,
-    /// `None` on the admin listener, where nothing is traced.
-    pub context: Option<RequestContext>,
+    /// What is known of it.
+    pub context: RequestContext,
 }
 
-// === impl Facts ===
+// === impl RequestContext ===
 
 impl RequestContext {
     /// Begins now, with the request's name and count.
@@ -141,11 +141,13 @@ impl RequestContext {
     }
 }
 
-// === impl Inbound ===
+// === impl ProxyRequest ===
 
-impl From<Request> for ProxyRequest {
-    fn from(request: Request) -> Self {
-        let context = None;
+impl ProxyRequest {
+    /// Wraps a request that is neither traced nor counted: one to the admin listener or the sandbox.
+    pub fn untraced(request: Request, metrics: &Arc<Metrics>) -> Self {
+        let id = RequestId::of(request.headers());
+        let context = RequestContext::new(id, metrics.enter_uncounted());
         Self { request, context }
     }
 }

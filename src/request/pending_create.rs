@@ -17,7 +17,7 @@ use crate::telemetry::{CREATES, printable};
 
 /// One create that has no outcome yet.
 pub struct PendingCreate {
-    context: Option<RequestContext>,
+    context: RequestContext,
     uri: Uri,
     state: Mutex<CreateState>,
     /// Notified when the create may be cancelled now.
@@ -62,9 +62,9 @@ pub enum Ending {
 
 impl PendingCreate {
     /// A create that has just arrived.
-    pub fn new(context: Option<&RequestContext>, uri: Uri) -> Self {
+    pub fn new(context: RequestContext, uri: Uri) -> Self {
         Self {
-            context: context.cloned(),
+            context,
             uri,
             state: Mutex::default(),
             changed: Notify::new(),
@@ -72,8 +72,8 @@ impl PendingCreate {
     }
 
     /// What is known of its request.
-    pub fn context(&self) -> Option<&RequestContext> {
-        self.context.as_ref()
+    pub fn context(&self) -> &RequestContext {
+        &self.context
     }
 
     /// Its client does not wait any more.
@@ -166,8 +166,8 @@ impl PendingCreate {
     fn log_step(&self, text: &str) {
         tracing::info!(
             target: CREATES,
-            request_id = self.request_id(),
-            client = self.client(),
+            request_id = self.context.id().as_str(),
+            client = self.context.client(),
             url.path = &*printable(self.uri.path()),
             task.external_id = self.external_id().as_deref(),
             "{text}"
@@ -175,36 +175,25 @@ impl PendingCreate {
     }
 
     fn log(&self, status: Option<StatusCode>, error: Option<&Error>, text: &str) {
-        let task = self.context.as_ref().and_then(RequestContext::task);
+        let task = self.context.task();
         let cause = error.map(|error| chain(error));
         tracing::warn!(
             target: CREATES,
-            request_id = self.request_id(),
-            client = self.client(),
+            request_id = self.context.id().as_str(),
+            client = self.context.client(),
             url.path = &*printable(self.uri.path()),
             task.id = task.and_then(|task| task.id.as_deref()).map(printable).as_deref(),
             task.external_id = self.external_id().as_deref(),
             http.response.status_code = status.map(|status| status.as_u16()),
-            http.request.resend_count = self.context.as_ref().and_then(RequestContext::resend_count),
+            http.request.resend_count = self.context.resend_count(),
             error.type = error.map(Error::kind),
             error.cause = cause.as_deref().map(printable).as_deref(),
             "{text}"
         );
     }
 
-    fn request_id(&self) -> Option<&str> {
-        self.context.as_ref().map(|context| context.id().as_str())
-    }
-
-    fn client(&self) -> Option<&str> {
-        self.context.as_ref().and_then(RequestContext::client)
-    }
-
     fn external_id(&self) -> Option<Cow<'_, str>> {
-        self.context
-            .as_ref()
-            .and_then(RequestContext::external_id)
-            .map(printable)
+        self.context.external_id().map(printable)
     }
 
     fn lock(&self) -> MutexGuard<'_, CreateState> {
@@ -212,7 +201,7 @@ impl PendingCreate {
     }
 }
 
-// === impl State ===
+// === impl CreateState ===
 
 impl CreateState {
     fn is_cancelled(&self) -> bool {

@@ -83,7 +83,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// As much of what was kept as is sent in one piece.
 const PIECE: usize = 64 << 10;
 
-// === impl Replay ===
+// === impl ReplayBody ===
 
 impl ReplayBody {
     /// Keeps what is read of a body for as long as `budget` lets it. The body of a `create` tells its
@@ -237,7 +237,7 @@ fn memory_of(frame: &Frame<Bytes>) -> usize {
     size_of::<Frame<Bytes>>() + frame.data_ref().map_or(0, Bytes::len)
 }
 
-// === impl Source ===
+// === impl BodySource ===
 
 impl BodySource {
     fn next_turn(&mut self) -> u64 {
@@ -358,7 +358,7 @@ impl Drop for BodySource {
     }
 }
 
-// === impl Keeper ===
+// === impl ReplayBudget ===
 
 impl ReplayBudget {
     /// Keeps within `limits`, and counts in `metrics` what does not fit.

@@ -19,7 +19,7 @@ use crate::request::replay_body::{ReplayBody, ReplayBudget};
 pub struct ReplayableRequest {
     head: Arc<request::Parts>,
     effect: Effect,
-    context: Option<RequestContext>,
+    context: RequestContext,
     /// For a create that runs on its own.
     create: Option<Arc<PendingCreate>>,
     body: ReplayBody,
@@ -45,7 +45,7 @@ pub struct AttemptedCreate {
 /// counts as read: one for its rest, and one for the end of its connection.
 const QUIET_TURNS: u32 = 2;
 
-// === impl Original ===
+// === impl ReplayableRequest ===
 
 impl ReplayableRequest {
     /// Keeps of a request what may reach upstream; of its body what is read, for as long as `budget`
@@ -55,7 +55,7 @@ impl ReplayableRequest {
         let effect = Effect::of(&request);
         let (mut head, body) = request.into_parts();
         headers::strip_request(&mut head.headers, is_marked);
-        let create = context.as_ref().filter(|_| effect == Effect::Create);
+        let create = (effect == Effect::Create).then_some(&context);
         let body = ReplayBody::new(body, budget, create);
         Self {
             head: Arc::new(head),
@@ -77,8 +77,8 @@ impl ReplayableRequest {
     }
 
     /// What is known of it.
-    pub fn context(&self) -> Option<&RequestContext> {
-        self.context.as_ref()
+    pub fn context(&self) -> &RequestContext {
+        &self.context
     }
 
     /// Its body, as far as it is kept.

@@ -47,7 +47,7 @@ const ECHOED: &[&str] = &[
 /// In bytes: a longer text is not repeated.
 const LONGEST_ECHO: usize = 1024;
 
-// === impl Order ===
+// === impl CreateRequest ===
 
 impl CreateRequest {
     /// Reads and checks the body of a create.

@@ -33,7 +33,7 @@ const MARK: &str = "sandbox:";
 
 const LONGEST_DELAY: Duration = Duration::from_mins(10);
 
-// === impl Trigger ===
+// === impl Fault ===
 
 impl Fault {
     /// Finds the triggers in all texts of a body, since every family calls its prompt something else and some

@@ -16,7 +16,7 @@ const FRAMES: (u32, u32, u32, u32) = (320, 180, 12, 24);
 /// Nothing of such a frame, as COCO writes run lengths: one run of 320 times 180.
 const EMPTY_MASK: &str = "PXh1";
 
-// === impl Report ===
+// === impl TaskView ===
 
 impl TaskView<'_> {
     pub(super) fn answer(&self) -> Value {

@@ -25,7 +25,7 @@ const LARGEST_LIMIT: u64 = 500;
 
 const DEFAULT_SPAN: Duration = Duration::from_hours(30 * 24);
 
-// === impl Selection ===
+// === impl ListQuery ===
 
 impl<'a> ListQuery<'a> {
     /// Reads a body. `time` is that of the clients.

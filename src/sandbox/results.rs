@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::endpoints::Output;
 use super::task_view::TaskView;
 
-// === impl Report ===
+// === impl TaskView ===
 
 impl TaskView<'_> {
     /// The `task_result` of the legacy API.

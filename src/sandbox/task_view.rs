@@ -24,7 +24,7 @@ const FAILURE: &str = "Failure to pass the risk control system";
 /// Who made what is made here; Kling's own is `kling`'s.
 const CREATOR: &str = "100000001";
 
-// === impl Report ===
+// === impl TaskView ===
 
 impl TaskView<'_> {
     /// The answer to the create.

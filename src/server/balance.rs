@@ -72,7 +72,7 @@ impl Worker {
     }
 }
 
-// === impl Crew ===
+// === impl Workers ===
 
 impl Workers {
     /// Gives a connection to the worker that is to have it. `None` if the first serves no more.
@@ -103,7 +103,7 @@ impl Workers {
     }
 }
 
-// === impl Queue ===
+// === impl WorkerQueue ===
 
 impl WorkerQueue {
     fn new() -> (Self, mpsc::Receiver<Accepted>) {
@@ -117,7 +117,7 @@ impl WorkerQueue {
     }
 }
 
-// === impl Place ===
+// === impl ConnectionCount ===
 
 impl ConnectionCount {
     fn at(queue: &WorkerQueue) -> Self {

@@ -216,7 +216,7 @@ fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
     Ok(())
 }
 
-// === impl Stream ===
+// === impl ClientStream ===
 
 impl ClientStream {
     /// Who connects, if that is not a program of our own user on this machine.

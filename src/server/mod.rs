@@ -36,8 +36,8 @@ pub use self::head::Heads;
 use self::listener::{Acceptor, ClientStream};
 pub use self::listener::{Listener, bind};
 use self::reset::Reset;
-pub use self::socket_file::{SocketFile, SocketFileError};
-pub use self::tls::{Certificate, CertificateError, CertificateFiles};
+pub use self::socket_file::SocketFile;
+pub use self::tls::{Certificate, CertificateFiles};
 use crate::error::BoxError;
 
 /// What a connection holds at most of what it reads and of what it writes, in bytes, each. More makes

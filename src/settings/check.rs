@@ -101,7 +101,7 @@ impl Settings {
     }
 }
 
-// === impl Listen ===
+// === impl ListenSettings ===
 
 impl ListenSettings {
     /// Finds a certificate without its key, or the other way round.
@@ -118,7 +118,7 @@ impl ListenSettings {
     }
 }
 
-// === impl Access ===
+// === impl AccessSettings ===
 
 impl AccessSettings {
     /// Finds entries that could never match a request.

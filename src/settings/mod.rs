@@ -175,7 +175,7 @@ pub struct Shutdown {
 #[derive(Debug)]
 pub struct Log {
     /// How lines look.
-    pub format: telemetry::Format,
+    pub format: telemetry::LogFormat,
     /// Which lines.
     pub filter: Targets,
 }
@@ -384,7 +384,7 @@ impl Reader<'_> {
     }
 }
 
-// === impl Row ===
+// === impl SettingRow ===
 
 impl SettingRow {
     /// Whether its value is a secret.
@@ -398,7 +398,7 @@ impl SettingRow {
     }
 }
 
-// === impl Problem ===
+// === impl SettingProblem ===
 
 impl SettingProblem {
     /// Says that something at `place` has to be corrected.

@@ -88,10 +88,10 @@ texts! {
         "upstream" => Ok(normalise::ErrorBodyFormat::Upstream),
         _ => Err(None),
     };
-    telemetry::Format, "\"auto\", \"pretty\" or \"json\"", |text: &str| match text {
-        "auto" => Ok(telemetry::Format::Auto),
-        "pretty" => Ok(telemetry::Format::Pretty),
-        "json" => Ok(telemetry::Format::Json),
+    telemetry::LogFormat, "\"auto\", \"pretty\" or \"json\"", |text: &str| match text {
+        "auto" => Ok(telemetry::LogFormat::Auto),
+        "pretty" => Ok(telemetry::LogFormat::Pretty),
+        "json" => Ok(telemetry::LogFormat::Json),
         _ => Err(None),
     };
 }

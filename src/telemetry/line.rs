@@ -47,7 +47,7 @@ where
     }
 }
 
-// === impl Line ===
+// === impl LineMembers ===
 
 impl Serialize for LineMembers<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -152,7 +152,18 @@ impl Metrics {
     /// Counts a request in; dropping the guard counts it out.
     pub fn enter(self: &Arc<Self>) -> InFlight {
         self.in_flight.inc();
-        InFlight(Arc::clone(self))
+        InFlight {
+            metrics: Arc::clone(self),
+            is_counted: true,
+        }
+    }
+
+    /// Makes the guard of a request that does not count, such as one to the admin listener.
+    pub fn enter_uncounted(self: &Arc<Self>) -> InFlight {
+        InFlight {
+            metrics: Arc::clone(self),
+            is_counted: false,
+        }
     }
 
     /// How many requests are in flight.
@@ -304,19 +315,24 @@ pub fn method_label(method: &Method) -> &str {
 }
 
 /// Counts one request as in flight until it is dropped.
-pub struct InFlight(Arc<Metrics>);
+pub struct InFlight {
+    metrics: Arc<Metrics>,
+    is_counted: bool,
+}
 
 // === impl InFlight ===
 
 impl InFlight {
     /// Where it is counted.
     pub fn metrics(&self) -> &Metrics {
-        &self.0
+        &self.metrics
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.dec();
+        if self.is_counted {
+            self.metrics.in_flight.dec();
+        }
     }
 }

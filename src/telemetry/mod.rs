@@ -22,7 +22,7 @@ use self::queue::{DROPPED, Lines, QUEUE};
 
 /// How log lines look (`log.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub enum LogFormat {
     /// `Pretty` on a terminal, else `Json`.
     Auto,
     /// For people.
@@ -49,13 +49,15 @@ impl Filter {
 ///
 /// Lines are let through by target and level. `EnvFilter` also looks at the fields of spans, for
 /// which it brings a regular expression engine: a twentieth of the program.
-pub fn init(format: Format, filter: Targets) -> Filter {
+pub fn init(format: LogFormat, filter: Targets) -> Filter {
     let (filter, handle) = reload::Layer::new(filter);
     let terminal = std::io::stderr().is_terminal();
     let lines = fmt::layer().with_writer(Lines);
     let lines = match (format, terminal) {
-        (Format::Json, _) | (Format::Auto, false) => lines.json().event_format(JsonLine).boxed(),
-        (Format::Pretty, _) | (Format::Auto, true) => lines.with_ansi(terminal).boxed(),
+        (LogFormat::Json, _) | (LogFormat::Auto, false) => {
+            lines.json().event_format(JsonLine).boxed()
+        }
+        (LogFormat::Pretty, _) | (LogFormat::Auto, true) => lines.with_ansi(terminal).boxed(),
     };
     start_writing();
     let subscriber = tracing_subscriber::registry().with(filter).with(lines);

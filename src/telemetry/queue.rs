@@ -81,7 +81,7 @@ const PIECE: usize = 4096;
 /// How long to wait for a reader of a pipe that does not block.
 const MOMENT: Duration = Duration::from_millis(10);
 
-// === impl Queue ===
+// === impl LineQueue ===
 
 impl LineQueue {
     const fn new(capacity: usize, patience: Duration) -> Self {
@@ -262,7 +262,7 @@ fn write_piece<'a>(to: &mut impl Write, mut piece: &'a [u8], is_torn: &mut bool)
     piece
 }
 
-// === impl State ===
+// === impl QueueState ===
 
 impl QueueState {
     /// Returns how many bytes wait or are being written.
@@ -292,7 +292,7 @@ impl MakeWriter<'_> for Lines {
     }
 }
 
-// === impl Line ===
+// === impl QueuedLine ===
 
 impl Write for QueuedLine {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {

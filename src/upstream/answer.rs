@@ -107,7 +107,7 @@ enum BodyEnd {
     Cut,
 }
 
-// === impl Reader ===
+// === impl AheadReader ===
 
 impl<'a> AheadReader<'a> {
     fn of(answer: &'a mut http::Response<Download>) -> Self {

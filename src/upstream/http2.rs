@@ -237,7 +237,7 @@ impl Drop for Slot {
     }
 }
 
-// === impl Exchange ===
+// === impl StreamExchange ===
 
 impl Future for StreamExchange {
     type Output = Result<Response<Body>, SendError>;
@@ -275,7 +275,7 @@ impl Drop for StreamExchange {
     }
 }
 
-// === impl Upload ===
+// === impl StreamUpload ===
 
 impl StreamUpload {
     /// Sends what the body has and the windows allow. Ready when there is no more to do.
@@ -431,7 +431,7 @@ async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, while_idle
     }
 }
 
-// === impl State ===
+// === impl ConnectionState ===
 
 impl ConnectionState {
     /// Upstream allows so many streams.

@@ -44,12 +44,12 @@ use tower::Service;
 
 pub use self::clock::UpstreamClock;
 pub use self::clock_reading::{ClockReading, shifted};
-pub use self::dial::{Dial, Dialing, Network, NoHttp1, Stream, Transport, Versions};
+pub use self::dial::{Dial, Dialing, Network, NoHttp1, Transport, Versions};
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
-pub use self::origin::{NAME, Origin, OriginError};
+pub use self::origin::{NAME, Origin};
 pub use self::text::Decoder;
 pub use self::timeouts::Timeouts;
-pub use self::trust::{TlsError, TrustRoots, client_config, trust_roots};
+pub use self::trust::{TlsError, client_config, trust_roots};
 
 use self::answer::Verdict;
 use self::connect::{Connection, Connector, Sent};
@@ -161,7 +161,7 @@ impl Upstream {
     }
 }
 
-// === impl Inner ===
+// === impl UpstreamInner ===
 
 impl UpstreamInner {
     /// Sends a request and judges its answer.

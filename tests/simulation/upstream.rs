@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::{Reason, RecvStream, server};
 use http::{HeaderMap, Response};
-use kling_proxy::upstream::{Dial, Dialing as Opening, NoHttp1, Transport, Versions};
+use kling_proxy::internals::{Dial, Dialing as Opening, NoHttp1, Transport, Versions};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, DuplexStream, duplex};
 use tokio::time::sleep;
 

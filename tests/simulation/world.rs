@@ -4,16 +4,10 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use kling_proxy::auth::secret::Secret;
-use kling_proxy::auth::token::Credential;
-use kling_proxy::clock::Clock;
-use kling_proxy::environment::Environment;
-use kling_proxy::layer::guard::rules::Rules;
-use kling_proxy::lifecycle::Phase;
-use kling_proxy::server::{self, ConnectionLimits, Listener, Stop, Worker};
-use kling_proxy::settings::{Flags, Settings};
-use kling_proxy::stack::{Parts, Shared};
-use kling_proxy::telemetry::metrics::Metrics;
+use kling_proxy::internals::{
+    Clock, ConnectionLimits, Credential, Environment, Flags, Listener, Metrics, Parts, Phase,
+    Rules, Secret, Settings, Shared, Stop, Worker, serve,
+};
 use tokio::runtime;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
@@ -108,7 +102,7 @@ async fn simulate(world: World) {
         header_timeout: Duration::from_mins(1),
         idle: Duration::from_secs(30),
     };
-    let serving = tokio::spawn(server::run(
+    let serving = tokio::spawn(serve(
         vec![Listener::Memory(listener)],
         Worker::alone(),
         shared.stack(&creates),

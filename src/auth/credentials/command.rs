@@ -60,7 +60,7 @@ const LONGEST: Duration = Duration::from_secs(10);
 /// More than any credential.
 const MOST: u64 = 64 << 10;
 
-// === impl Command ===
+// === impl CredentialCommand ===
 
 impl CredentialCommand<'_> {
     /// Runs the command and reads what it prints. What it writes to standard error is for people.

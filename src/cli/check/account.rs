@@ -159,7 +159,7 @@ pub(super) async fn judge(
     }
 }
 
-// === impl Answer ===
+// === impl ApiResponse ===
 
 impl ApiResponse {
     /// Returns the row of upstream's code.

@@ -31,7 +31,7 @@ pub(super) struct CertificateFacts {
     pub(super) ends: SystemTime,
 }
 
-// === impl Facts ===
+// === impl CertificateFacts ===
 
 impl CertificateFacts {
     /// `None` for what is no certificate.

@@ -48,7 +48,7 @@ struct Witness {
     shown: Mutex<Option<CertificateFacts>>,
 }
 
-// === impl Way ===
+// === impl Target ===
 
 impl Target {
     /// Goes the way to upstream, a step for each part of it.

@@ -70,7 +70,7 @@ struct ShownReport<'a> {
     steps: &'a [Step],
 }
 
-// === impl Found ===
+// === impl Finding ===
 
 impl<T> Finding<T> {
     pub(super) fn new(value: T, text: impl Into<String>) -> Self {

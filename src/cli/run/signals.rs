@@ -35,7 +35,7 @@ pub(super) struct ForwardedSignals {
     is_stopping: bool,
 }
 
-// === impl Signals ===
+// === impl ForwardedSignals ===
 
 impl ForwardedSignals {
     /// Takes them over from now on, but for those that we were started to ignore, as by nohup(1): the

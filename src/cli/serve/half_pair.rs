@@ -40,7 +40,7 @@ pub(super) fn ticks() -> Interval {
     interval_at(Instant::now() + INTERVAL, INTERVAL)
 }
 
-// === impl HalfNew ===
+// === impl HalfPair ===
 
 impl HalfPair {
     /// Returns true if a pair of which a look found only one half new is to wait.

@@ -79,7 +79,7 @@ fn listens(socket: &impl AsFd) -> io::Result<bool> {
     Ok(true)
 }
 
-// === impl Manager ===
+// === impl SdNotify ===
 
 impl SdNotify {
     /// The manager that the environment names.

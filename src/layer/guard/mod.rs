@@ -37,8 +37,8 @@ use crate::telemetry::metrics::Metrics;
 pub struct GuardLayer {
     /// What is refused.
     pub rules: Reloadable<Rules>,
-    /// What each client has in flight.
-    pub shares: Arc<Shares>,
+    /// Counts what each client has in flight; `None` on listeners that limit no requests.
+    pub shares: Option<Arc<Shares>>,
     /// Who may be a part of a loop.
     pub hop: Option<Arc<Hop>>,
     /// Refuses everything while the proxy drains.
@@ -87,9 +87,7 @@ impl GuardLayer {
         if let Some(client) = rules.check_client(headers)? {
             self.metrics.admitted(client.name.as_str());
             share = Some(Arc::clone(&client.share));
-            if let Some(context) = context {
-                context.is_from(client.name.clone());
-            }
+            context.is_from(client.name.clone());
         }
         let limit = rules.request_body.as_u64();
         if request.body().size_hint().lower() > limit {
@@ -99,12 +97,12 @@ impl GuardLayer {
         if self.lifecycle.is_draining() {
             return Err(Error::Draining);
         }
-        if let Some(context) = context {
+        if let Some(shares) = &self.shares {
             let peer = request.extensions().get::<Peer>();
-            let share = share.or_else(|| Some(self.shares.of(*peer?)));
+            let share = share.or_else(|| Some(shares.of(*peer?)));
             // `trace` has counted this request already.
             let in_flight = self.metrics.in_flight();
-            let place = self.shares.take(share, in_flight, rules.in_flight);
+            let place = shares.take(share, in_flight, rules.in_flight);
             if let Some(place) = place.map_err(|NoPlace| Error::Overloaded(rules.in_flight))? {
                 context.holds(place);
             }

@@ -43,11 +43,7 @@ struct Detail<'a> {
 
 impl<'a> ErrorBody<'a> {
     /// Describes an error of a request with this effect and these facts.
-    pub(super) fn new(
-        error: &'a Error,
-        effect: Effect,
-        context: Option<&'a RequestContext>,
-    ) -> Self {
+    pub(super) fn new(error: &'a Error, effect: Effect, context: &'a RequestContext) -> Self {
         let (mut message, mut request_id, mut data) = (None, None, None);
         if let Error::Service { envelope, .. } = error {
             let text = envelope.message.as_deref();
@@ -58,9 +54,7 @@ impl<'a> ErrorBody<'a> {
         Self {
             code: error.code(),
             message: message.unwrap_or_else(|| error::chain(error).into()),
-            request_id: request_id
-                .or_else(|| Some(context?.id().as_str()))
-                .unwrap_or_default(),
+            request_id: request_id.unwrap_or_else(|| context.id().as_str()),
             data,
             error: Detail::new(error, effect, context),
         }
@@ -76,7 +70,7 @@ impl<'a> ErrorBody<'a> {
 // === impl Detail ===
 
 impl<'a> Detail<'a> {
-    fn new(error: &'a Error, effect: Effect, context: Option<&RequestContext>) -> Self {
+    fn new(error: &'a Error, effect: Effect, context: &RequestContext) -> Self {
         let row = error.row();
         let excerpt = match error {
             Error::BadResponse { excerpt, .. } => excerpt.as_deref(),
@@ -90,7 +84,7 @@ impl<'a> Detail<'a> {
             explanation: row.explanation,
             solution: row.solution,
             retryable: error.retryable(effect),
-            attempts: context.map_or(0, RequestContext::attempts),
+            attempts: context.attempts(),
             hint: hint(error, effect),
             excerpt,
         }
@@ -151,7 +145,7 @@ mod tests {
         context
     }
 
-    fn rendered(error: &Error, effect: Effect, context: Option<&RequestContext>) -> String {
+    fn rendered(error: &Error, effect: Effect, context: &RequestContext) -> String {
         String::from_utf8(ErrorBody::new(error, effect, context).render()).unwrap()
     }
 
@@ -165,7 +159,7 @@ mod tests {
             envelope: envelope::read(envelope).unwrap(),
         };
         assert_eq!(
-            rendered(&error, Effect::Create, Some(&context())),
+            rendered(&error, Effect::Create, &context()),
             concat!(
                 r#"{"code":1303,"message":"say \"no\"","request_id":"9f0c","#,
                 r#""data":{"n": 12345678901234567890},"#,
@@ -184,22 +178,22 @@ mod tests {
     #[test]
     fn error_of_the_proxy_has_the_same_members() {
         assert_eq!(
-            rendered(&Error::NotFound, Effect::Read, None),
+            rendered(&Error::NotFound, Effect::Read, &context()),
             concat!(
-                r#"{"code":9007,"message":"nothing is at this reserved path","request_id":"","#,
+                r#"{"code":9007,"message":"nothing is at this reserved path","request_id":"ours","#,
                 r#""error":{"type":"not_found","source":"proxy","upstream_status":null,"#,
                 r#""definition":"Refused by the proxy","#,
                 r#""explanation":"Paths below `/_proxy` are reserved by the proxy and there is "#,
                 r#"nothing at this one","#,
                 r#""solution":"Health and metrics are on the admin listener, `admin.address`","#,
-                r#""retryable":false,"attempts":0}}"#,
+                r#""retryable":false,"attempts":1}}"#,
             )
         );
         let error = Error::BadResponse {
             answer: Answer::boxed(Response::default()),
             excerpt: Some("<html>".to_owned()),
         };
-        let body = rendered(&error, Effect::Read, Some(&context()));
+        let body = rendered(&error, Effect::Read, &context());
         let end = r#""retryable":true,"attempts":1,"excerpt":"<html>"}}"#;
         assert!(body.contains(r#""request_id":"ours","#), "{body}");
         assert!(body.ends_with(end), "{body}");

@@ -77,7 +77,7 @@ pin_project! {
         inner: F,
         format_: ErrorFormat,
         effect: Effect,
-        context: Option<RequestContext>,
+        context: RequestContext,
     }
 }
 
@@ -101,13 +101,11 @@ impl<S> Layer<S> for NormaliseLayer {
     }
 }
 
-// === impl Look ===
+// === impl ErrorFormat ===
 
 impl ErrorFormat {
-    fn respond(self, error: Error, effect: Effect, context: Option<&RequestContext>) -> Response {
-        if let Some(context) = context {
-            context.failed(FailureRecord::from(&error));
-        }
+    fn respond(self, error: Error, effect: Effect, context: &RequestContext) -> Response {
+        context.failed(FailureRecord::from(&error));
         let row = error.row();
         let retryable = error.retryable(effect);
         let status = match self.statuses {
@@ -168,9 +166,7 @@ where
         let this = self.project();
         Poll::Ready(Ok(match ready!(this.inner.poll(cx)) {
             Ok(response) => response,
-            Err(error) => this
-                .format_
-                .respond(error, *this.effect, this.context.as_ref()),
+            Err(error) => this.format_.respond(error, *this.effect, this.context),
         }))
     }
 }

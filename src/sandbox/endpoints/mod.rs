@@ -97,7 +97,7 @@ pub(super) fn all() -> impl Iterator<Item = &'static Endpoint> {
     legacy::ROWS.iter().chain(new_standard::ROWS)
 }
 
-// === impl Family ===
+// === impl Endpoint ===
 
 impl Endpoint {
     /// Whether what it makes is a task, with a state to be asked for and a slot to be held.
