@@ -5,27 +5,25 @@ use std::error::Error;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use http::header::HOST;
-use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty, Limited};
-use tokio::net::TcpStream;
+use http::HeaderMap;
+use reqwest::Client;
+use rustls::RootCertStore;
 use tokio::time::{sleep, timeout};
 
-use super::{Exit, Failure, SettingsArgs, runtime, say, send};
+use super::http_client::{self, Fetched};
+use super::{Exit, Failure, SettingsArgs, runtime, say};
 use crate::admin;
 use crate::environment::Environment;
-use crate::error::BoxError;
 
 /// Between two questions of `wait`: a proxy is ready within less.
 const PAUSE: Duration = Duration::from_millis(100);
-/// What answers more than this is no proxy, in bytes.
-const BOUND: usize = 64 << 10;
 
 /// Asks once.
 pub(super) fn run(args: &SettingsArgs, environment: &Environment) -> Result<(), Failure> {
     let address = address(args, environment)?;
+    let client = client()?;
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
-    let answer = runtime.block_on(ask(address));
+    let answer = runtime.block_on(ask(&client, address));
     say(answer.map_err(|reason| Failure::new(Exit::Failed, reason))?);
     Ok(())
 }
@@ -37,10 +35,11 @@ pub(super) fn wait(
     environment: &Environment,
 ) -> Result<(), Failure> {
     let address = address(args, environment)?;
+    let client = client()?;
     let mut last = "no answer yet".to_owned();
     let ready = async {
         loop {
-            match ask(address).await {
+            match ask(&client, address).await {
                 Ok(answer) => return answer,
                 Err(reason) => last = reason,
             }
@@ -67,31 +66,30 @@ fn address(args: &SettingsArgs, environment: &Environment) -> Result<SocketAddr,
     Ok(reachable(address))
 }
 
+/// Makes a client for the admin listener, which speaks plain HTTP.
+fn client() -> Result<Client, Failure> {
+    http_client::client(RootCertStore::empty().into(), None)
+        .map_err(|error| Failure::because(Exit::Failed, &error))
+}
+
 /// The answer of a proxy that is ready, else what is wrong.
-async fn ask(address: SocketAddr) -> Result<String, String> {
+async fn ask(client: &Client, address: SocketAddr) -> Result<String, String> {
     let limit = admin::PROBE_TIMEOUT;
-    let answer = match timeout(limit, get(address, admin::READY)).await {
-        Ok(answer) => answer.map_err(|error| root(&*error).to_string()),
+    let url = format!("http://{address}{}", admin::READY);
+    let answer = match timeout(limit, http_client::fetch(client, url, HeaderMap::new())).await {
+        Ok(Ok(answer)) if answer.is_whole => Ok(answer),
+        Ok(Ok(_)) => Err("the response exceeds the length limit".to_owned()),
+        Ok(Err(error)) => Err(root(&error).to_string()),
         Err(_) => Err(format!("not within {}", humantime::format_duration(limit))),
     };
-    let (status, text) = answer
+    let Fetched { status, body, .. } = answer
         .map_err(|reason| format!("no proxy answers on {address} (admin.address): {reason}"))?;
+    let text = String::from_utf8_lossy(&body).into_owned();
     if status.is_success() {
         Ok(text)
     } else {
         Err(format!("not ready: {text}"))
     }
-}
-
-/// One request on a connection of its own.
-async fn get(address: SocketAddr, path: &str) -> Result<(StatusCode, String), BoxError> {
-    let stream = TcpStream::connect(address).await?;
-    let request = Request::get(path).header(HOST, address.to_string());
-    let answer = send(stream, request.body(Empty::new())?).await?;
-    let status = answer.status();
-    let body = Limited::new(answer.into_body(), BOUND).collect().await?;
-    let body = body.to_bytes();
-    Ok((status, String::from_utf8_lossy(&body).into_owned()))
 }
 
 /// The cause of all causes, such as a connection that was refused.

@@ -63,6 +63,16 @@ impl EgressProxy {
         (without_brackets(self.authority.host()), port)
     }
 
+    /// The proxy's URL, without user and password.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.authority)
+    }
+
+    /// The value of `Proxy-Authorization`, if the proxy needs one.
+    pub fn authorization(&self) -> Option<&HeaderValue> {
+        self.authorization.as_ref()
+    }
+
     /// Asks for a tunnel on a connection to the proxy; what comes back leads to `origin`.
     ///
     /// # Errors

@@ -1,31 +1,28 @@
 //! One authenticated read, and what Kling makes of the credential.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HOST, USER_AGENT};
-use http::{HeaderMap, HeaderValue, Request, StatusCode};
-use http_body_util::{BodyExt, Empty};
-use hyper::body::Incoming;
+use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use serde::Deserialize;
 use tokio::time::timeout;
 
-use super::network::{Target, TargetStream};
+use super::network::Target;
 use super::region;
-use super::report::{Fault, Finding, Report, StepResult};
+use super::report::{Fault, Finding, StepResult};
 use crate::auth::token::{Credential, Validity};
-use crate::cli::{Exit, send};
+use crate::cli::Exit;
+use crate::cli::http_client::{self, Fetched};
 use crate::clock::Clock;
 use crate::error::chain;
 use crate::kling::envelope::{self, Envelope};
 use crate::kling::service_code::{self, Class, Needs, Row};
 use crate::telemetry::printable;
-use crate::upstream;
 
 /// A person waits for the answer, so `upstream.response_timeout` counts only if it is shorter.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// As much of an answer as is read.
-const BOUND: usize = 64 << 10;
 /// Packs that were bought earlier are not told, and some are good for a year.
 const SPAN: Duration = Duration::from_hours(400 * 24);
 
@@ -62,11 +59,7 @@ struct Pack {
 }
 
 /// Reads what the account has cost: free, and good for either kind of credential.
-pub(super) async fn ask(
-    stream: Box<dyn TargetStream>,
-    target: &Target,
-    credentials: &Credentials,
-) -> StepResult<ApiResponse> {
+pub(super) async fn ask(target: &Target, credentials: &Credentials) -> StepResult<ApiResponse> {
     let asked = credentials.clock.now();
     let authorization = credentials
         .credential
@@ -81,8 +74,13 @@ pub(super) async fn ask(
             )
         })?;
     let limit = target.timeouts.response.min(PATIENCE);
-    let exchange = exchange(stream, target.origin.host(), authorization.clone(), asked);
-    let (status, headers, body) = match timeout(limit, exchange).await {
+    let exchange = exchange(target, authorization.clone(), asked);
+    let Fetched {
+        status,
+        headers,
+        body,
+        ..
+    } = match timeout(limit, exchange).await {
         Ok(exchanged) => exchanged?,
         Err(_) => {
             return Err(Fault::new(
@@ -110,17 +108,6 @@ pub(super) async fn ask(
     };
     let text = format!("{status}, code {}", answer.envelope.code);
     Ok(Finding::new(answer, text))
-}
-
-/// The same on a connection of its own.
-pub(super) async fn ask_anew(
-    target: &Target,
-    credentials: &Credentials,
-) -> StepResult<ApiResponse> {
-    let stream = target
-        .reach(&mut Report::silent(), credentials.clock.now())
-        .await?;
-    ask(stream, target, credentials).await
 }
 
 /// Says whether the account is there and of use.
@@ -191,59 +178,49 @@ impl Credentials {
     }
 }
 
-/// Sends the request and reads the answer. Redirects are answers like others.
+/// Sends the request and reads the response. A redirect is a response like others.
 async fn exchange(
-    stream: Box<dyn TargetStream>,
-    host: HeaderValue,
+    target: &Target,
     authorization: HeaderValue,
     now: SystemTime,
-) -> Result<(StatusCode, HeaderMap, Vec<u8>), Fault> {
-    let lost = |error: hyper::Error| {
-        let (r#type, advice) = if error.is_parse() {
-            (
-                "not_http",
-                "what answers is no web server: look at upstream.url",
-            )
-        } else {
-            (
-                "disconnected",
-                "try again; if it stays so, something in between ends the connection",
-            )
-        };
-        Fault::new(Exit::Unavailable, r#type, chain(&error), advice)
-    };
+) -> Result<Fetched, Fault> {
     let milliseconds = |time: SystemTime| {
         time.duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_millis()
     };
     let (start, end) = (milliseconds(now - SPAN), milliseconds(now));
-    let mut request = Request::new(Empty::new());
-    let target = format!("/account/costs?start_time={start}&end_time={end}");
-    // Constant but for digits.
-    *request.uri_mut() = target.parse().unwrap_or_default();
-    request.headers_mut().extend([
-        (HOST, host),
-        (AUTHORIZATION, authorization),
-        (USER_AGENT, HeaderValue::from_static(upstream::NAME)),
-    ]);
-    let (head, body) = send(stream, request).await.map_err(lost)?.into_parts();
-    let body = read(body).await.map_err(lost)?;
-    Ok((head.status, head.headers, body))
+    let origin = &target.origin;
+    let url = format!("{origin}/account/costs?start_time={start}&end_time={end}");
+    let client = target.client()?;
+    let headers = HeaderMap::from_iter([(AUTHORIZATION, authorization)]);
+    http_client::fetch(&client, url, headers)
+        .await
+        .map_err(|error| lost(&error))
 }
 
-/// The beginning of a body.
-async fn read(mut body: Incoming) -> Result<Vec<u8>, hyper::Error> {
-    let mut text = Vec::new();
-    while let Some(frame) = body.frame().await {
-        if let Some(data) = frame?.data_ref() {
-            text.extend_from_slice(data);
-        }
-        if text.len() >= BOUND {
-            break;
-        }
-    }
-    Ok(text)
+/// Describes a request that got no response.
+fn lost(error: &reqwest::Error) -> Fault {
+    let (r#type, advice) = if is_no_http(error) {
+        (
+            "not_http",
+            "the server at upstream.url does not speak HTTP: look at upstream.url",
+        )
+    } else {
+        (
+            "disconnected",
+            "try again; if it stays so, something in between ends the connection",
+        )
+    };
+    // The address stands in the report already.
+    let error = error.source().unwrap_or(error);
+    Fault::new(Exit::Unavailable, r#type, chain(error), advice)
+}
+
+/// Returns true if the cause is a response that is not HTTP.
+fn is_no_http(error: &(dyn Error + 'static)) -> bool {
+    let own = error.downcast_ref::<hyper::Error>();
+    own.is_some_and(hyper::Error::is_parse) || error.source().is_some_and(is_no_http)
 }
 
 fn date(headers: &HeaderMap) -> Option<SystemTime> {

@@ -99,15 +99,15 @@ async fn ask(
     target: &Target,
     mut credentials: Credentials,
 ) -> Result<(), Fault> {
-    let stream = target.reach(report, credentials.clock.now()).await?;
-    let asked = account::ask(stream, target, &credentials);
+    target.reach(report, credentials.clock.now()).await?;
+    let asked = account::ask(target, &credentials);
     let mut answer = report.wait("answer", asked).await?;
     let compared = async { clock::compare(&answer, target, &credentials) };
     let corrected = report.wait("clock", compared).await?;
     if let Some(clock) = corrected {
         // As the proxy does after a refusal for the token's time.
         credentials.clock = clock;
-        let again = account::ask_anew(target, &credentials);
+        let again = account::ask(target, &credentials);
         answer = report.wait("second_answer", again).await?;
     }
     let judged = account::judge(&answer, target, &credentials);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use http::StatusCode;
+use reqwest::Client;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring;
@@ -14,14 +15,13 @@ use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error as TlsError, RootCertStore,
     SignatureScheme,
 };
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
 use super::certificate::{CertificateFacts, time};
 use super::report::{Fault, Finding, Report, StepResult};
-use crate::cli::Exit;
+use crate::cli::{Exit, http_client};
 use crate::error::{BoxError, chain};
 use crate::telemetry::printable;
 use crate::upstream::{EgressProxy, Origin, Timeouts, TunnelError};
@@ -36,11 +36,6 @@ pub(super) struct Target {
     pub(super) timeouts: Timeouts,
 }
 
-/// A connection, encrypted or not.
-pub(super) trait TargetStream: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> TargetStream for S {}
-
 /// Verifies as ever, and keeps what it was shown: after a refusal nobody else can tell.
 #[derive(Debug)]
 struct Witness {
@@ -51,12 +46,9 @@ struct Witness {
 // === impl Target ===
 
 impl Target {
-    /// Goes the way to upstream, a step for each part of it.
-    pub(super) async fn reach(
-        &self,
-        report: &mut Report,
-        now: SystemTime,
-    ) -> Result<Box<dyn TargetStream>, Fault> {
+    /// Connects to upstream, a step for each part of that, and closes the connection: a client of the
+    /// program hides these steps.
+    pub(super) async fn reach(&self, report: &mut Report, now: SystemTime) -> Result<(), Fault> {
         let deadline = self.deadline();
         let addresses = report.wait("name", self.resolve(deadline)).await?;
         let connected = self.connect(&addresses, deadline);
@@ -70,10 +62,15 @@ impl Target {
         };
         if self.origin.is_secure() {
             let encrypted = self.encrypt(stream, deadline, now);
-            report.wait("tls", encrypted).await
-        } else {
-            Ok(Box::new(stream))
+            report.wait("tls", encrypted).await?;
         }
+        Ok(())
+    }
+
+    /// Makes a client that takes the same way.
+    pub(super) fn client(&self) -> Result<Client, Fault> {
+        http_client::client(Arc::clone(&self.roots), self.egress.as_ref())
+            .map_err(|error| tls_failed(chain(&error)))
     }
 
     /// When name, connection and TLS together have taken too long.
@@ -201,12 +198,7 @@ impl Target {
     }
 
     /// Speaks TLS, and says who vouches for the other end.
-    async fn encrypt(
-        &self,
-        stream: TcpStream,
-        deadline: Instant,
-        now: SystemTime,
-    ) -> StepResult<Box<dyn TargetStream>> {
+    async fn encrypt(&self, stream: TcpStream, deadline: Instant, now: SystemTime) -> StepResult {
         let (name, _) = self.origin.name_and_port();
         let failed = |error: BoxError| tls_failed(chain(&*error));
         let witness = Witness::new(&self.roots).map_err(failed)?;
@@ -214,14 +206,14 @@ impl Target {
         let server = ServerName::try_from(name.to_owned()).map_err(|error| failed(error.into()))?;
         let handshake = TlsConnector::from(Arc::new(config)).connect(server, stream);
         match timeout_at(deadline, handshake).await {
-            Ok(Ok(stream)) => {
+            Ok(Ok(_)) => {
                 let text = match witness.shown() {
                     Some(CertificateFacts { issuer, ends, .. }) => {
                         format!("certificate of {issuer}, good until {}", time(ends))
                     }
                     None => "certificate verified".to_owned(),
                 };
-                Ok(Finding::new(Box::new(stream), text))
+                Ok(Finding::new((), text))
             }
             Ok(Err(error)) => Err(refused(name, &error, witness.shown().as_ref(), now)),
             Err(_) => Err(tls_failed(self.too_long())),

@@ -101,7 +101,7 @@ async fn ask_all(others: &[Origin], target: &Target, credentials: &Credentials) 
 
 /// Whether a host knows the pair: it may then still refuse for another reason.
 async fn ask(target: &Target, credentials: &Credentials) -> Result<bool, Fault> {
-    let answer = account::ask_anew(target, credentials).await?.value;
+    let answer = account::ask(target, credentials).await?.value;
     Ok(!answer.row().class.refuses_token())
 }
 

@@ -38,7 +38,7 @@ pub(super) struct Problem {
 /// All steps so far.
 pub(super) struct Report {
     /// `None` to tell nothing.
-    output: Option<Output>,
+    output: Output,
     steps: Vec<Step>,
     /// That of the first step that failed.
     exit: Option<Exit>,
@@ -130,15 +130,7 @@ impl Problem {
 impl Report {
     pub(super) fn new(output: Output) -> Self {
         Self {
-            output: Some(output),
-            ..Self::silent()
-        }
-    }
-
-    /// A report for steps that are part of another one.
-    pub(super) fn silent() -> Self {
-        Self {
-            output: None,
+            output,
             steps: Vec::new(),
             exit: None,
         }
@@ -172,7 +164,7 @@ impl Report {
 
     /// Tells the end: what scripts read, and the exit code.
     pub(super) fn end(self) -> Result<(), Failure> {
-        if let Some(Output::Json) = self.output {
+        if let Output::Json = self.output {
             let worst = match self.exit {
                 Some(_) => Status::Failure,
                 None if self.steps.iter().any(|step| step.status != Status::Ok) => Status::Warning,
@@ -226,7 +218,7 @@ impl Report {
             problems,
             took_ms: took.as_millis(),
         };
-        if let Some(Output::Text) = self.output {
+        if let Output::Text = self.output {
             step.tell();
         }
         self.steps.push(step);
