@@ -3,6 +3,8 @@
 
 #![no_main]
 
+use std::sync::{Arc, LazyLock};
+
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::Response;
