@@ -6,11 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
-use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::network::Target;
-use super::region;
 use super::report::{Fault, Finding, StepResult};
 use crate::auth::token::{Credential, Validity};
 use crate::cli::Exit;
@@ -18,7 +16,7 @@ use crate::cli::http_client::{self, Fetched};
 use crate::clock::Clock;
 use crate::error::chain;
 use crate::kling::envelope::{self, Envelope};
-use crate::kling::service_code::{self, Class, Needs, Row};
+use crate::kling::service_code::{self, Row};
 use crate::telemetry::printable;
 
 /// A person waits for the answer, so `upstream.response_timeout` counts only if it is shorter.
@@ -38,24 +36,12 @@ pub(super) struct Credentials {
 pub(super) struct ApiResponse {
     pub(super) envelope: Envelope,
     /// What upstream says, fit to be shown.
-    message: String,
+    pub(super) message: String,
     /// Upstream's clock.
     pub(super) date: Option<SystemTime>,
     /// Our clock before and after.
     pub(super) asked: SystemTime,
     pub(super) answered: SystemTime,
-}
-
-/// What `GET /account/costs` tells besides.
-#[derive(Deserialize)]
-struct Costs {
-    #[serde(rename = "resource_pack_subscribe_infos", default)]
-    packs: Vec<Pack>,
-}
-
-#[derive(Deserialize)]
-struct Pack {
-    status: String,
 }
 
 /// Reads what the account has cost: free, and good for either kind of credential.
@@ -108,42 +94,6 @@ pub(super) async fn ask(target: &Target, credentials: &Credentials) -> StepResul
     };
     let text = format!("{status}, code {}", answer.envelope.code);
     Ok(Finding::new(answer, text))
-}
-
-/// Says whether the account is there and of use.
-pub(super) async fn judge(
-    answer: &ApiResponse,
-    target: &Target,
-    credentials: &Credentials,
-) -> StepResult {
-    let row = answer.row();
-    let text = format!("{} {}: {}", answer.envelope.code, row.kind, answer.message);
-    let refused =
-        |r#type, advice: &str| Err(Fault::new(Exit::Refused, r#type, text.clone(), advice));
-    let needs = row.needs(&answer.message);
-    match (row.class, &credentials.credential) {
-        (Class::Success, credential) => Ok(known(answer, credential)),
-        (_, Credential::Pair { .. }) if needs == Some(Needs::ApiKey) => refused(
-            "api_key_needed",
-            "access key and secret key are not taken here: make an API key in Kling's console and \
-             set KLING_API_KEY",
-        ),
-        (_, Credential::ApiKey(_)) if needs == Some(Needs::KeyPair) => refused(
-            "key_pair_needed",
-            "what is set as API key is none: if it is an access key or a secret key, set both, as \
-             KLING_ACCESS_KEY and KLING_SECRET_KEY; else copy the API key again",
-        ),
-        (Class::Credential | Class::CredentialMissing, Credential::ApiKey(_)) => refused(
-            row.kind,
-            "see in Kling's console that the API key is whole and has not been deleted, and that \
-             upstream.url is the region that issued it; it was not sent anywhere else",
-        ),
-        (Class::Credential, Credential::Pair { .. }) => {
-            Err(region::find(&text, row.kind, target, credentials).await)
-        }
-        (Class::CredentialMissing | Class::TokenTime, _) => refused(row.kind, row.solution),
-        _ => Err(Fault::new(Exit::Failed, row.kind, text, row.solution)),
-    }
 }
 
 // === impl ApiResponse ===
@@ -250,29 +200,4 @@ fn not_kling(status: StatusCode, headers: &HeaderMap) -> Fault {
              curl -v shows of it",
         )
     }
-}
-
-/// Kling knows the credential; whether there is something to spend is told besides.
-fn known(answer: &ApiResponse, credential: &Credential) -> Finding {
-    let data = answer.envelope.data.as_ref();
-    let costs = data.and_then(|data| serde_json::from_str::<Costs>(data.get()).ok());
-    let packs = costs.map_or_else(Vec::new, |costs| costs.packs);
-    let used_up = |pack: &&Pack| ["expired", "runOut"].contains(&pack.status.as_str());
-    let usable = packs.len() - packs.iter().filter(used_up).count();
-    let mut text = format!("upstream knows the {}", credential.kind());
-    if !packs.is_empty() {
-        text = format!(
-            "{text}; {usable} of {} resource packs are left",
-            packs.len()
-        );
-    }
-    let mut found = Finding::new((), text);
-    if usable == 0 && !packs.is_empty() {
-        found.warn(
-            "resource_pack_depleted",
-            "creates will be refused with 1102, unless the account pays afterwards: purchase a \
-             resource pack",
-        );
-    }
-    found
 }

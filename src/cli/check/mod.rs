@@ -8,6 +8,7 @@ mod local;
 mod network;
 mod region;
 mod report;
+mod verdict;
 
 use std::sync::Arc;
 
@@ -110,6 +111,6 @@ async fn ask(
         let again = account::ask(target, &credentials);
         answer = report.wait("second_answer", again).await?;
     }
-    let judged = account::judge(&answer, target, &credentials);
+    let judged = verdict::judge(&answer, target, &credentials);
     report.wait("account", judged).await
 }
