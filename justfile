@@ -2,6 +2,13 @@
 
 check: fmt clippy doc deny typos files test bench compare packages fuzz clients
 
+# Before each push: format, clippy, unit tests, and one file of black-box tests.
+quick file='guard':
+    cargo fmt --check
+    cargo clippy --all-targets --locked -- -D warnings
+    cargo test --locked --lib
+    cargo test --locked --test black_box -- {{ file }}::
+
 fmt:
     cargo fmt --check
     cargo fmt --check --manifest-path fuzz/Cargo.toml

@@ -61,7 +61,7 @@ impl Worker {
     }
 
     /// So many that share their connections; the listeners are for the first.
-    pub fn workers(size: usize) -> Vec<Self> {
+    pub fn group(size: usize) -> Vec<Self> {
         let (queues, accepted): (Vec<_>, Vec<_>) = (0..size).map(|_| WorkerQueue::new()).unzip();
         let workers = Arc::new(Workers { queues });
         let worker = |accepted| Self {
@@ -188,7 +188,7 @@ mod tests {
 
     #[tokio::test]
     async fn whose_connections_end_gets_the_next() {
-        let mut workers = Worker::workers(3);
+        let mut workers = Worker::group(3);
         assert_eq!(given(3 * TOGETHER, &workers).await, [TOGETHER; 3]);
         assert_eq!(given(9, &workers).await, [TOGETHER + 3; 3]);
         while workers[1].accepted.try_recv().is_ok() {}
@@ -197,7 +197,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_that_is_stuck_or_has_ended_holds_up_no_other() {
-        let mut workers = Worker::workers(2);
+        let mut workers = Worker::group(2);
         let mut served = Vec::new();
         // The other one takes none.
         while served.len() < 2 * WAITING - 1 {

@@ -326,7 +326,7 @@ fn start_threads(
 ) -> io::Result<mpsc::UnboundedReceiver<Ended>> {
     let (sender, ended) = mpsc::unbounded_channel();
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let workers = Worker::workers(cores.min(MOST_THREADS));
+    let workers = Worker::group(cores.min(MOST_THREADS));
     let runtimes = workers.iter().map(|_| runtime());
     let runtimes = runtimes.collect::<io::Result<Vec<_>>>()?;
     for (index, (worker, runtime)) in workers.into_iter().zip(runtimes).enumerate() {
