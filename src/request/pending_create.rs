@@ -220,3 +220,102 @@ impl Ending {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures_util::FutureExt;
+    use http::HeaderMap;
+
+    use super::*;
+    use crate::request::id::RequestId;
+    use crate::telemetry::metrics::Metrics;
+
+    fn create() -> PendingCreate {
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let context = RequestContext::new(RequestId::of(&HeaderMap::new()), metrics.enter());
+        PendingCreate::new(context, Uri::from_static("/v1/videos/text2video"))
+    }
+
+    /// An event, and what the create is after it.
+    type Step = (fn(&PendingCreate) -> bool, &'static str);
+
+    const BEGIN: Step = (|create| create.begin_sending().is_ok(), "begin");
+    const REFUSED: Step = (|create| create.begin_sending().is_err(), "refused");
+    const LEAVE: Step = (
+        |create| {
+            create.client_left();
+            true
+        },
+        "leave",
+    );
+    const ANSWER: Step = (
+        |create| {
+            create.answer();
+            true
+        },
+        "answer",
+    );
+    const NOT_CREATED: Step = (
+        |create| {
+            create.not_created();
+            true
+        },
+        "not created",
+    );
+
+    #[test]
+    fn table_of_states_holds() {
+        // After these steps: is it being sent, answered, cancelled?
+        for (steps, is_being_sent, is_answered, is_cancelled) in [
+            (&[][..], false, false, false),
+            (&[BEGIN], true, false, false),
+            (&[LEAVE], false, false, true),
+            (&[LEAVE, REFUSED], false, false, true),
+            (&[BEGIN, LEAVE], true, false, false),
+            (&[BEGIN, NOT_CREATED], false, false, false),
+            (&[BEGIN, NOT_CREATED, BEGIN], true, false, false),
+            (&[BEGIN, NOT_CREATED, LEAVE, REFUSED], false, false, true),
+            (&[BEGIN, LEAVE, NOT_CREATED, REFUSED], false, false, true),
+            (&[BEGIN, ANSWER], true, true, false),
+            // The client got an answer before it left.
+            (&[BEGIN, ANSWER, LEAVE], true, true, false),
+            (&[BEGIN, NOT_CREATED, ANSWER, LEAVE], false, true, false),
+        ] {
+            let create = create();
+            let mut names = Vec::new();
+            for (step, name) in steps {
+                names.push(*name);
+                assert!(step(&create), "{names:?}");
+            }
+            let state = (
+                create.is_being_sent(),
+                create.is_answered(),
+                create.cancelled().now_or_never().is_some(),
+            );
+            assert_eq!(
+                state,
+                (is_being_sent, is_answered, is_cancelled),
+                "{names:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_a_cancellation_is_woken() {
+        let last_steps = [(&[][..], LEAVE), (&[BEGIN, LEAVE], NOT_CREATED)];
+        for (before, last) in last_steps {
+            let create = Arc::new(create());
+            for (step, _) in before {
+                step(&create);
+            }
+            let waiting = Arc::clone(&create);
+            let waiting = tokio::spawn(async move { waiting.cancelled().await });
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            (last.0)(&create);
+            waiting.await.unwrap();
+        }
+    }
+}
