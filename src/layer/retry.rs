@@ -194,3 +194,197 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let date = httpdate::parse_http_date(value).ok()?;
     Some(date.duration_since(now).unwrap_or_default())
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::extract::Request;
+    use bytesize::ByteSize;
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::auth::secret::Secret;
+    use crate::auth::token::{Credential, Validity};
+    use crate::clock::SystemClock;
+    use crate::error::Answer;
+    use crate::kling::envelope;
+    use crate::request::context::ProxyRequest;
+    use crate::request::replay_body::{ReplayBudget, ReplayLimits};
+
+    const TOTAL: Duration = Duration::from_secs(30);
+
+    fn pair() -> Credential {
+        let [access_key, secret_key] = ["access", "secret"].map(|key| Secret::from(key.to_owned()));
+        Credential::Pair {
+            access_key,
+            secret_key,
+        }
+    }
+
+    fn policy(attempts: u64, credential: Credential) -> RetryPolicy {
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let validity = Validity {
+            lifetime: Duration::from_mins(30),
+            not_before_leeway: Duration::from_secs(5),
+            refresh_before: Duration::from_mins(5),
+        };
+        let clock = Arc::new(SystemClock);
+        let tokens = Tokens::new(
+            credential,
+            validity,
+            Arc::<SystemClock>::clone(&clock),
+            Arc::clone(&metrics),
+        );
+        let limits = RetryLimits {
+            attempts,
+            total_time: TOTAL,
+        };
+        RetryPolicy::new(limits, Arc::new(tokens), clock, metrics)
+    }
+
+    fn request(method: &str) -> ReplayableRequest {
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let none = ReplayLimits {
+            body: ByteSize::b(0),
+            memory: ByteSize::b(0),
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri("/v1/videos/text2video");
+        let request = request.body(Body::empty()).unwrap();
+        let request = ProxyRequest::untraced(request, &metrics);
+        ReplayableRequest::new(request, &Arc::new(ReplayBudget::new(none, metrics)), false)
+    }
+
+    fn service(code: i64, retry_after: Option<&str>) -> Error {
+        let mut answer = Response::new(Body::empty());
+        if let Some(value) = retry_after {
+            let value = value.parse().unwrap();
+            answer.headers_mut().insert(RETRY_AFTER, value);
+        }
+        let text = format!("{{\"code\":{code}}}");
+        Error::Service {
+            answer: Answer::boxed(answer),
+            envelope: envelope::read(text.as_bytes()).unwrap(),
+        }
+    }
+
+    fn unreachable() -> Error {
+        Error::Unreachable("refused".into())
+    }
+
+    fn disconnected() -> Error {
+        Error::Disconnected("reset".into())
+    }
+
+    /// A policy after its first attempt at a request.
+    fn begun(credential: Credential) -> RetryPolicy {
+        let mut policy = policy(3, credential);
+        assert!(policy.clone_request(&request("GET")).is_some());
+        policy
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_what_had_no_effect_is_sent_again() {
+        for (error, read, create) in [
+            (unreachable(), true, true),
+            (disconnected(), true, false),
+            (service(1303, None), true, true),
+            (service(5000, None), true, false),
+            (service(1102, None), false, false),
+            (service(1201, None), false, false),
+            (
+                Error::EgressRefused(http::StatusCode::FORBIDDEN),
+                false,
+                false,
+            ),
+            (Error::Draining, false, false),
+        ] {
+            for (effect, expected) in [(Effect::Read, read), (Effect::Create, create)] {
+                let wait = begun(pair()).wait(effect, &error);
+                assert_eq!(wait.is_some(), expected, "{error} {effect:?}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn token_is_renewed_once_and_an_api_key_never() {
+        let mut policy = begun(pair());
+        let error = service(1004, None);
+        assert_eq!(policy.wait(Effect::Create, &error), Some(Duration::ZERO));
+        assert_eq!(policy.wait(Effect::Create, &error), None);
+        let key = Credential::ApiKey(Secret::from("key".to_owned()));
+        assert_eq!(begun(key).wait(Effect::Create, &error), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn longest_wait_doubles_and_ends_with_the_total_time() {
+        fastrand::seed(18);
+        for (error, first) in [(unreachable(), SOON), (service(1303, None), LATER)] {
+            let mut policy = begun(pair());
+            for (attempts, longest) in [(1, first), (2, 2 * first), (3, 4 * first), (64, TOTAL)] {
+                policy.attempts = attempts;
+                let waits = (0..500).map(|_| policy.wait(Effect::Read, &error).unwrap());
+                let waits: Vec<_> = waits.collect();
+                let most = *waits.iter().max().unwrap();
+                assert!(most <= longest, "{attempts}: {most:?}");
+                assert!(most > longest.mul_f64(0.98), "{attempts}: {most:?}");
+                assert!(*waits.iter().min().unwrap() < longest.mul_f64(0.02));
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn wait_that_upstream_asks_for_is_kept_if_the_time_allows() {
+        let mut policy = begun(pair());
+        let mut wait = |retry_after| policy.wait(Effect::Read, &service(1303, Some(retry_after)));
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        assert_eq!(wait("0"), seconds(0));
+        assert_eq!(wait("7"), seconds(7));
+        assert_eq!(wait("30"), seconds(30));
+        assert_eq!(wait("31"), None);
+        assert_eq!(wait("Thu, 01 Jan 1970 00:00:00 GMT"), seconds(0));
+        assert_eq!(wait("Fri, 01 Jan 2100 00:00:00 GMT"), None);
+        // Neither a number nor a date.
+        assert!(wait("soon").unwrap() <= LATER);
+        advance(TOTAL.mul_f64(0.999)).await;
+        assert!(policy.wait(Effect::Read, &unreachable()).is_some());
+        advance(TOTAL.mul_f64(0.001)).await;
+        assert_eq!(policy.wait(Effect::Read, &unreachable()), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn attempts_are_counted_for_each_request_and_new_limits_hold_for_the_next() {
+        let request = &mut request("GET");
+        let mut policy = policy(3, pair());
+        for _ in 0..2 {
+            // With a copy, the outcome of an attempt is judged.
+            assert!(policy.clone_request(request).is_some());
+            assert!(policy.retry(request, &mut Err(unreachable())).is_some());
+            assert!(policy.clone_request(request).is_some());
+            assert!(policy.retry(request, &mut Err(unreachable())).is_some());
+            assert!(policy.clone_request(request).is_none());
+            // The next request starts anew.
+            policy.again = false;
+        }
+        let once = RetryLimits {
+            attempts: 1,
+            total_time: TOTAL,
+        };
+        policy.set_limits(once);
+        assert!(policy.clone_request(request).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn success_is_not_sent_again_and_the_budget_ends() {
+        let request = &mut request("GET");
+        let mut policy = policy(3, pair());
+        policy.clone_request(request);
+        let mut success = Ok(Response::new(Body::empty()));
+        assert!(policy.retry(request, &mut success).is_none());
+        let mut retry = || policy.retry(request, &mut Err(unreachable())).is_some();
+        let granted = (0..1_000).filter(|_| retry());
+        // Ten a second for the window of ten seconds; a fifth of the one request is no whole retry.
+        assert_eq!(granted.count(), 100);
+    }
+}
