@@ -5,6 +5,7 @@
 
 mod check;
 mod layers;
+mod log_filter;
 mod value;
 
 use std::fmt;

@@ -9,6 +9,7 @@ use figment::value::Value;
 use http::{HeaderValue, Method};
 use tracing_subscriber::filter::Targets;
 
+use super::log_filter;
 use crate::auth::secret::Secret;
 use crate::layer::normalise::{self, StatusMapping};
 use crate::telemetry;
@@ -77,7 +78,7 @@ texts! {
     HeaderValue, "a header value", |text: &str| text.parse().map_err(|_| None);
     Method, "a method such as \"GET\"", |text: &str| text.parse().map_err(|_| None);
     Targets, "levels and targets as in RUST_LOG, such as \"info,kling_proxy=debug\"",
-        |text: &str| targets(text).ok_or(None);
+        log_filter::read;
     StatusMapping, "\"documented\" or \"actionable\"", |text: &str| match text {
         "documented" => Ok(StatusMapping::Documented),
         "actionable" => Ok(StatusMapping::Actionable),
@@ -144,46 +145,6 @@ impl<T: Setting> Setting for Vec<T> {
         match value.as_array() {
             Some(values) => values.iter().map(T::read).collect(),
             None => Ok(vec![T::read(value)?]),
-        }
-    }
-}
-
-/// Any text could be a target. One that cannot be the path of a module is refused, since nothing would
-/// be logged: a value in quotes of its own, or what `RUST_LOG` may say of spans, in brackets.
-fn targets(text: &str) -> Option<Targets> {
-    let directives = text.split(',').map(str::trim);
-    let directives: Vec<_> = directives.filter(|text| !text.is_empty()).collect();
-    let may_stand = |c: char| c.is_alphanumeric() || "_-:=".contains(c);
-    let is_sound = |text: &&str| text.chars().all(may_stand) && !text.ends_with('=');
-    if !directives.iter().all(is_sound) {
-        return None;
-    }
-    directives.join(",").parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn filter_of_lines_is_a_list_of_levels_and_targets() {
-        for text in ["info,kling_proxy=debug", " info, kling_proxy=debug ,"] {
-            let filter = targets(text).unwrap();
-            let said = |target: &str, level| filter.would_enable(target, &level);
-            assert!(said("kling_proxy::stack", tracing::Level::DEBUG), "{text}");
-            assert!(!said("kling_proxy::stack", tracing::Level::TRACE), "{text}");
-            assert!(said("hyper", tracing::Level::INFO), "{text}");
-            assert!(!said("hyper", tracing::Level::DEBUG), "{text}");
-        }
-        for text in [
-            "info,kling_proxy=loud",
-            "kling_proxy=",
-            "kling_proxy[request]",
-            "[request{id=1}]=debug",
-            "\"info\"",
-            "*=debug",
-        ] {
-            assert_eq!(targets(text), None, "{text}");
         }
     }
 }

@@ -167,6 +167,7 @@ fn wrong_value_is_refused_with_its_key() {
         ("errors.format", "xml"),
         ("log.format", "xml"),
         ("log.filter", "kling_proxy=loud"),
+        ("log.filter", "warning"),
     ] {
         let finished = Command::new([]).keys().setting(key, value).run();
         assert_eq!(finished.code, Some(78), "{key} = {value}: {finished:?}");
