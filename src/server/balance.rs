@@ -1,10 +1,10 @@
-//! Spreads connections over workers. The first accepts all, and gives each to the one that is to have
-//! it.
+//! Spreads connections over workers. The first worker accepts all connections, and assigns each to a
+//! worker.
 //!
-//! A few connections stay together: one worker that is busy does more in each turn and is woken less
-//! than two that are half busy, which also wait for one another's cores. On two cores 32 connections
-//! took 7 % less CPU so, and the slowest of their requests two thirds of the time. So one worker after
-//! the other gets as many as [`TOGETHER`], and what comes then is spread evenly.
+//! A few connections stay together: one busy worker does more in each turn, and is woken less often, than
+//! two half-busy workers, which also wait for each other's cores. With 32 connections on two cores, this
+//! took 7 % less CPU, and the slowest requests took two thirds of the time. So each worker in turn gets up
+//! to [`TOGETHER`] connections, and further connections are spread evenly.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -14,44 +14,44 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::listener::Socket;
 
-/// One of those that serve connections, each on a thread of its own.
+/// Serves connections on a thread of its own.
 pub struct Worker {
     pub(super) workers: Arc<Workers>,
     pub(super) accepted: mpsc::Receiver<Accepted>,
 }
 
-/// All workers.
+/// Queues of connections to all workers.
 pub(super) struct Workers {
-    /// What leads to each; the first is the one that accepts.
+    /// One queue per worker; the first worker is the one that accepts.
     queues: Vec<WorkerQueue>,
 }
 
-/// What leads to a worker.
+/// Queue of connections to a worker.
 struct WorkerQueue {
     sender: mpsc::Sender<Accepted>,
-    /// Of its connections, those included that are on their way to it.
+    /// Connections of the worker, including those in the queue.
     count: Arc<AtomicUsize>,
 }
 
-/// A connection that a worker is to serve.
+/// Connection that a worker is to serve.
 pub(super) struct Accepted {
     pub(super) socket: Socket,
     pub(super) counted: ConnectionCount,
     pub(super) permit: OwnedSemaphorePermit,
 }
 
-/// One in the count of a worker's connections, until it is dropped.
+/// Counts as one connection of a worker until it is dropped.
 pub(super) struct ConnectionCount(Arc<AtomicUsize>);
 
-/// A worker gets this many connections before the next one gets any.
+/// Connections that a worker gets before the next worker gets any.
 const TOGETHER: usize = 64;
-/// Connections that wait for a worker. One that is so far behind gets no more.
+/// Most connections that wait in a worker's queue. A worker whose queue is full gets no more.
 const WAITING: usize = 256;
 
 // === impl Worker ===
 
 impl Worker {
-    /// One that serves all.
+    /// Returns a single worker, which serves all connections.
     pub fn alone() -> Self {
         let (queue, accepted) = WorkerQueue::new();
         let workers = Arc::new(Workers {
@@ -60,7 +60,7 @@ impl Worker {
         Self { workers, accepted }
     }
 
-    /// So many that share their connections; the listeners are for the first.
+    /// Returns `size` workers that share their connections. Only the first may be run with listeners.
     pub fn group(size: usize) -> Vec<Self> {
         let (queues, accepted): (Vec<_>, Vec<_>) = (0..size).map(|_| WorkerQueue::new()).unzip();
         let workers = Arc::new(Workers { queues });
@@ -75,7 +75,7 @@ impl Worker {
 // === impl Workers ===
 
 impl Workers {
-    /// Gives a connection to the worker that is to have it. `None` if the first serves no more.
+    /// Assigns a connection to a worker. Returns `None` if the first worker has stopped.
     pub(super) async fn assign(&self, socket: Socket, permit: OwnedSemaphorePermit) -> Option<()> {
         let next = self.next()?;
         let counted = ConnectionCount::at(next);
@@ -84,7 +84,7 @@ impl Workers {
             counted,
             permit,
         };
-        // It may be stuck, or have ended.
+        // The chosen worker may be stuck or may have ended: the first worker gets the connection instead.
         let Err(TrySendError::Full(mut accepted) | TrySendError::Closed(mut accepted)) =
             next.sender.try_send(accepted)
         else {
@@ -148,7 +148,7 @@ mod tests {
         }
     }
 
-    /// How many connections each has been given after so many more.
+    /// Assigns `more` connections. Returns the number that wait for each worker.
     async fn given(more: usize, workers: &[Worker]) -> Vec<usize> {
         let permits = Arc::new(Semaphore::new(more));
         for _ in 0..more {
@@ -199,7 +199,7 @@ mod tests {
     async fn a_worker_that_is_stuck_or_has_ended_holds_up_no_other() {
         let mut workers = Worker::group(2);
         let mut served = Vec::new();
-        // The other one takes none.
+        // The second worker takes no connection.
         while served.len() < 2 * WAITING - 1 {
             given(1, &workers).await;
             served.extend(

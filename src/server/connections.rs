@@ -1,4 +1,4 @@
-//! The connections that a thread serves.
+//! Keeps track of the connections that a thread serves.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use tokio::task::{AbortHandle, Id, JoinSet};
 
 use super::head::{Head, Heads};
 
-/// The tasks that serve them.
+/// Tasks that serve the connections of a thread.
 pub(super) struct Connections {
-    /// What the heads of all may take.
+    /// Memory that the heads of all connections take together.
     heads: Arc<Heads>,
     tasks: JoinSet<()>,
-    /// Those of `tasks` whose end was not noted yet, and what their clients have sent.
+    /// Tasks whose end was not noted yet, each with the head that its client sends.
     known: HashMap<Id, (AbortHandle, Head)>,
 }
 
@@ -27,7 +27,7 @@ impl Connections {
         }
     }
 
-    /// Starts to serve one, whose first head is to come.
+    /// Starts a task that serves a connection, on which no byte was received yet.
     pub(super) fn begin<F>(&mut self, serve: impl FnOnce(Head) -> F) -> AbortHandle
     where
         F: Future<Output = ()> + Send + 'static,
@@ -38,7 +38,7 @@ impl Connections {
         task
     }
 
-    /// Waits until one has ended, and notes that. `None` if there is none.
+    /// Waits until a connection has ended, and forgets it. Returns `None` if there is no connection.
     pub(super) async fn ended(&mut self) -> Option<()> {
         let id = match self.tasks.join_next_with_id().await? {
             Ok((id, ())) => id,
@@ -48,14 +48,14 @@ impl Connections {
         Some(())
     }
 
-    /// Closes those whose first request has begun to come and is not a request yet: hyper, when it is to
-    /// end a connection, would wait for the rest. It closes those that are silent by itself.
+    /// Closes connections that have received a part of their first request head. When hyper ends a
+    /// connection, it would wait for the rest of the head. It closes silent connections by itself.
     pub(super) fn close_unfinished(&self) {
         let unfinished = self.known.values().filter(|(_, head)| head.is_unfinished());
         unfinished.for_each(|(task, _)| task.abort());
     }
 
-    /// How many there are.
+    /// Returns the number of open connections.
     pub(super) fn count(mut self) -> usize {
         while self.tasks.try_join_next().is_some() {}
         self.tasks.len()

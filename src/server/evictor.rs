@@ -1,7 +1,7 @@
-//! Keeps a listener open to whoever comes next, however many connections are silent.
+//! Keeps a listener open to new clients, however many connections are silent.
 //!
-//! Where health is asked for, a probe must not wait: so the oldest connection is closed once there are
-//! too many, and some descriptors are kept for the time when the process has no other left.
+//! It is for the health endpoints, where a probe must not wait. So the oldest connection is closed if there
+//! are too many, and some file descriptors are reserved for a time when the process may open no other.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -9,28 +9,29 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::task::AbortHandle;
 
-/// Makes room for new connections.
+/// Closes old connections to make room for new ones.
 pub struct Evictor {
     most: usize,
     room: Mutex<Room>,
 }
 
 struct Room {
-    /// The oldest first, among them some that have ended.
+    /// Connections, oldest first. Some of them may have ended.
     connections: VecDeque<AbortHandle>,
-    /// Open for nothing but to be closed when another descriptor is wanted.
+    /// Descriptors that stay open only to be closed when another descriptor is needed.
     kept: Vec<File>,
 }
 
-/// How many descriptors are kept. Between closing one and accepting, another thread may take it.
+/// Reserved descriptors. It is more than one, because another thread may take a descriptor between the
+/// close and the accept.
 const KEPT: usize = 8;
-/// What is always there to be opened.
+/// File that can always be opened.
 const NOTHING: &str = "/dev/null";
 
 // === impl Evictor ===
 
 impl Evictor {
-    /// Lets there be as many connections at once.
+    /// Allows `most` connections at once.
     pub fn new(most: usize) -> Self {
         let room = Room {
             connections: VecDeque::new(),
@@ -44,7 +45,7 @@ impl Evictor {
         evictor
     }
 
-    /// Counts a connection that begins, and closes the oldest if there are too many.
+    /// Counts a new connection, and closes the oldest if there are too many.
     pub(super) fn begun(&self, connection: AbortHandle) {
         let mut room = self.lock();
         room.connections.push_back(connection);
@@ -56,14 +57,14 @@ impl Evictor {
         }
     }
 
-    /// Frees a descriptor: one of those kept, else that of the oldest connection. Returns false if there
-    /// is none.
+    /// Frees a descriptor: a reserved one if there is one, else that of the oldest connection. Returns
+    /// false if there is neither.
     pub(super) fn make_room(&self) -> bool {
         let mut room = self.lock();
         room.kept.pop().is_some() || room.evict()
     }
 
-    /// Keeps as many descriptors as it should, as far as there are any.
+    /// Reserves descriptors again, up to [`KEPT`], as far as the process may open files.
     pub(super) fn restock(&self) {
         let mut room = self.lock();
         while room.kept.len() < KEPT

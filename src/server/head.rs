@@ -1,4 +1,4 @@
-//! Bounds the memory that heads of requests take before they are whole.
+//! Limits the memory of request heads that are not yet complete.
 
 use std::io;
 use std::pin::Pin;
@@ -13,34 +13,34 @@ use hyper::body::Incoming;
 
 /// Largest head of a request, in bytes. hyper answers a larger one with 431.
 pub(super) const LARGEST: usize = 64 << 10;
-/// As much of each head does not count, in bytes: clients of the Kling API send less. So what counts
-/// is left to no one while others send large heads, but ordinary requests do not need it.
+/// Bytes of each head that do not count. Clients of the Kling API send smaller heads. So ordinary requests
+/// work even while others send large heads and use up the limit.
 const FREE: usize = 4 << 10;
-/// What counts of all heads together, in bytes. With 10,000 connections, all of which send a head, they
-/// take 64 MiB.
+/// Most counted bytes of all heads together. With 10,000 connections that all send a head, it is 64 MiB.
 const MOST: usize = 24 << 20;
 
-/// What counts of all heads that are not whole, in bytes.
+/// Counted bytes of all incomplete heads.
 #[derive(Default)]
 pub struct Heads(AtomicUsize);
 
-/// The head that a connection receives. Clones are for the same connection.
+/// Head that a connection receives. Clones are for the same connection.
 #[derive(Clone)]
 pub(super) struct Head(Arc<Received>);
 
 struct Received {
     heads: Arc<Heads>,
-    /// Whether no head was whole so far.
+    /// True until the first head is complete.
     is_first: AtomicBool,
-    /// Whether what comes belongs to a body, whose reader bounds it.
+    /// True while received bytes belong to a body, whose reader limits them.
     is_body: AtomicBool,
-    /// What has come and is not known to have been used, in bytes.
+    /// Bytes received and not known to have been used.
     size: AtomicUsize,
-    /// What came last, in bytes. When a message is whole, what follows it came with its end.
+    /// Size of the last read, in bytes. When a message is complete, the bytes after it arrived in the same
+    /// read as its end.
     last: AtomicUsize,
 }
 
-/// A body of a request. When it is dropped, the next head is expected.
+/// Body of a request. When it is dropped, the next head is expected.
 pub(super) struct Behind {
     body: Incoming,
     head: Head,
@@ -49,7 +49,7 @@ pub(super) struct Behind {
 // === impl Heads ===
 
 impl Heads {
-    /// Counts a head that grows. Returns whether there is room for it.
+    /// Counts the growth of a head. Returns false if all heads together exceed [`MOST`].
     fn grow(&self, from: usize, to: usize) -> bool {
         let more = counted(to) - counted(from);
         more == 0 || self.0.fetch_add(more, Relaxed) + more <= MOST
@@ -80,11 +80,11 @@ impl Head {
         }))
     }
 
-    /// So many bytes have come.
+    /// Counts bytes that were read from the connection.
     ///
     /// # Errors
     ///
-    /// They belong to a head, and all heads take too much.
+    /// The bytes belong to a head, and all heads together take too much.
     pub(super) fn received(&self, bytes: usize) -> io::Result<()> {
         let this = &*self.0;
         let before = this.size.load(Relaxed);
@@ -96,37 +96,37 @@ impl Head {
         Err(io::Error::other("too many large heads at once"))
     }
 
-    /// The head is whole, and the next one follows.
+    /// Notes that a head without a body is complete. The next head follows.
     pub(super) fn end<B>(&self, request: &Request<B>) {
         self.take(request);
         let left = self.0.size.load(Relaxed);
         self.0.heads.grow(0, left);
     }
 
-    /// The head is whole, and this body follows.
+    /// Notes that a head is complete, and wraps the body that follows.
     pub(super) fn followed_by<B>(self, request: &Request<B>, body: Incoming) -> Behind {
         self.take(request);
         self.0.is_body.store(true, Relaxed);
         Behind { body, head: self }
     }
 
-    /// Whether the connection is to be closed after an answer: the next head has begun, and all heads
-    /// take too much.
+    /// Returns true if the connection is to be closed after a response: the next head has begun, and all
+    /// heads together take too much.
     pub(super) fn is_too_large(&self) -> bool {
         counted(self.0.size.load(Relaxed)) > 0 && self.0.heads.are_too_large()
     }
 
-    /// Whether something has come, and no whole head so far.
+    /// Returns true if the client has sent bytes, but no complete head so far.
     pub(super) fn is_unfinished(&self) -> bool {
         self.0.is_first.load(Relaxed) && self.0.size.load(Relaxed) > 0
     }
 
-    /// Takes a head out of what has come. The rest does not count yet.
+    /// Subtracts a complete head from the received bytes. The rest does not count yet.
     fn take<B>(&self, request: &Request<B>) {
         self.0.is_first.store(false, Relaxed);
         let size = self.0.size.load(Relaxed);
         self.0.heads.free(size);
-        // A small one does not count in any case.
+        // A small head does not count, so it need not be measured.
         let used = if counted(size) > 0 {
             least_size(request)
         } else {
@@ -188,14 +188,14 @@ impl Drop for Behind {
     }
 }
 
-/// What the head of a request took at least, in bytes.
+/// Returns a lower bound for the size of a request's head, in bytes.
 fn least_size<B>(request: &Request<B>) -> usize {
     let lines = request.headers().iter();
     let lines = lines.map(|(name, value)| name.as_str().len() + value.len() + ": \r\n".len());
     request.method().as_str().len() + request.uri().path().len() + lines.sum::<usize>()
 }
 
-/// As much of a head of this size counts.
+/// Returns the bytes of a head of this size that count.
 fn counted(size: usize) -> usize {
     size.saturating_sub(FREE)
 }
@@ -204,7 +204,7 @@ fn counted(size: usize) -> usize {
 mod tests {
     use super::*;
 
-    /// A request whose head takes at least so many bytes.
+    /// Returns a request whose head takes at least `size` bytes.
     fn request(size: usize) -> Request<()> {
         let value = "a".repeat(size - "GET".len() - "/".len() - "a: \r\n".len());
         Request::get("/").header("a", value).body(()).unwrap()
@@ -222,7 +222,7 @@ mod tests {
         let rest = MOST % (60 << 10);
         assert!(head().received(FREE + rest + 1).is_err());
         assert!(head().received(FREE).is_ok());
-        // One that is whole makes room, and so does one whose connection has ended.
+        // A head frees its bytes when it is complete or when its connection ends.
         large[0].end(&request(LARGEST));
         assert!(large[0].received(LARGEST).is_ok());
         assert!(head().received(LARGEST).is_err());
@@ -240,7 +240,7 @@ mod tests {
         for (reads, used, left) in [
             (&[100][..], 80, 100),
             (&[50_000], 100, 50_000),
-            // A new head is no part of what came before the end of the last one.
+            // A new head does not include bytes that came before the end of the last head.
             (&[30_000, 20_000, 400], 50_000, 400),
             (&[30_000], 30_000, 400),
         ] {

@@ -1,4 +1,4 @@
-//! Listening sockets of every kind, and the connections that come from them.
+//! Listening sockets of every kind, and their connections.
 
 use std::fmt;
 use std::future::pending;
@@ -22,23 +22,21 @@ use super::reset::Reset;
 use super::tls::Handshake;
 use crate::auth::client_share::Peer;
 
-/// How many connections wait in the kernel's queue.
+/// Longest queue of connections in the kernel that wait to be accepted.
 pub(super) const BACKLOG: i32 = 1024;
 
-/// A socket that clients connect to, not bound to a runtime yet.
+/// Socket that clients connect to, not yet registered with a runtime.
 #[derive(Debug)]
 pub enum Listener {
-    /// By address and port.
     Tcp(net::TcpListener),
-    /// The same, over TLS.
+    /// TCP with TLS on top.
     Tls(net::TcpListener, Arc<ServerConfig>),
-    /// By path.
     Unix(unix::net::UnixListener),
-    /// By this process itself: a simulation.
+    /// Connections from inside this process, for a simulation.
     Memory(mpsc::Receiver<DuplexStream>),
 }
 
-/// A [`Listener`] in its runtime.
+/// [`Listener`] that is registered with a runtime.
 pub(super) enum Acceptor {
     Tcp(TcpListener),
     Tls(TcpListener, Arc<ServerConfig>),
@@ -46,7 +44,7 @@ pub(super) enum Acceptor {
     Memory(Mutex<mpsc::Receiver<DuplexStream>>),
 }
 
-/// An accepted connection, not bound to a runtime yet.
+/// Accepted connection, not yet registered with a runtime.
 pub(super) enum Socket {
     Tcp(net::TcpStream),
     Tls(net::TcpStream, Arc<ServerConfig>),
@@ -54,14 +52,15 @@ pub(super) enum Socket {
     Memory(DuplexStream),
 }
 
-/// A connection in its runtime. One type for all kinds, so that there is one copy of the HTTP code.
+/// Connection that is registered with a runtime. All kinds share this type, so that the HTTP code is
+/// compiled once.
 pub(super) struct ClientStream {
     kind: Kind,
-    /// How long the peer may leave unread what is written to it.
+    /// Longest time that the client may leave written data unread.
     idle: Duration,
     reset: Reset,
     head: Head,
-    /// Of a Unix socket, when a peer is given up that takes nothing of what is written to it.
+    /// Deadline for a client of a Unix socket to read some of the data that waits to be written.
     stall: Option<Pin<Box<Sleep>>>,
 }
 
@@ -81,7 +80,7 @@ enum Kind {
 pub fn bind(address: SocketAddr) -> io::Result<net::TcpListener> {
     let domain = socket2::Domain::for_address(address);
     let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
-    // A restart need not wait for connections of the last run to be forgotten.
+    // Lets a restart bind while the kernel still remembers connections of the last run.
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
@@ -92,7 +91,7 @@ pub fn bind(address: SocketAddr) -> io::Result<net::TcpListener> {
 // === impl Listener ===
 
 impl Listener {
-    /// Speaks TLS from now on, if it is one of TCP.
+    /// Adds TLS to a TCP listener. Leaves other listeners as they are.
     #[must_use]
     pub fn with_tls(self, config: &Arc<ServerConfig>) -> Self {
         match self {
@@ -101,7 +100,7 @@ impl Listener {
         }
     }
 
-    /// Where it listens, if that is an address.
+    /// Returns the address and port of a TCP listener.
     pub fn address(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(socket) | Self::Tls(socket, _) => socket.local_addr().ok(),
@@ -109,7 +108,7 @@ impl Listener {
         }
     }
 
-    /// Whether only this machine can connect.
+    /// Returns true if only this machine can connect.
     pub fn is_local(&self) -> bool {
         match self {
             Self::Unix(_) | Self::Memory(_) => true,
@@ -119,7 +118,7 @@ impl Listener {
         }
     }
 
-    /// Hands it over to the current runtime.
+    /// Registers the listener with the current runtime.
     pub(super) fn register(self) -> io::Result<Acceptor> {
         Ok(match self {
             Self::Tcp(socket) => Acceptor::Tcp(TcpListener::from_std(socket)?),
@@ -130,7 +129,7 @@ impl Listener {
     }
 }
 
-/// What a client is told to connect to.
+/// Shows the URL to which clients connect.
 impl fmt::Display for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (scheme, address) = match self {
@@ -152,7 +151,7 @@ fn path(address: &unix::net::SocketAddr) -> String {
 // === impl Acceptor ===
 
 impl Acceptor {
-    /// The next connection.
+    /// Waits for the next connection.
     pub(super) async fn accept(&self) -> io::Result<Socket> {
         Ok(match self {
             Self::Tcp(socket) => Socket::Tcp(socket.accept().await?.0.into_std()?),
@@ -171,9 +170,11 @@ impl Acceptor {
 // === impl Socket ===
 
 impl Socket {
-    /// Hands it over to the current runtime, and makes sure of who we are where that takes TLS: as
-    /// long as the client likes. `idle` is how long its peer may leave unread what was written to it;
-    /// it is reset when it is closed, if that is wanted by then; what comes is counted to its `head`.
+    /// Registers the socket with the current runtime and runs the TLS handshake, which has no timeout of
+    /// its own.
+    ///
+    /// `idle` is the longest time that the client may leave written data unread. `reset` decides at the
+    /// close if the connection is reset. Received bytes count towards `head`.
     pub(super) async fn open(
         self,
         idle: Duration,
@@ -191,7 +192,7 @@ impl Socket {
             Self::Tls(stream, config) => {
                 let stream = tcp(stream)?;
                 let handshake = Handshake { config, stream };
-                // Boxed, or each connection would have room for it.
+                // Boxed, because each connection would hold memory for it otherwise.
                 Kind::Tls(Box::new(Box::pin(handshake.finish()).await?))
             }
             Self::Unix(stream) => Kind::Unix(UnixStream::from_std(stream)?),
@@ -208,9 +209,9 @@ impl Socket {
 }
 
 fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
-    // Without it a small answer may wait for the client's acknowledgement.
+    // Without this option, a small response may wait for the client's acknowledgement.
     stream.set_nodelay(true)?;
-    // hyper has no timeout for a client that stops reading; the kernel has (tcp(7)).
+    // hyper has no timeout for a client that stops reading, but the kernel has one (tcp(7)).
     #[cfg(target_os = "linux")]
     socket2::SockRef::from(stream).set_tcp_user_timeout(Some(idle))?;
     Ok(())
@@ -219,7 +220,7 @@ fn set_up(stream: &net::TcpStream, idle: Duration) -> io::Result<()> {
 // === impl ClientStream ===
 
 impl ClientStream {
-    /// Who connects, if that is not a program of our own user on this machine.
+    /// Returns the address or user that connects, or `None` for a program of our own on this machine.
     pub(super) fn peer(&self) -> Option<Peer> {
         let tcp = |stream: &TcpStream| Peer::at(stream.peer_addr().ok()?.ip());
         match &self.kind {
@@ -230,8 +231,8 @@ impl ClientStream {
         }
     }
 
-    /// What came of writing; an error if the peer has taken nothing for too long. hyper has no timeout for
-    /// that, and the kernel has one for TCP only.
+    /// Returns the outcome of a write, or an error if the client has read nothing for too long. hyper has
+    /// no timeout for that, and the kernel has one for TCP only.
     fn written<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -259,7 +260,7 @@ impl Drop for ClientStream {
             Kind::Tls(stream) => stream.get_ref().0,
             Kind::Unix(_) | Kind::Memory(_) => return,
         };
-        // If it fails, the connection has ended anyhow.
+        // If this fails, the connection has ended anyway.
         let _ = socket2::SockRef::from(tcp).set_linger(Some(Duration::ZERO));
     }
 }

@@ -1,4 +1,4 @@
-//! Accepts connections and serves them; given its sockets, its service and the word to stop.
+//! Accepts connections and serves them. The caller provides the sockets, the service and the stop signal.
 
 mod balance;
 mod connections;
@@ -40,42 +40,43 @@ pub use self::socket_file::SocketFile;
 pub use self::tls::{Certificate, CertificateFiles};
 use crate::error::BoxError;
 
-/// What a connection holds at most of what it reads and of what it writes, in bytes, each. More makes
-/// large bodies no faster, and is held for each client that does not read its answer.
+/// Largest read buffer of a connection, and largest write buffer, in bytes. Larger buffers make large
+/// bodies no faster, and each client that does not read its response holds one.
 const LARGEST_BUFFER: usize = head::LARGEST;
-/// How long to wait before accepting again when that failed, mostly for lack of descriptors.
+/// Pause after a failed accept. The usual reason is a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What a listener's connections may take.
+/// Limits for the connections of a listener.
 #[derive(Clone)]
 pub struct ConnectionLimits {
-    /// One permit a connection, shared by all threads. Over it new ones wait.
+    /// One permit per connection, shared by all threads. Above the limit, new connections wait.
     pub connections: Arc<Semaphore>,
-    /// What heads that are not whole take, shared by all threads.
+    /// Memory of incomplete request heads, shared by all threads.
     pub heads: Arc<Heads>,
     /// Closes old connections, so that new ones need not wait.
     pub evictor: Option<Arc<Evictor>>,
-    /// To receive a request head, and so how long a connection may be idle.
+    /// Longest time to receive a request head, and so the longest idle time of a connection.
     pub header_timeout: Duration,
-    /// How long a peer may leave what was written to it unread.
+    /// Longest time that a client may leave written data unread.
     pub idle: Duration,
 }
 
-/// The word to stop. It is never taken back.
+/// Signal to stop. It is never taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stop {
-    /// Go on.
+    /// No stop: go on serving.
     Never,
-    /// Accept nothing new, and let what is in flight end.
+    /// Accept nothing new, and let requests in flight end.
     Drain,
-    /// Cut what is in flight.
+    /// Cut the requests in flight.
     Now,
 }
 
-/// Accepts from all listeners until told to stop, and serves what comes to this worker; then lets what
-/// is in flight end until told to stop now. Returns how many connections had to be cut.
+/// Accepts from all listeners until [`Stop::Drain`], and serves the connections that this worker gets. Then
+/// lets requests in flight end until [`Stop::Now`]. Returns the number of connections that had to be cut.
 ///
-/// The service has to be ready always: it is not asked, since what limits requests answers them.
+/// The service must always be ready. Its `poll_ready` is not called, because the layer that limits requests
+/// answers those above its limit itself.
 ///
 /// # Errors
 ///
@@ -108,7 +109,8 @@ where
         .header_read_timeout(limits.header_timeout)
         .max_header_size(head::LARGEST)
         .max_buf_size(LARGEST_BUFFER);
-    // One for all connections of this thread: a clone for each request would cost more than the guard.
+    // One service for all connections of this thread: a clone for each request would cost more than the
+    // lock.
     let service = Arc::new(Mutex::new(service));
     let graceful = GracefulShutdown::new();
     let mut connections = Connections::new(Arc::clone(&limits.heads));
@@ -145,7 +147,7 @@ where
     loop {
         tokio::select! {
             biased;
-            // A sender that has gone is the word to stop too.
+            // A dropped sender is a signal to stop too.
             _ = stop.wait_for(|stop| *stop > Stop::Never) => break,
             Some(arrival) = accepted.recv() => {
                 let connection = connections.begin(|head| serve(arrival, head));
@@ -173,7 +175,7 @@ where
     Ok(connections.count())
 }
 
-/// Has the service answer a request.
+/// Calls the service for a request. Closes the connection after the response if it must not be used again.
 fn answer<S, B>(
     service: &Mutex<S>,
     request: hyper::Request<Incoming>,
@@ -189,8 +191,9 @@ where
     let reset = old.then(|| reset.clone());
     let (request, behind) = boxed(request, head);
     let last = last || head.is_too_large();
-    // hyper drops the future unpolled if the client has sent all of its request and gone; what outlives
-    // its client is begun by this call. Boxed, since not each connection has room for it.
+    // hyper drops the future unpolled if the client has sent the whole request and disconnected. So this
+    // call already begins the work that outlives its client. Boxed, so that idle connections hold no memory
+    // for it.
     let answer = Box::pin(call(service, request));
     async move {
         let mut answer = answer.await?;
@@ -205,13 +208,14 @@ where
     }
 }
 
-/// Calls a service that is ready always.
+/// Calls a service that is always ready.
 fn call<S: Service<Request>>(service: &Mutex<S>, request: Request) -> S::Future {
     let mut service = service.lock().unwrap_or_else(PoisonError::into_inner);
     service.call(request)
 }
 
-/// A request with its body, or none, and what follows a body. The head before it is whole.
+/// Boxes the body of a request, after its complete head. Also returns the head that follows the body, if
+/// there is a body.
 fn boxed(request: hyper::Request<Incoming>, head: &Head) -> (Request, Option<Head>) {
     if request.body().is_end_stream() {
         head.end(&request);
@@ -224,14 +228,14 @@ fn boxed(request: hyper::Request<Incoming>, head: &Head) -> (Request, Option<Hea
     (request, Some(head.clone()))
 }
 
-/// Whether what follows a request may be meant for another protocol: it asked for a tunnel or an
-/// upgrade, and neither is granted.
+/// Returns true if the bytes after a request may be meant for another protocol: the request asks for a
+/// tunnel or an upgrade, and the proxy grants neither.
 fn ends_connection<B>(request: &hyper::Request<B>) -> bool {
     request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE)
 }
 
-/// Accepts for as long as somebody takes what was accepted. Over the limit one connection waits
-/// here, and the others in the kernel's queue.
+/// Accepts connections until the workers take no more. Above the limit, one connection waits here, and the
+/// others wait in the kernel's queue.
 async fn accept(listener: Acceptor, limits: ConnectionLimits, workers: Arc<Workers>) -> Option<()> {
     let ConnectionLimits {
         connections,
@@ -244,14 +248,15 @@ async fn accept(listener: Acceptor, limits: ConnectionLimits, workers: Arc<Worke
                 let permit = Arc::clone(&connections).acquire_owned().await.ok()?;
                 workers.assign(socket, permit).await?;
                 if evictor.is_some() {
-                    // So that it can answer what was sent already before the next ones close it.
+                    // Lets the connection respond to a request that it has received, before later
+                    // connections close it.
                     yield_now().await;
                 }
             }
-            // It has ended while it waited.
+            // The connection ended while it waited.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(_) if evictor.as_ref().is_some_and(|evictor| evictor.make_room()) => {
-                // A connection that was told to end closes at its next turn.
+                // An aborted connection closes when its task runs next.
                 yield_now().await;
             }
             Err(error) => {
@@ -262,14 +267,15 @@ async fn accept(listener: Acceptor, limits: ConnectionLimits, workers: Arc<Worke
     }
 }
 
-/// Gets a connection ready for requests. A silent client holds up nobody, not even who wants to stop.
+/// Prepares a connection for requests, within `limit`. A silent client delays neither other clients nor a
+/// stop.
 async fn open(
     opening: impl Future<Output = io::Result<ClientStream>>,
     limit: Duration,
     mut stop: watch::Receiver<Stop>,
 ) -> Option<ClientStream> {
     let opened = tokio::select! {
-        biased; // without TLS it is open at once
+        biased; // without TLS, `opening` is ready at once
         opened = timeout(limit, opening) => opened,
         _ = stop.wait_for(|stop| *stop > Stop::Never) => return None,
     };

@@ -1,4 +1,4 @@
-//! A Unix socket in the file system: opened so that only this user gets at it, and removed again.
+//! A Unix socket in the file system: created so that only this user can connect, and removed at the end.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -12,51 +12,49 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::listener::BACKLOG;
 
-/// The file of a listening socket. Dropping it removes the file, unless another has taken its place.
+/// File of a listening socket. Dropping it removes the file, unless another file has taken its place.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
-    /// While the socket is open the kernel gives its inode to no other file.
+    /// Keeps the socket open: until it is closed, the kernel gives its inode to no other file.
     _open: UnixListener,
 }
 
-/// Why a socket is not opened.
+/// Reasons why a socket is not opened.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketFileError {
-    /// The kernel says no.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// Something that we did not make is there.
     #[error("there is a file that is no socket: move it away, or choose another path")]
     NotASocket,
-    /// Somebody else's socket is there.
     #[error("the socket there belongs to user {0}: remove it as that user, or choose another path")]
     Foreign(u32),
-    /// Another process serves it, or might.
+    /// The socket is in use, or may be: connecting to it did not fail with "connection refused".
     #[error("another process listens there: stop it, or choose another path")]
     InUse,
-    /// The file system, or who confines us, has its own idea of modes.
+    /// The file system, or a confinement of this process, did not apply the mode.
     #[error("it would be open to others (mode {0:03o}): choose a path where modes hold")]
     Open(u32),
 }
 
-/// Those who must not connect.
+/// Mode bits of users who must not connect.
 const OTHERS: u32 = 0o077;
 
 // === impl SocketFile ===
 
 impl SocketFile {
-    /// Opens a socket that only this user can connect to, from its first moment on. One that an
-    /// earlier run has left behind is replaced.
+    /// Opens a socket to which only this user can connect, from its creation on. Replaces a socket that an
+    /// earlier run left behind.
     ///
-    /// Call it before the first thread is started: for a moment it changes the umask, which
-    /// belongs to the whole process. Of the ways to have a mode from creation on, this is the one
-    /// that works on every platform and still fails where a file exists.
+    /// Call it before the first thread starts: for a moment it changes the umask, which belongs to the
+    /// whole process. No other way to set the mode at creation works on every platform and also fails if
+    /// the file exists.
     ///
     /// # Errors
     ///
-    /// [`SocketFileError`]; what is at the path is then as it was.
+    /// [`SocketFileError`]. The path is then as before, except that an abandoned socket of ours may be
+    /// gone.
     pub fn bind(path: &Path) -> Result<(UnixListener, Self), SocketFileError> {
         remove_stale(path)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -95,7 +93,7 @@ fn identity(file: &Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
 }
 
-/// Removes a socket of ours that nobody listens to. Nothing else may be in the way.
+/// Removes a socket of this user if no process listens to it. Fails if anything else is at the path.
 fn remove_stale(path: &Path) -> Result<(), SocketFileError> {
     let found = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -108,7 +106,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketFileError> {
         return Err(SocketFileError::Foreign(found.uid()));
     }
     let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // A process that is too busy to answer must not make us wait; it is there.
+    // A process that is too busy to accept must not make us wait. It counts as in use.
     probe.set_nonblocking(true)?;
     match probe.connect(&SockAddr::unix(path)?) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {

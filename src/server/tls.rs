@@ -1,4 +1,4 @@
-//! HTTPS: the certificate, which is renewed while we run, and the handshake.
+//! HTTPS: the certificate, which can be renewed while the proxy runs, and the handshake.
 
 use std::io;
 use std::path::PathBuf;
@@ -20,57 +20,54 @@ use zeroize::Zeroizing;
 use crate::auth::trusted_file;
 use crate::error::BoxError;
 
-/// The one protocol on offer, as ALPN names it.
+/// ALPN name of the only protocol on offer.
 const HTTP_1: &[u8] = b"http/1.1";
-/// For who speaks plain HTTP to a port of HTTPS.
+/// Response to a client that sends plain HTTP to an HTTPS port.
 const PLAIN_HTTP: &[u8] = b"HTTP/1.1 400 Bad Request\r\n\
     content-type: text/plain\r\n\
     content-length: 29\r\n\
     connection: close\r\n\r\n\
     this port speaks HTTPS only.\n";
-/// As much of a refused plain request as is read, so that the answer is not lost in a reset.
+/// Most bytes to read of a refused plain request, so that the response is not lost in a reset.
 const LONGEST_PLAIN: u64 = 64 << 10;
 
-/// Where a certificate and its key are, both as PEM.
+/// Paths of a certificate and of its private key, both in PEM.
 #[derive(Clone, Debug)]
 pub struct CertificateFiles {
     /// The chain, our own certificate first (`listen.tls.certificate_file`).
     pub certificate: PathBuf,
-    /// The private key (`listen.tls.key_file`).
+    /// Private key of the certificate (`listen.tls.key_file`).
     pub key: PathBuf,
 }
 
-/// The certificate that clients are shown.
+/// Certificate for clients, and its files.
 #[derive(Debug)]
 pub struct Certificate {
     files: CertificateFiles,
     current: ArcSwap<CertifiedKey>,
 }
 
-/// Why a certificate is not used. It shows nothing of the key.
+/// Reasons why a certificate is not used. They show nothing of the key.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
-    /// The certificates cannot be read.
     #[error("`listen.tls.certificate_file`: cannot use {}", .0.display())]
     Certificate(PathBuf, #[source] BoxError),
-    /// The key cannot be read.
     #[error("`listen.tls.key_file`: cannot use {}", .0.display())]
     Key(PathBuf, #[source] BoxError),
-    /// They do not belong together.
     #[error("`listen.tls.key_file`: {} is not the key of the certificate", .0.display())]
     Mismatch(PathBuf),
 }
 
-/// A connection that is to become one of TLS.
+/// Connection whose TLS handshake is still to be done.
 pub(super) struct Handshake {
     pub(super) config: Arc<ServerConfig>,
     pub(super) stream: TcpStream,
 }
 
-/// What the files hold.
+/// Certificate and key as loaded from the files.
 struct Loaded {
     certificate: CertifiedKey,
-    /// Whether every user of this machine can read the key.
+    /// True if every user of this machine can read the key.
     exposed: bool,
 }
 
@@ -103,7 +100,7 @@ impl CertificateFiles {
     fn load_key(&self) -> Result<(Arc<dyn SigningKey>, bool), CertificateError> {
         let unusable = |error| CertificateError::Key(self.key.clone(), error);
         let file = trusted_file::read(&self.key).map_err(|error| unusable(error.into()))?;
-        // The parser's own error quotes the file.
+        // The parser's own error is dropped, because it quotes the file.
         let key = PrivateKeyDer::from_pem_slice(&file.bytes)
             .map_err(|_| unusable("it holds no unencrypted private key in PEM".into()))?;
         let key = ring::sign::any_supported_type(&Zeroizing::new(key))
@@ -115,7 +112,7 @@ impl CertificateFiles {
 // === impl Certificate ===
 
 impl Certificate {
-    /// Reads the files.
+    /// Reads the certificate and its key.
     ///
     /// # Errors
     ///
@@ -129,15 +126,15 @@ impl Certificate {
         })
     }
 
-    /// Reads the files again and shows what they hold from the next connection on. Whether that is
-    /// another certificate.
+    /// Reads the files again, and shows their content from the next connection on. Returns true if the
+    /// certificate has changed.
     ///
     /// # Errors
     ///
-    /// [`CertificateError`]; then all stays as it was.
+    /// [`CertificateError`]. The certificate then stays as it was.
     pub fn reload(&self) -> Result<bool, CertificateError> {
         let loaded = self.files.load()?;
-        // A new key has a new certificate: it certifies the key.
+        // A new key always has a new certificate, because the certificate certifies the key.
         let changed = loaded.certificate.cert != self.current.load().cert;
         if changed {
             loaded.warn(&self.files);
@@ -146,16 +143,16 @@ impl Certificate {
         Ok(changed)
     }
 
-    /// What is shown now, our own certificate first.
+    /// Returns the chain that clients are shown now, our own certificate first.
     pub fn chain(&self) -> Vec<CertificateDer<'static>> {
         self.current.load().cert.clone()
     }
 
-    /// What a listener needs to speak TLS with this certificate.
+    /// Returns the configuration with which a listener speaks TLS with this certificate.
     ///
     /// # Errors
     ///
-    /// The TLS library does not take our settings.
+    /// The TLS library rejects our settings.
     pub fn server_config(self: Arc<Self>) -> Result<Arc<ServerConfig>, rustls::Error> {
         let provider = Arc::new(ring::default_provider());
         let mut config = ServerConfig::builder_with_provider(provider)
@@ -187,10 +184,10 @@ impl Loaded {
 // === impl Handshake ===
 
 impl Handshake {
-    /// Waits for the client's part, which may never come.
+    /// Runs the handshake. It waits for the client without a timeout.
     pub(super) async fn finish(mut self) -> io::Result<TlsStream<TcpStream>> {
         let mut first = [0];
-        // No record of TLS begins with a letter; every method of HTTP does.
+        // No TLS record begins with a letter, but every HTTP method does.
         if self.stream.peek(&mut first).await? > 0 && first[0].is_ascii_uppercase() {
             refuse_plain(&mut self.stream).await?;
             return Err(io::Error::other("plain HTTP on a port of HTTPS"));
