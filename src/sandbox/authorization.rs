@@ -1,7 +1,7 @@
 //! Verifies the token of a request as strictly as the documentation allows.
 //!
 //! Every literal here is the sandbox's own: a constant shared with the code that mints tokens would hide a
-//! mistake in it. Shared is only which paths take what.
+//! mistake in it. Only the table of credentials that each path accepts is shared.
 
 use axum::http::{HeaderMap, header::AUTHORIZATION};
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -12,22 +12,23 @@ use super::reply::Refusal;
 use super::{ACCESS_KEY, API_KEY, SECRET_KEY};
 use crate::kling::api_path::Accepts;
 
-/// The furthest `exp` may lie ahead: the 30 minutes of the vendor's sample code.
+/// Longest time that `exp` may lie ahead, in seconds: the 30 minutes of Kling's sample code.
 const LONGEST_LIFE: u64 = 1800;
 
-/// Seconds by which `exp` may exceed that, since no two clocks agree.
+/// Seconds by which `exp` may exceed [`LONGEST_LIFE`], because no two clocks agree.
 const TOLERANCE: u64 = 30;
 
-/// What the real API answered to anything else on a path that takes an API key only (measured by
+/// Message of the real API for any other credential on a path that accepts an API key only (measured by
 /// `aself101/kling-api`, 2026).
 const NO_KEY_PAIRS: &str = "Authentication error. The current API does not support AK/SK; please go to the \
     console (https://kling.ai/dev/api-key) to create API key.";
 
-/// Checks the one `Authorization` of a request to `path` at `now`, in seconds since the epoch.
+/// Checks the single `Authorization` of a request to `path`. `now` is in seconds since the epoch.
 ///
 /// # Errors
 ///
-/// 1000 to 1004. Times come last and `nbf` first of them, so that a client whose clock is wrong is told so.
+/// 1000 to 1004. Times are checked last, and `nbf` before `exp`, so that a client whose clock is wrong can
+/// see that from the code.
 pub(super) fn verify(path: &str, headers: &HeaderMap, now: u64) -> Result<(), Refusal> {
     let credential = credential(headers)?;
     if credential == API_KEY {
@@ -57,7 +58,7 @@ pub(super) fn verify(path: &str, headers: &HeaderMap, now: u64) -> Result<(), Re
     }
 }
 
-/// What follows `Bearer `.
+/// Returns the credential after `Bearer `.
 fn credential(headers: &HeaderMap) -> Result<&str, Refusal> {
     let mut values = headers.get_all(AUTHORIZATION).iter();
     let first = values.next().ok_or_else(|| Refusal::documented(1001))?;
@@ -74,11 +75,11 @@ fn credential(headers: &HeaderMap) -> Result<&str, Refusal> {
     credential.ok_or_else(|| Refusal::documented(1002))
 }
 
-/// The claims of a token that is well formed, of our issuer and signed with our key.
+/// Returns the claims of a token that is well-formed, has our issuer and is signed with our key.
 fn signed_claims(token: &str) -> Result<Map<String, Value>, Refusal> {
     let parts: Vec<&str> = token.split('.').collect();
     let &[header, payload, signature] = parts.as_slice() else {
-        // Measured: a text without any dot has no parts.
+        // Measured: Kling counts 0 parts in a text without any dot.
         let count = if parts.len() == 1 { 0 } else { parts.len() };
         let message = format!("The token was expected to have 3 parts, but got {count}");
         return Err(Refusal::new(1002, message));
@@ -109,7 +110,7 @@ fn object(part: &str) -> Option<Map<String, Value>> {
     serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(part).ok()?).ok()
 }
 
-/// `None` for a fraction and for a string of digits too.
+/// Returns a whole number, or `None`, also for a fraction or for a string of digits.
 fn integer(claims: &Map<String, Value>, name: &str) -> Option<u64> {
     claims.get(name)?.as_u64()
 }
@@ -135,7 +136,7 @@ pub(super) mod tests {
         format!("{signed}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature))
     }
 
-    /// A token that is valid at `NOW`.
+    /// Returns a token that is valid at `NOW`.
     pub(in crate::sandbox) fn good() -> String {
         token(
             &json!({ "alg": "HS256", "typ": "JWT" }),
@@ -144,7 +145,7 @@ pub(super) mod tests {
         )
     }
 
-    /// The code of the refusal, 0 for none.
+    /// Returns the code of the refusal, or 0 if there is none.
     fn verdict_at(path: &str, values: &[&str], now: u64) -> u16 {
         let mut headers = HeaderMap::new();
         for value in values {
@@ -289,7 +290,7 @@ pub(super) mod tests {
             (0, NOW + 1830, 0),
             (0, NOW + 1831, 1002),
             (0, u64::MAX, 1002),
-            // A client whose clock is ahead must learn that from the code.
+            // A client whose clock is ahead must see that from the code.
             (NOW + 600, NOW + 2405, 1003),
         ] {
             let claims = json!({ "iss": ACCESS_KEY, "exp": exp, "nbf": nbf });

@@ -1,4 +1,4 @@
-//! What the account has used: one resource pack, and the ledger of what was taken from it.
+//! Usage of the account: one resource pack, and the ledger of deductions from it.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -12,18 +12,19 @@ use super::reply::Refusal;
 use super::task::Task;
 use super::task_view::milliseconds;
 
-/// Units of the one pack: more than a test uses up, since nobody could buy another.
+/// Units in the only pack. No test uses so many, because nobody could buy another pack.
 const UNITS: u32 = 1_000_000;
 
-/// How far ahead the pack expires.
+/// Time until the pack expires.
 const PACK_LIFE: Duration = Duration::from_hours(365 * 24);
 
-/// Lists the pack, inside the second envelope of `/account/costs` (vendor's page "Account Usage", as quoted by
-/// `aself101/kling-api`, read 2026-11-22). What remains is told at once, not after the documented 12 hours.
+/// Lists the pack, inside the second envelope of `/account/costs` (Kling's page "Account Usage", as quoted
+/// by `aself101/kling-api`, read 2026-11-22). The remaining quantity changes at once, not after the
+/// documented 12 hours.
 ///
 /// # Errors
 ///
-/// 1201 when the times are missing or not in order.
+/// 1201 if the times are missing, illegal or not in order.
 pub(super) fn costs(
     parameters: &HashMap<String, String>,
     spent: u32,
@@ -53,7 +54,8 @@ pub(super) fn costs(
     Ok(json!({ "code": 0, "msg": "success", "resource_pack_subscribe_infos": packs }))
 }
 
-/// A page of a ledger (vendor's pages "Unit Deduction Detail" and "Balance Deduction Detail", as quoted there).
+/// Returns a page of a ledger (Kling's pages "Unit Deduction Detail" and "Balance Deduction Detail", as
+/// quoted by `aself101/kling-api`).
 pub(super) fn ledger(page: &Page<'_>) -> Value {
     let detail: Value = page.tasks.iter().map(|task| entry(task)).collect();
     json!({
@@ -63,7 +65,8 @@ pub(super) fn ledger(page: &Page<'_>) -> Value {
     })
 }
 
-/// Guessed: what it is called, and that it is taken when the task is created.
+/// Returns the ledger entry of a task. Guessed: the product function, and the deduction when the task is
+/// created.
 fn entry(task: &Task) -> Value {
     let before = units(task.spent_before);
     let after = units(task.spent_before + task.price());
@@ -86,7 +89,7 @@ fn entry(task: &Task) -> Value {
     })
 }
 
-/// What is left after so many are spent: a decimal on the wire.
+/// Returns the units that are left after `spent` units, as a decimal like on the wire.
 fn units(spent: u32) -> f64 {
     f64::from(UNITS.saturating_sub(spent))
 }

@@ -1,7 +1,7 @@
-//! Reads the body of a request without holding it.
+//! Reads the body of a request without keeping all of it.
 //!
-//! A picture in Base64 has tens of megabytes, of which only the beginning is looked at. So of each text
-//! no more is kept, while the body comes, than the rules of `endpoints` ask for.
+//! An image in Base64 has tens of megabytes, but only its beginning is checked. So while the body arrives,
+//! each text is shortened to the length that the rules of `endpoints` need.
 
 use std::time::Duration;
 
@@ -11,43 +11,43 @@ use tokio::time::timeout;
 
 use super::reply::Refusal;
 
-/// The JSON of a body with its long texts shortened. What is JSON stays JSON, what is none stays none.
+/// Collects the JSON of a body, with long texts shortened. Valid JSON stays valid, and invalid JSON stays
+/// invalid.
 #[derive(Default)]
 struct Shortener {
     kept: Vec<u8>,
     place: Place,
-    /// Bytes of the text so far.
+    /// Bytes kept of the current text.
     length: usize,
 }
 
 #[derive(Clone, Copy, Default)]
 enum Place {
-    /// Between texts.
+    /// Between texts, where every byte is kept.
     #[default]
     Between,
-    /// In a text.
     Text,
     /// After a backslash, which is not kept yet.
     Escape,
-    /// So many digits of an escape such as `\u00e9` are to come.
+    /// Inside an escape such as `\u00e9`, with this many digits still to come.
     Digits(u8),
 }
 
 /// Longest silence inside a body.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// In bytes. Ten images in Base64 come to 133 MB.
+/// Largest body, in bytes. Ten images in Base64 come to 133 MB.
 const LARGEST_BODY: usize = 256 << 20;
-/// Bytes kept of a text. The longest one that `endpoints` allows has 3072 characters, each of 12 bytes at
-/// most where it is escaped.
+/// Most bytes kept of a text. The longest text that `endpoints` allows has 3072 characters. An escaped
+/// character takes at most 12 bytes.
 const LONGEST_TEXT: usize = 48 << 10;
-/// Bytes kept of a body. A value of JSON takes up to 16 times as much as its text.
+/// Most bytes kept of a body. A parsed JSON value takes up to 16 times the memory of its text.
 const MOST_KEPT: usize = 2 << 20;
 
 /// Reads the JSON of a body, with long texts shortened.
 ///
 /// # Errors
 ///
-/// 1201 where the body does not come whole or is too large, 1200 where too much of it is no long text.
+/// 1201 if the body is incomplete or too large, 1200 if too many bytes of it are outside long texts.
 pub(super) async fn read(mut body: Body) -> Result<Vec<u8>, Refusal> {
     let mut shortener = Shortener::default();
     let (mut size, mut is_too_much) = (0, false);
@@ -102,7 +102,7 @@ impl Shortener {
                 self.kept.push(byte);
             }
             (Place::Text, b'\\') => self.place = Place::Escape,
-            // Nothing of a character of several bytes, and nothing that may not be there.
+            // Drops printable ASCII only. Bytes of other characters and illegal bytes are kept.
             (Place::Text, b' '..=b'~') if is_long => {}
             (Place::Text, _) => self.keep(&[byte]),
             (Place::Escape, b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') if is_long => {
@@ -122,7 +122,7 @@ impl Shortener {
                 };
                 self.keep(&[byte]);
             }
-            // No JSON: the reader of it finds out.
+            // This is not JSON. The parser will report it.
             (Place::Digits(_), _) => {
                 self.place = Place::Text;
                 self.take(byte);

@@ -1,4 +1,4 @@
-//! What a create asks for, checked as Kling documents it.
+//! Parameters of a create request, checked as Kling documents them.
 
 use std::ops::RangeInclusive;
 
@@ -8,29 +8,29 @@ use super::endpoints::{Endpoint, Output};
 use super::fault::Fault;
 use super::reply::Refusal;
 
-/// A create whose parameters are in order.
+/// Create request whose parameters are valid.
 #[derive(Debug, Default)]
 pub(super) struct CreateRequest {
     pub(super) external_id: Option<String>,
-    /// Pictures to make, and slots held until they are: `n` for images, 1 for all else
-    /// (vendor's page "Concurrency Rules", as quoted by `aself101/kling-api`, read 2026-11-22).
+    /// Images to make, and slots held until the end of the task: `n` for images, the length for a series, 1
+    /// for all else (Kling's page "Concurrency Rules", as quoted by `aself101/kling-api`, read 2026-11-22).
     pub(super) count: u32,
     pub(super) fault: Fault,
-    /// The fields that come back in an answer.
+    /// Fields of the body that responses repeat.
     pub(super) echo: Map<String, Value>,
 }
 
-/// In characters. Kling documents none; this one bounds what the sandbox remembers.
+/// Longest external id, in characters. Kling documents no limit; this one limits the memory of the sandbox.
 const LONGEST_EXTERNAL_ID: usize = 1024;
 
 const IMAGE_COUNTS: RangeInclusive<u32> = 1..=9;
 
 const SERIES_COUNTS: RangeInclusive<u32> = 2..=9;
 
-/// What `series_amount` is by default, and so what `auto` comes to here.
+/// Default of `series_amount`, and the number of images for `auto`.
 const SERIES_COUNT: u32 = 4;
 
-/// The fields that some answer repeats.
+/// Fields that some response repeats.
 const ECHOED: &[&str] = &[
     "element_description",
     "element_name",
@@ -44,7 +44,7 @@ const ECHOED: &[&str] = &[
     "voice_name",
 ];
 
-/// In bytes: a longer text is not repeated.
+/// Longest text that a response repeats, in bytes.
 const LONGEST_ECHO: usize = 1024;
 
 // === impl CreateRequest ===
@@ -54,7 +54,7 @@ impl CreateRequest {
     ///
     /// # Errors
     ///
-    /// 1200 when it is no JSON object, 1201 when a value is missing or illegal.
+    /// 1200 if the body is no JSON object, 1201 if a value is missing or illegal.
     pub(super) fn parse(endpoint: &Endpoint, body: &[u8]) -> Result<Self, Refusal> {
         let body = object(body)?;
         for names in endpoint.required {
@@ -88,7 +88,7 @@ impl CreateRequest {
     }
 }
 
-/// The JSON object that a body must be.
+/// Parses a body, which must be a JSON object.
 ///
 /// # Errors
 ///
@@ -100,7 +100,7 @@ pub(super) fn object(body: &[u8]) -> Result<Value, Refusal> {
         .ok_or_else(|| Refusal::new(1200, "The request body must be a JSON object"))
 }
 
-/// A value that is not one of those documented, in the words that were measured for `settings.resolution`.
+/// Refuses a value that is not documented. The message was measured for `settings.resolution`.
 pub(super) fn invalid(name: &str, value: &Value) -> Refusal {
     let value = value
         .as_str()
@@ -108,7 +108,7 @@ pub(super) fn invalid(name: &str, value: &Value) -> Refusal {
     Refusal::parameter(format!("{name} value '{value}' is invalid"))
 }
 
-/// The value at a path as the rows of `endpoints` write it.
+/// Returns the value at a path in the notation of [`Endpoint::required`].
 pub(super) fn at<'a>(body: &'a Value, path: &str) -> Option<&'a Value> {
     path.split('.').try_fold(body, |value, step| match value {
         Value::Array(items) => match step.parse::<usize>() {
@@ -144,7 +144,7 @@ fn is_filled(value: &Value) -> bool {
     }
 }
 
-/// The first image that is a `data:` URL, which the vendor's pages name as a mistake.
+/// Returns the name of the first image field with a `data:` URL, which Kling's pages call a mistake.
 fn data_url(body: &Value) -> Option<&String> {
     let is_data_url = |value: &Value| value.as_str().is_some_and(|text| text.starts_with("data:"));
     let mut images = body.as_object()?.iter();
@@ -153,7 +153,7 @@ fn data_url(body: &Value) -> Option<&String> {
         .map(|(name, _)| name)
 }
 
-/// An optional text; empty counts as absent, as in the vendor's examples.
+/// Returns an optional text. An empty text counts as absent, as in Kling's examples.
 fn text<'a>(body: &'a Value, name: &str, longest: usize) -> Result<Option<&'a str>, Refusal> {
     match at(body, name) {
         None | Some(Value::Null) => Ok(None),

@@ -6,26 +6,27 @@ use serde_json::Value;
 
 use super::reply::Refusal;
 
-/// What a request asks for; of several wishes of one sort the last counts.
+/// Faults that a request asks for. If it asks for several of one kind, the last one counts.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Fault {
-    /// Time between the creation of the task and the answer: `sandbox:slow=5s`.
+    /// Time between the creation of the task and the response: `sandbox:slow=5s`.
     pub(super) delay: Duration,
     pub(super) ending: Ending,
 }
 
-/// How a create ends.
+/// Outcome of a create request.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) enum Ending {
     #[default]
     Succeed,
-    /// `sandbox:failed`: a task that fails, or an answer that nothing was found.
+    /// `sandbox:failed`: a task that fails, or a response that nothing was found.
     Fail,
-    /// `sandbox:CODE`, or `sandbox:CODE@STATUS` for another HTTP status than the documented one: no task.
+    /// `sandbox:CODE`, or `sandbox:CODE@STATUS` for another HTTP status than the documented one. No task is
+    /// created.
     Refuse(Refusal),
-    /// `sandbox:html`: the page of a broken gateway, and no task.
+    /// `sandbox:html`: the page of a broken gateway. No task is created.
     BrokenGateway,
-    /// `sandbox:reset`: a task, but the connection is dropped instead of an answer.
+    /// `sandbox:reset`: a task is created, but the connection is dropped instead of a response.
     Reset,
 }
 
@@ -36,12 +37,12 @@ const LONGEST_DELAY: Duration = Duration::from_mins(10);
 // === impl Fault ===
 
 impl Fault {
-    /// Finds the triggers in all texts of a body, since every family calls its prompt something else and some
-    /// have none.
+    /// Finds the fault words in all texts of a body, because the field of the prompt differs between
+    /// endpoints, and some endpoints have no prompt.
     ///
     /// # Errors
     ///
-    /// 1201 for a word after `sandbox:` that is none: a test with a typing error must not pass.
+    /// 1201 for an unknown word after `sandbox:`, because a test with a typing error must not pass.
     pub(super) fn of(body: &Value) -> Result<Self, Refusal> {
         let mut fault = Self::default();
         fault.read(body)?;
@@ -61,7 +62,7 @@ impl Fault {
         for (start, _) in text.match_indices(MARK) {
             let (before, rest) = (&text[..start], &text[start + MARK.len()..]);
             if before.ends_with("//") {
-                continue; // a URL of a host of that name, and its port
+                continue; // a URL with the host `sandbox` and a port
             }
             let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '=' && c != '@');
             match &rest[..end.unwrap_or(rest.len())] {

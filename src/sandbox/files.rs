@@ -1,4 +1,4 @@
-//! The files that results point at: small, and playable.
+//! Result files: small, and playable.
 
 use std::time::Duration;
 
@@ -7,23 +7,23 @@ use axum::response::{IntoResponse, Response};
 
 use super::reply::Refusal;
 
-/// Where the files are, to be put into results.
+/// Builds the URLs of result files.
 #[derive(Debug)]
 pub(super) struct Files {
-    /// Without a slash at its end.
+    /// Base of the URLs, without a slash at its end.
     base: String,
 }
 
-/// Where files are, under the base of their URLs.
+/// Path prefix of result files.
 pub(super) const RESULTS: &str = "/results";
 
-/// After so long results are deleted (every vendor's page of a result).
+/// Time after which results are deleted (all of Kling's pages about results).
 pub(super) const LIFE: Duration = Duration::from_hours(30 * 24);
 
-/// Drawn and composed for this project, with ffmpeg's `geq` and `aevalsrc`.
+/// Drawn for this project, like all result files, which were made with ffmpeg's `geq` and `aevalsrc`.
 pub(super) const IMAGE: &[u8] = include_bytes!("result.png");
 
-/// Extension, type and content. The video lasts two seconds, the sounds one.
+/// Extension, content type and content. The video lasts two seconds, the sounds last one second.
 const SORTS: &[(&str, &str, &[u8])] = &[
     ("mp3", "audio/mpeg", include_bytes!("result.mp3")),
     ("mp4", "video/mp4", include_bytes!("result.mp4")),
@@ -34,24 +34,24 @@ const SORTS: &[(&str, &str, &[u8])] = &[
 // === impl Files ===
 
 impl Files {
-    /// `base` is what clients reach the sandbox by.
+    /// `base` is the URL at which clients reach the sandbox.
     pub(super) fn new(base: &str) -> Self {
         let base = format!("{}{RESULTS}", base.trim_end_matches('/'));
         Self { base }
     }
 
-    /// The URL of a file until it is deleted, since the epoch. That it says so itself spares us from remembering
-    /// files, and holds for those of a task that is forgotten.
+    /// Returns the URL of a file that is deleted at `until`, since the epoch. The URL contains that time,
+    /// so the sandbox need not remember files, and files of a forgotten task can still be fetched.
     pub(super) fn url(&self, until: Duration, name: &str) -> String {
         format!("{}/{}/{name}", self.base, until.as_secs())
     }
 }
 
-/// The file of a URL at `now`, in seconds since the epoch.
+/// Returns the file of a URL. `now` is in seconds since the epoch.
 ///
 /// # Errors
 ///
-/// 1203 for one that is deleted or never was.
+/// 1203 if the file is deleted or never existed.
 pub(super) fn serve(until: u64, name: &str, now: u64) -> Result<Response, Refusal> {
     let extension = name.rsplit_once('.').map(|(_, extension)| extension);
     let sort = SORTS.iter().find(|sort| Some(sort.0) == extension);

@@ -1,18 +1,18 @@
-//! Everything that looks random, from one seed.
+//! Everything that looks random, generated from one seed.
 
 use std::ops::RangeInclusive;
 
 use fastrand::Rng;
 
-/// Ids of two sorts, each the same in the same order for the same seed. They do not disturb one another: how
-/// often a client polls changes no id of a task.
+/// Two sequences of ids, each decided by the seed. The sequences are independent: the number of polls by a
+/// client changes no id of a task.
 #[derive(Debug)]
 pub(super) struct Ids {
     numbers: Rng,
     requests: Rng,
 }
 
-/// Task ids have 18 digits.
+/// Range of task ids, which have 18 digits.
 const NUMBERS: RangeInclusive<u64> = 100_000_000_000_000_000..=999_999_999_999_999_999;
 
 // === impl Ids ===
@@ -24,12 +24,12 @@ impl Ids {
         Self { numbers, requests }
     }
 
-    /// For a task, or for what it makes.
+    /// Returns an id for a task, or for its output.
     pub(super) fn number(&mut self) -> u64 {
         self.numbers.u64(NUMBERS)
     }
 
-    /// A version 4 UUID (RFC 9562, section 5.4), as in the vendor's examples.
+    /// Returns a version 4 UUID (RFC 9562, section 5.4), as in Kling's examples.
     pub(super) fn request(&mut self) -> String {
         const VERSION: u128 = 0xf << 76;
         const VARIANT: u128 = 0b11 << 62;

@@ -1,4 +1,4 @@
-//! What is answered at once, without a task. `sandbox:failed` finds nothing.
+//! Results that are returned at once, without a task. With `sandbox:failed`, nothing is found.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
@@ -7,13 +7,13 @@ use super::endpoints::Output;
 use super::files::IMAGE;
 use super::task_view::TaskView;
 
-/// What `image-recognize` looks for.
+/// Kinds of segments that `image-recognize` looks for.
 const SEGMENTS: [&str; 4] = ["object_seg", "head_seg", "face_seg", "cloth_seg"];
 
-/// Width and height of the video, its frames a second, and all of them.
+/// Width and height of the video, frames per second, and number of frames.
 const FRAMES: (u32, u32, u32, u32) = (320, 180, 12, 24);
 
-/// Nothing of such a frame, as COCO writes run lengths: one run of 320 times 180.
+/// Empty mask of such a frame, as COCO encodes run lengths: one run of 320 times 180.
 const EMPTY_MASK: &str = "PXh1";
 
 // === impl TaskView ===
@@ -57,7 +57,7 @@ impl TaskView<'_> {
         json!({ "task_result": { "images": segments } })
     }
 
-    /// The steps that lead to a multi-elements task.
+    /// Returns the result of a step that leads to a multi-elements task.
     fn selection(&self) -> Value {
         let (width, height, rate, frames) = FRAMES;
         let status = u8::from(self.task.fails());

@@ -1,4 +1,4 @@
-//! What a cursor list is asked for.
+//! Query of a list with cursors.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use super::reply::Refusal;
 use super::task::Task;
 use super::task_view::milliseconds;
 
-/// What was created when and is what, for one page.
+/// Time range, cursor, limit and filters of one page.
 #[derive(Debug)]
 pub(super) struct ListQuery<'a> {
-    /// In ms; the end is not included.
+    /// Range of creation times, in ms. The end is excluded.
     pub(super) times: (u64, u64),
     pub(super) after: Option<&'a str>,
     pub(super) limit: usize,
@@ -28,11 +28,11 @@ const DEFAULT_SPAN: Duration = Duration::from_hours(30 * 24);
 // === impl ListQuery ===
 
 impl<'a> ListQuery<'a> {
-    /// Reads a body. `time` is that of the clients.
+    /// Reads the query in a body. `time` is the time by the sandbox's clock.
     ///
     /// # Errors
     ///
-    /// 1201 for what is missing or illegal.
+    /// 1201 if a value is missing or illegal.
     pub(super) fn read(
         listing: &Listing,
         body: &'a Value,
@@ -60,7 +60,8 @@ impl<'a> ListQuery<'a> {
         })
     }
 
-    /// Any value of each filter. Solutions also call success `succeed`.
+    /// Returns true if the task matches a value of each filter. `succeed`, the word of solutions, also
+    /// matches success.
     pub(super) fn passes(&self, task: &Task, now: Instant) -> bool {
         self.filters.iter().all(|(filtered, values)| {
             let actual = filtered(task, now);
@@ -77,7 +78,7 @@ fn times(listing: &Listing, body: &Value, time: Duration) -> Result<(u64, u64), 
         None if listing.needs_times => Err(Refusal::parameter(format!("{name} is required"))),
         None => Ok(default),
     };
-    // What was created in this very millisecond is wanted too.
+    // Tasks created in this very millisecond are included.
     let end = required("end_time", milliseconds(time) + 1)?;
     let start = required("start_time", end.saturating_sub(milliseconds(DEFAULT_SPAN)))?;
     if start >= end {
@@ -109,13 +110,13 @@ fn filters<'a>(
     filters.iter().map(read).collect()
 }
 
-/// An optional whole number, which clients send as text too (measured).
+/// Returns an optional whole number, which clients also send as text (measured).
 fn number(body: &Value, name: &str) -> Result<Option<u64>, Refusal> {
     let value = &body[name];
     let number = match value {
         Value::Null => return Ok(None),
         Value::String(text) => text.parse().ok(),
-        // Documented for the limit: what is below is as the least.
+        // Documented for the limit: a number below the minimum counts as the minimum.
         value => value.as_u64().or_else(|| value.as_i64().map(|_| 0)),
     };
     number.map(Some).ok_or_else(|| invalid(name, value))

@@ -1,25 +1,26 @@
-//! The lists of tasks that Kling has: paths, contents, filters.
+//! Lists of tasks that Kling has: paths, contents and filters.
 
 use tokio::time::Instant;
 
 use super::endpoints::EndpointKind;
 use super::task::Task;
 
-/// A path that lists tasks.
+/// List of tasks at a path.
 pub(super) struct Listing {
     pub(super) path: &'static str,
     pub(super) includes: fn(&Task) -> bool,
     pub(super) filters: &'static [(&'static str, Filtered)],
     pub(super) default_limit: usize,
-    /// Whether a first page must say of which time; all but the ledgers take the last 30 days then.
+    /// True if the first page needs a time range. The default of lists other than the ledgers is the last
+    /// 30 days.
     pub(super) needs_times: bool,
 }
 
-/// What a filter looks at.
+/// Returns the value that a filter compares.
 pub(super) type Filtered = fn(&Task, Instant) -> &'static str;
 
-/// Pages "Query Task" of the models and "查询任务" of the solutions. Guessed: that neither shows the other's, and
-/// that what is answered at once is in none.
+/// Kling's pages "Query Task" of the models and "查询任务" of the solutions. Guessed: neither list has tasks of
+/// the other, and immediate results are in no list.
 pub(super) static TASKS: Listing = Listing {
     path: "/tasks",
     includes: |task| {
@@ -42,7 +43,7 @@ pub(super) static SOLUTIONS: Listing = Listing {
     ..TASKS
 };
 
-/// Page "Unit Deduction Detail".
+/// Kling's page "Unit Deduction Detail".
 pub(super) static PACKAGE: Listing = Listing {
     path: "/account/billing/package",
     includes: |task| task.price() > 0,
@@ -56,7 +57,7 @@ pub(super) static PACKAGE: Listing = Listing {
     needs_times: true,
 };
 
-/// Page "Balance Deduction Detail". Everything here is paid from a pack.
+/// Kling's page "Balance Deduction Detail". The list is empty, because everything here is paid from a pack.
 pub(super) static BALANCE: Listing = Listing {
     path: "/account/billing/balance",
     includes: |_| false,
@@ -68,7 +69,7 @@ pub(super) const API_KEY_NAME: &str = "sandbox";
 pub(super) const PACK_NAME: &str = "Sandbox";
 pub(super) const PACK_ID: &str = "00000000000000000000000000000000";
 
-/// How the ledger calls the sort of product.
+/// Returns the product type of a task in the words of the ledger.
 pub(super) fn product_type(task: &Task) -> &'static str {
     match task.endpoint.output.product() {
         "try_on" => "try-on",

@@ -1,10 +1,12 @@
 //! A strict stand-in for the Kling API, so that a client can be tested without an account or a network.
 //!
-//! It serves every documented path of both generations of the API (`endpoints` is the table of them), and verifies
-//! credentials by literals of its own. Tasks succeed with time and point at playable results. Words in a request
-//! ask for faults, such as `sandbox:1303`, `sandbox:failed`, `sandbox:slow=5s`, `sandbox:html` and `sandbox:reset`.
+//! It serves every documented path of both generations of the API (see the table in `endpoints`), and
+//! checks credentials against literals of its own. Tasks succeed after some time, and link to playable
+//! results. Words in a request ask for faults, such as `sandbox:1303`, `sandbox:failed`, `sandbox:slow=5s`,
+//! `sandbox:html` and `sandbox:reset`.
 //!
-//! A request goes from `routes` by way of `body` and `request` to `tasks`, and comes back as a `task_view` of a task.
+//! A request goes from `routes` through `body` and `create_request` to `tasks`. The response is a
+//! `task_view` of a task.
 
 mod authorization;
 mod billing;
@@ -48,27 +50,27 @@ use task::{Status, Task};
 use task_view::TaskView;
 use tasks::Tasks;
 
-/// The access key of the sandbox's one account.
+/// Access key of the sandbox's only account.
 pub const ACCESS_KEY: &str = "sandboxAccessKeyForTestsOnly0000";
 
-/// The secret key of the sandbox's one account. It guards nothing.
+/// Secret key of the sandbox's only account. It protects nothing.
 pub const SECRET_KEY: &str = "sandboxSecretKeyForTestsOnly0000";
 
-/// The API key of the sandbox's one account, good for every path.
+/// API key of the sandbox's only account, valid for every path.
 pub const API_KEY: &str = "api-sandboxKeyForTestsOnly000000";
 
-/// How the sandbox behaves.
+/// Options that decide how the sandbox behaves.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// From the creation of a task to its end; it is `submitted` for the first third.
+    /// Time from the creation of a task to its end. The task is `submitted` for the first third.
     pub task_time: Duration,
-    /// Slots for running tasks; over it 1303. An image task holds `n` slots, any other 1.
+    /// Slots for running tasks; above that 1303. An image task holds `n` slots, any other task one.
     pub concurrency: usize,
-    /// Seconds by which the sandbox's clock is ahead of ours.
+    /// Seconds that the sandbox's clock is ahead of the machine's clock.
     pub clock_offset: i64,
-    /// All ids are the same, in the same order, for the same seed.
+    /// Decides all ids: the same requests in the same order get the same ids.
     pub seed: u64,
-    /// Base of the result URLs; `http://` and the sandbox's address where it is `None`.
+    /// Base of the result URLs. If it is `None`, `http://` and the sandbox's address.
     pub public_url: Option<String>,
 }
 
@@ -79,14 +81,14 @@ pub struct Sandbox {
     router: Router,
 }
 
-/// The connection is dropped without an answer, as `sandbox:reset` asks.
+/// Error that asks for the connection to be dropped without a response (`sandbox:reset`).
 ///
-/// hyper does so when a service fails.
+/// hyper drops a connection if its service fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the sandbox was asked to drop the connection")]
 pub struct Reset;
 
-/// What all requests share.
+/// State that all requests share.
 struct Account {
     clock: Arc<dyn Clock>,
     clock_offset: i64,
@@ -94,7 +96,7 @@ struct Account {
     tasks: Mutex<Tasks>,
 }
 
-/// The last second that a `Date` header can express.
+/// Last second that a `Date` header can express.
 const END_OF_TIME: Duration = Duration::from_secs(253_402_300_799);
 
 // === impl Sandbox ===
@@ -147,14 +149,15 @@ impl Service<Request<Body>> for Sandbox {
     }
 }
 
-/// Returns true if a request is for the file of a result, which any page may show, as it may show Kling's.
+/// Returns true if a request is for a result file. Any web page may show such a file, as it may show
+/// Kling's files.
 pub fn is_for_file(request: &Request<Body>) -> bool {
     let file = request.uri().path().strip_prefix(files::RESULTS);
     let is_read = [Method::GET, Method::HEAD].contains(request.method());
     is_read && file.is_some_and(|file| file.starts_with('/'))
 }
 
-/// Drops empty segments, which real clients send: `…/kolors-virtual-try-on//<id>`, `…/image2video/`.
+/// Drops empty path segments, which real clients send: `…/kolors-virtual-try-on//<id>`, `…/image2video/`.
 fn tidy(uri: &Uri) -> Uri {
     let mut target = String::new();
     for segment in uri.path().split('/').filter(|segment| !segment.is_empty()) {
@@ -174,7 +177,7 @@ fn tidy(uri: &Uri) -> Uri {
 // === impl Account ===
 
 impl Account {
-    /// The time by the sandbox's clock, since the epoch.
+    /// Returns the time by the sandbox's clock, since the epoch.
     fn now(&self) -> Duration {
         let now = self
             .clock
@@ -198,7 +201,7 @@ impl Account {
         }
     }
 
-    /// A lock that is never held across an await.
+    /// Locks the tasks. The lock is never held across an await.
     fn tasks(&self) -> MutexGuard<'_, Tasks> {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }

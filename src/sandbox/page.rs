@@ -1,4 +1,4 @@
-//! Answers the lists of the new standard: tasks by their ids, or page by page from a cursor.
+//! Serves the lists of the new standard: tasks by their ids, or page by page from a cursor.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -14,26 +14,26 @@ use super::task::Task;
 use super::task_view::milliseconds;
 use super::tasks::Tasks;
 
-/// One page.
+/// Page of a list of tasks.
 #[derive(Debug)]
 pub(super) struct Page<'a> {
     pub(super) tasks: Vec<&'a Task>,
-    /// Empty on the last page.
+    /// Id of the last task on the page; empty on the last page.
     pub(super) next_cursor: String,
     pub(super) has_more: bool,
 }
 
-/// Measured, as is its refusal; documented for `/solutions`.
+/// Most ids in a query. Measured, like the refusal of more; documented for `/solutions`.
 const MOST_IDS: usize = 20;
 
 // === impl Listing ===
 
 impl Listing {
-    /// The tasks that a query names, in its order; one that is unknown is left out (measured).
+    /// Returns the tasks that a query names, in its order. Unknown ids are left out (measured).
     ///
     /// # Errors
     ///
-    /// 1201 unless ids of one sort are given, and at most 20.
+    /// 1201 unless the query has ids of exactly one kind, and at most 20.
     pub(super) fn by_ids<'a>(
         &self,
         tasks: &'a Tasks,
@@ -65,11 +65,12 @@ impl Listing {
         Ok(ids.split(',').filter_map(find).collect())
     }
 
-    /// The page that a body asks for, newest first (guessed). `time` is that of the clients, `now` that of ages.
+    /// Returns the page that a body asks for, newest task first (guessed). `time` is the time by the
+    /// sandbox's clock, and ages are counted up to `now`.
     ///
     /// # Errors
     ///
-    /// 1201 for what is missing or illegal.
+    /// 1201 if a value is missing or illegal.
     pub(super) fn page<'a>(
         &self,
         tasks: &'a Tasks,
@@ -82,7 +83,7 @@ impl Listing {
         let mut rest = tasks.newest();
         if let Some(cursor) = query.after {
             let id = cursor.parse().ok();
-            // Those of the same listing come after it, whatever was created since.
+            // The next page begins after this task, even if tasks were created since.
             rest.find(|task| Some(task.id) == id)
                 .ok_or_else(|| invalid("cursor", &body["cursor"]))?;
         }
@@ -113,7 +114,8 @@ mod tests {
 
     const TIME: Duration = Duration::from_hours(500_000);
 
-    /// One task a second of these families, the last at `TIME`; and when they were created by their age.
+    /// Creates one task per second on these endpoints, the last one at `TIME`. Also returns the instant of
+    /// `TIME`.
     fn tasks(paths: &[&str]) -> (Tasks, Instant) {
         let mut tasks = Tasks::new(0, Duration::from_secs(1), 10);
         let now = Instant::now();

@@ -1,4 +1,4 @@
-//! What Kling provides to everyone: guessed, but for the shape.
+//! Elements and voices that Kling provides to everyone. All except their shape is guessed.
 
 use std::time::Duration;
 
@@ -9,16 +9,16 @@ use super::create_request::CreateRequest;
 use super::endpoints::Endpoint;
 use super::task::Task;
 
-/// Ids of 18 digits, and names.
+/// Ids of 18 digits, with names.
 const PRESETS: &[(u64, &str)] = &[
     (829_836_802_793_406_551, "Sandbox 1"),
     (829_836_802_793_406_552, "Sandbox 2"),
 ];
 
-/// The first day of 2026.
+/// Creation time of all presets: the first day of 2026.
 const CREATED_AT: Duration = Duration::from_hours(24 * 20_454);
 
-/// The elements or voices of a row that lists them.
+/// Returns the elements or voices that an endpoint lists.
 pub(super) fn of(endpoint: &'static Endpoint, now: Instant) -> Vec<Task> {
     let preset = |&(id, name): &(u64, &str)| {
         let fields = ["element_name", "element_description", "voice_name"];

@@ -1,4 +1,4 @@
-//! The envelope around every answer, and the service codes it may carry.
+//! The envelope of every response, and the service codes that it may carry.
 
 use axum::body::Body;
 use axum::http::StatusCode;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::Reset;
 
-/// What a handler comes to. It gets its envelope, and so its request id, in one place: `render`.
+/// Outcome of a handler. Only `render` adds the envelope, and with it the request id.
 #[derive(Clone, Debug)]
 pub(super) enum Reply {
     Success(Value),
@@ -18,7 +18,7 @@ pub(super) enum Reply {
     Reset,
 }
 
-/// An answer other than success.
+/// Error response with a service code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) status: StatusCode,
@@ -37,8 +37,8 @@ struct Envelope {
 
 /// Service code, HTTP status and message.
 ///
-/// Codes and statuses are those of the vendor's page "General Information" (read 2026-11-22). Messages are
-/// those seen in real answers where one is known, else the page's explanation in short.
+/// Codes and statuses are from Kling's page "General Information" (read 2026-11-22). Messages are from real
+/// responses if one is known, else they shorten the explanation on that page.
 const CODES: &[(u16, u16, &str)] = &[
     (1000, 401, "Authentication failed"),
     (1001, 401, "Authorization is empty"),
@@ -69,16 +69,16 @@ const BROKEN_GATEWAY: &str = "<html>\n<head><title>502 Bad Gateway</title></head
 // === impl Reply ===
 
 impl Reply {
-    /// Writes the answer, with `request_id` where it has an envelope.
+    /// Writes the response, with `request_id` if it has an envelope.
     ///
     /// # Errors
     ///
-    /// [`Reset`] where the connection is to be dropped instead.
+    /// [`Reset`] if the connection is to be dropped instead.
     pub(super) fn render(self, request_id: String) -> Result<Response<Body>, Reset> {
         let (status, code, message, data) = match self {
             Self::Success(data) => (StatusCode::OK, 0, "SUCCEED".to_owned(), Some(data)),
             Self::Refusal(refusal) => (refusal.status, refusal.code, refusal.message, None),
-            // As a gateway does that cannot reach the API: a page, not an envelope.
+            // A gateway that cannot reach the API sends a page, not an envelope.
             Self::BrokenGateway => {
                 return Ok((StatusCode::BAD_GATEWAY, Html(BROKEN_GATEWAY)).into_response());
             }
@@ -94,7 +94,7 @@ impl Reply {
     }
 }
 
-/// Leaves the reply in the extensions, for `render`.
+/// Puts the reply into the extensions, for `render`.
 impl IntoResponse for Reply {
     fn into_response(self) -> Response {
         Extension(self).into_response()
@@ -104,7 +104,7 @@ impl IntoResponse for Reply {
 // === impl Refusal ===
 
 impl Refusal {
-    /// A refusal as documented; 400 for a code that is not in the table.
+    /// Returns the documented refusal; with 400 for a code that is not in the table.
     pub(super) fn documented(code: u16) -> Self {
         let row = CODES.iter().find(|row| row.0 == code);
         let &(_, status, message) = row.unwrap_or(&(code, 400, "Undocumented code"));
@@ -115,7 +115,7 @@ impl Refusal {
         }
     }
 
-    /// The same with a message that says more.
+    /// Returns the documented refusal with a more specific message.
     pub(super) fn new(code: u16, message: impl Into<String>) -> Self {
         Self {
             message: message.into(),
@@ -123,7 +123,7 @@ impl Refusal {
         }
     }
 
-    /// A parameter with an illegal value: 400/1201.
+    /// Returns the refusal of a parameter with an illegal value: 400/1201.
     pub(super) fn parameter(message: impl Into<String>) -> Self {
         Self::new(1201, message)
     }

@@ -1,4 +1,5 @@
-//! What a task has made, in either generation's words. Shapes are those of the vendor's pages (see `endpoints`).
+//! Output of a task, in the words of either generation of the API. Shapes are those of Kling's pages (see
+//! `endpoints`).
 
 use serde_json::{Value, json};
 
@@ -8,7 +9,7 @@ use super::task_view::TaskView;
 // === impl TaskView ===
 
 impl TaskView<'_> {
-    /// The `task_result` of the legacy API.
+    /// Returns the `task_result` of the legacy API.
     pub(super) fn result(&self) -> Value {
         let numbered = |(index, url)| json!({ "index": index, "url": url });
         match self.task.endpoint.output {
@@ -49,7 +50,7 @@ impl TaskView<'_> {
         }
     }
 
-    /// The `outputs` of the new standard.
+    /// Returns the `outputs` of the new standard.
     pub(super) fn outputs(&self) -> Value {
         let video = || {
             json!({
@@ -101,7 +102,7 @@ impl TaskView<'_> {
         }
     }
 
-    /// An element of the older service.
+    /// Returns an element of the older service.
     pub(super) fn old_element(&self) -> Value {
         json!({
             "element_id": self.task.product,
@@ -144,7 +145,7 @@ impl TaskView<'_> {
             "id": self.product(), "url": self.file(".mp4"), "duration": "2",
         });
         let session = self.echo("session_id");
-        // Of those that name a session, a lip sync is a child and has none in its result.
+        // A lip sync names a session too, but it makes a child video, whose result has no session.
         if session.is_string() && self.task.endpoint.output == Output::Video {
             video["session_id"] = session;
         }
@@ -171,7 +172,7 @@ impl TaskView<'_> {
         self.task.product.to_string()
     }
 
-    /// A field of the create, null where it had none.
+    /// Returns a field of the create request, or null if it is absent.
     pub(super) fn echo(&self, name: &str) -> Value {
         let value = self.task.request.echo.get(name);
         value.cloned().unwrap_or_default()
@@ -181,7 +182,7 @@ impl TaskView<'_> {
         self.echo("reference_type") == "video_refer"
     }
 
-    /// Of what was made, which may have been deleted since.
+    /// Returns the status of the output, which may have been deleted.
     fn state(&self, success: &'static str) -> &'static str {
         if self.task.is_deleted {
             "deleted"

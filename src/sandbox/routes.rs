@@ -1,4 +1,4 @@
-//! The paths of the sandbox, from the URL to the answer.
+//! Paths of the sandbox, from the URL to the response.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -31,7 +31,7 @@ type ListingState = State<(Arc<Account>, &'static Listing)>;
 const PAGES: RangeInclusive<usize> = 1..=1000;
 const PAGE_SIZE: usize = 30;
 
-/// Builds the router; all but the results and `/` asks for a token.
+/// Builds the router. All paths except the results and `/` need a token.
 pub(super) fn router(account: Arc<Account>) -> Router {
     let mut api = Router::new()
         .route("/account/costs", get(costs))
@@ -96,7 +96,7 @@ async fn create(
     answer
 }
 
-/// Carries out an order at once; only the answer may be delayed.
+/// Carries out a create request at once. Only the response may be delayed.
 fn place(account: &Account, endpoint: &'static Endpoint, request: CreateRequest) -> Answer {
     let mut tasks = account.tasks();
     tasks.check_unused(request.external_id.as_deref())?;
@@ -115,7 +115,7 @@ fn place(account: &Account, endpoint: &'static Endpoint, request: CreateRequest)
     if is_reset {
         return Ok(Reply::Reset);
     }
-    // However short it is, a task begins as submitted.
+    // Even the shortest task begins as submitted.
     let status = if endpoint.has_tasks() {
         Status::Submitted
     } else {
@@ -131,7 +131,7 @@ async fn query(State((account, endpoint)): EndpointState, Path(id): Path<String>
     Ok(Reply::Success(account.task_view(task, status).legacy()))
 }
 
-/// One page of a family, newest first.
+/// Returns one page of an endpoint's tasks, newest first.
 async fn list(State((account, endpoint)): EndpointState, Query(parameters): Parameters) -> Answer {
     let page = number(&parameters, "pageNum", PAGES)?.unwrap_or(1);
     let size = number(&parameters, "pageSize", 1..=endpoint.largest_page)?.unwrap_or(PAGE_SIZE);
@@ -154,7 +154,7 @@ async fn list(State((account, endpoint)): EndpointState, Query(parameters): Para
     Ok(Reply::Success(page))
 }
 
-/// Guessed: the id and the status of what does the deleting.
+/// Deletes an output. Guessed: the response has an id of its own and the status of the deletion.
 async fn delete(State((account, endpoint)): EndpointState, body: Body) -> Answer {
     let EndpointKind::Deletes(name) = endpoint.kind else {
         return Err(Refusal::documented(1203));
@@ -223,7 +223,7 @@ async fn result(
     files::serve(until, &name, account.now().as_secs())
 }
 
-/// An optional number of the query, within what is documented.
+/// Returns an optional number of the query, within its documented range.
 fn number(
     parameters: &HashMap<String, String>,
     name: &str,

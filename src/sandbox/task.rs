@@ -8,23 +8,23 @@ use super::create_request::CreateRequest;
 use super::endpoints::{Endpoint, EndpointKind, Output};
 use super::fault::Ending;
 
-/// A task, or an answer.
+/// Task, or immediate response, which is paid for like a task.
 #[derive(Debug)]
 pub(super) struct Task {
     pub(super) id: u64,
-    /// The id of the one thing that it makes: a video, an element, a session.
+    /// Id of the single output: a video, an element, a session.
     pub(super) product: u64,
     pub(super) endpoint: &'static Endpoint,
     pub(super) request: CreateRequest,
-    /// What clients are told, since the epoch.
+    /// Creation time that clients see, since the epoch.
     pub(super) created_at: Duration,
-    /// What the age is counted from.
+    /// Creation time from which the age is counted.
     pub(super) created: Instant,
-    /// How long it runs.
+    /// Time from creation to end.
     pub(super) time: Duration,
-    /// What had been spent before it.
+    /// Units that were spent before this task.
     pub(super) spent_before: u32,
-    /// Whether what it made was deleted.
+    /// True if the output was deleted.
     pub(super) is_deleted: bool,
 }
 
@@ -39,7 +39,7 @@ pub(super) enum Status {
 // === impl Task ===
 
 impl Task {
-    /// Something that Kling provides.
+    /// Returns an element or a voice that Kling provides.
     pub(super) fn preset(
         endpoint: &'static Endpoint,
         id: u64,
@@ -73,7 +73,7 @@ impl Task {
         }
     }
 
-    /// In units. Guessed: a unit for each result, and nothing for a task that fails.
+    /// Returns the price in units. Guessed: one unit for each result, and nothing for a task that fails.
     pub(super) fn price(&self) -> u32 {
         if self.fails() || self.endpoint.kind == EndpointKind::Presets {
             0
@@ -86,13 +86,13 @@ impl Task {
         self.request.fault.ending == Ending::Fail
     }
 
-    /// Whether this is its external id.
+    /// Returns true if the task has this external id.
     pub(super) fn is_called(&self, external_id: &str) -> bool {
         self.request.external_id.as_deref() == Some(external_id)
     }
 
-    /// Whether lists leave it out: an element that was deleted stays, with another status (documented). That
-    /// others do not is guessed.
+    /// Returns true if lists leave the task out. A deleted element stays in lists, with another status
+    /// (documented). Guessed: other deleted outputs do not stay.
     pub(super) fn is_gone(&self) -> bool {
         self.is_deleted && self.endpoint.output != Output::Element
     }
@@ -105,7 +105,7 @@ impl Task {
 // === impl Status ===
 
 impl Status {
-    /// As the new standard calls it.
+    /// Returns the name in the new standard.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Submitted => "submitted",

@@ -1,4 +1,4 @@
-//! How a task is told: in the words of the legacy API, or in those of the new standard.
+//! Views of a task, in the words of the legacy API or of the new standard.
 
 use std::time::Duration;
 
@@ -9,25 +9,25 @@ use super::endpoints::{EndpointKind, Output};
 use super::files::{Files, LIFE};
 use super::task::{Status, Task};
 
-/// A task as it is at some moment.
+/// View of a task at some moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TaskView<'a> {
     pub(super) task: &'a Task,
     pub(super) status: Status,
-    /// Where its results are.
+    /// URLs of the task's result files.
     pub(super) files: &'a Files,
 }
 
-/// Measured by `aself101/kling-api`, 2026.
+/// Message of a failed task (measured by `aself101/kling-api`, 2026).
 const FAILURE: &str = "Failure to pass the risk control system";
 
-/// Who made what is made here; Kling's own is `kling`'s.
+/// Owner of everything made here. The owner of Kling's own elements and voices is `kling`.
 const CREATOR: &str = "100000001";
 
 // === impl TaskView ===
 
 impl TaskView<'_> {
-    /// The answer to the create.
+    /// Returns the response to the create request.
     pub(super) fn created(&self) -> Value {
         let endpoint = self.task.endpoint;
         match endpoint.kind {
@@ -45,7 +45,7 @@ impl TaskView<'_> {
         }
     }
 
-    /// The answer to a query below the family's own path.
+    /// Returns the response to a query below the endpoint's own path.
     pub(super) fn legacy(&self) -> Value {
         if self.task.endpoint.output == Output::OldElement {
             return self.old_element();
@@ -61,7 +61,7 @@ impl TaskView<'_> {
         task_view
     }
 
-    /// The answer to a query at `/tasks` or `/solutions`.
+    /// Returns the response to a query at `/tasks` or `/solutions`.
     pub(super) fn standard(&self) -> Value {
         let mut task_view = self.standard_head();
         task_view["message"] = json!(self.message());
@@ -123,13 +123,14 @@ impl TaskView<'_> {
         })
     }
 
-    /// Adds what it has cost: units of a resource pack, and no money.
+    /// Adds the cost of the task: units of a resource pack, and no money.
     pub(super) fn add_deduction(&self, task_view: &mut Value) {
         task_view["final_unit_deduction"] = json!(self.task.price().to_string());
         task_view["final_balance_deduction"] = json!({ "quota": "0", "list_price": "0" });
     }
 
-    /// Packs have no sort for try-on here (page "Query Task").
+    /// Returns the type of the resource pack. Packs have no type for try-on here (Kling's page "Query
+    /// Task").
     fn package(&self) -> &'static str {
         match self.task.endpoint.output.product() {
             "try_on" => "image",
@@ -137,7 +138,7 @@ impl TaskView<'_> {
         }
     }
 
-    /// When it was created, and when its state began; in ms.
+    /// Returns the creation time, and the time at which the current status began, in ms.
     fn times(&self) -> [u64; 2] {
         let since = match self.status {
             Status::Submitted => Duration::ZERO,
@@ -174,7 +175,7 @@ impl TaskView<'_> {
         if self.is_preset() { "kling" } else { CREATOR }
     }
 
-    /// The URL of a file of this task. What Kling provides is not deleted.
+    /// Returns the URL of a file of this task. Files of presets are never deleted.
     pub(super) fn file(&self, end: &str) -> String {
         let until = if self.is_preset() {
             END_OF_TIME
@@ -198,7 +199,8 @@ mod tests {
     use crate::sandbox::endpoints::tests::endpoint;
     use crate::sandbox::tasks::Tasks;
 
-    /// What is told of a task: at its creation, and after in the words of either generation.
+    /// Returns the view of a task at its creation, and its two views after its end: legacy, then new
+    /// standard.
     fn told(path: &str, body: &Value) -> [Value; 3] {
         let files = Files::new("http://sandbox/");
         let (mut tasks, now) = (Tasks::new(7, Duration::from_secs(3), 9), Instant::now());
@@ -237,7 +239,7 @@ mod tests {
         expected["task_status"] = json!("succeed");
         expected["task_status_msg"] = json!("");
         expected["updated_at"] = json!(1_003_000);
-        // 1000 s and 30 days.
+        // The file is deleted after 1000 s and 30 days.
         expected["task_result"] = json!({ "images": [
             { "index": 0, "url": format!("http://sandbox/results/2593000/{id}-0.png") },
             { "index": 1, "url": format!("http://sandbox/results/2593000/{id}-1.png") },

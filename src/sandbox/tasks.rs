@@ -1,4 +1,4 @@
-//! The tasks of the one account; their state follows from their age, so nothing runs in the background.
+//! Tasks of the only account. Their status follows from their age, so nothing runs in the background.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,19 +11,19 @@ use super::ids::Ids;
 use super::reply::Refusal;
 use super::task::{Status, Task};
 
-/// The tasks that are remembered, and what answers at once too: it is paid for like them.
+/// Tasks that are remembered. They include immediate responses, which are paid for like tasks.
 #[derive(Debug)]
 pub(super) struct Tasks {
-    /// Oldest first, and so the first to end first, since all take equally long or no time.
+    /// Oldest first. Tasks also end in this order, because all take equally long or no time.
     known: VecDeque<Task>,
     pub(super) ids: Ids,
     task_time: Duration,
     concurrency: u32,
-    /// The units that all tasks have cost, also those that are forgotten.
+    /// Units that all tasks have cost, including forgotten tasks.
     pub(super) spent: u32,
 }
 
-/// With as many, the oldest that has ended is forgotten for each new one.
+/// Most tasks that are remembered. Above that, each new task replaces the oldest task that has ended.
 const MOST_TASKS: usize = 10_000;
 
 // === impl Tasks ===
@@ -34,13 +34,13 @@ impl Tasks {
             known: VecDeque::new(),
             ids: Ids::new(seed),
             task_time,
-            // Those that run always fit.
+            // There is always room for the tasks that run.
             concurrency: u32::try_from(concurrency.min(MOST_TASKS)).unwrap_or(u32::MAX),
             spent: 0,
         }
     }
 
-    /// Refuses an external id that is in use with 1201.
+    /// Refuses an external id that is in use, with 1201.
     pub(super) fn check_unused(&self, external_id: Option<&str>) -> Result<(), Refusal> {
         match external_id {
             Some(id) if self.known.iter().any(|task| task.is_called(id)) => Err(
@@ -50,7 +50,7 @@ impl Tasks {
         }
     }
 
-    /// Creates a task; 1303 when it finds too few free slots.
+    /// Creates a task, or refuses it with 1303 if too few slots are free.
     pub(super) fn create(
         &mut self,
         endpoint: &'static Endpoint,
@@ -95,8 +95,8 @@ impl Tasks {
         Ok(&self.known[self.known.len() - 1])
     }
 
-    /// The task of a family with this id, or external id where the family allows; 1201, not 404, where there is
-    /// none (measured).
+    /// Returns the task of an endpoint with this id, or with this external id if the endpoint allows that.
+    /// If there is none, the refusal is 1201, not 404 (measured).
     pub(super) fn find(&self, endpoint: &Endpoint, id: &str) -> Result<&Task, Refusal> {
         let number = id.parse().ok();
         let is_it = |task: &&Task| {
@@ -112,23 +112,23 @@ impl Tasks {
             .ok_or_else(|| Refusal::parameter(format!("Task not found by id/external id: {id}")))
     }
 
-    /// The tasks of a family, oldest first.
+    /// Returns the tasks of an endpoint, oldest first.
     pub(super) fn of(&self, endpoint: &Endpoint) -> impl DoubleEndedIterator<Item = &Task> {
         self.known
             .iter()
             .filter(|task| task.endpoint.path == endpoint.path && !task.is_gone())
     }
 
-    /// All tasks, newest first.
+    /// Returns all tasks, newest first.
     pub(super) fn newest(&self) -> impl Iterator<Item = &Task> {
         self.known.iter().rev()
     }
 
-    /// Deletes a voice or an element that was made here and not yet deleted.
+    /// Deletes a voice or an element that was made here and is not deleted yet.
     ///
     /// # Errors
     ///
-    /// 1201 where there is none, in the words measured for voices.
+    /// 1201 if there is none, with the message that was measured for voices.
     pub(super) fn delete(&mut self, output: Output, id: &str, now: Instant) -> Result<(), Refusal> {
         let number = id.parse().ok();
         let found = self.known.iter_mut().find(|task| {

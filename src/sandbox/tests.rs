@@ -1,4 +1,4 @@
-//! The sandbox as a service, from request to answer.
+//! Tests of the sandbox as a service, from request to response.
 
 use axum::body::{Bytes, to_bytes};
 use axum::http::{Method, StatusCode, header};

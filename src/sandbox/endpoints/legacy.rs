@@ -1,4 +1,4 @@
-//! The rows of the legacy API: everything under `/v1`.
+//! Rows of the legacy API: all paths under `/v1`.
 
 use super::Output::{
     ChildVideo, Cleared, Element, Faces, Images, Mask, OldElement, Preview, Segments, Selection,
@@ -21,9 +21,9 @@ const PRESETS: Endpoint = Endpoint {
 
 const ELEMENT_LIMITS: &[(&str, usize)] = &[("element_name", 20), ("element_description", 100)];
 
-/// One comment stands for the rows up to the next empty line.
+/// Rows of the legacy API. A comment holds for similar rows below it too.
 pub(super) static ROWS: &[Endpoint] = &[
-    // Guessed: prompts of several shots in place of one.
+    // Guessed: `multi_prompt`, the prompts of several shots, can replace `prompt`.
     Endpoint {
         path: "/v1/videos/text2video",
         required: &["prompt|multi_prompt"],
@@ -59,7 +59,8 @@ pub(super) static ROWS: &[Endpoint] = &[
         required: &["effect_scene", "input.image^input.images"],
         ..TASKS
     },
-    // Guessed: the external ids, and which fields the older lip sync requires, whose page is gone.
+    // Guessed: the external ids, and the required fields of `lip-sync`, the older lip sync, whose page is
+    // gone.
     Endpoint {
         path: "/v1/videos/video-extend",
         output: ChildVideo,
@@ -92,7 +93,7 @@ pub(super) static ROWS: &[Endpoint] = &[
         values: &[("edit_mode", &["addition", "swap", "removal"])],
         ..TASKS
     },
-    // Guessed: all that the answers say of the video, which nobody looks at.
+    // Guessed: all that the responses say about the video. No client reads it.
     Endpoint {
         path: "/v1/videos/multi-elements/init-selection",
         output: Selection,
@@ -172,7 +173,7 @@ pub(super) static ROWS: &[Endpoint] = &[
         required: &["human_image"],
         ..TASKS
     },
-    // Guessed: that a task holds one slot and costs as much as any other.
+    // Guessed: a task holds one slot and costs as much as any other task.
     Endpoint {
         path: "/v1/general/ai-multi-shot",
         output: Shots,
@@ -264,7 +265,7 @@ pub(super) static ROWS: &[Endpoint] = &[
         output: Element,
         ..ANSWERS
     },
-    // Guessed: that it deletes elements of both services, since the pages of both name it.
+    // Guessed: it deletes elements of both services, because the pages of both services name it.
     Endpoint {
         path: "/v1/general/delete-elements",
         kind: EndpointKind::Deletes("element_id"),

@@ -1,71 +1,72 @@
-//! What the sandbox serves besides the account and the cursor lists: one row for each resource of the API.
+//! Resources that the sandbox serves besides the account and the cursor lists: one row for each.
 //!
-//! Paths and operations are those of the vendor's pages under `kling.ai/document-api` (as quoted by
-//! `aself101/kling-api`, and where those are silent by other public mirrors; read 2026-11-24). So are required
-//! fields, limits and results, but for what a comment calls guessed.
+//! Paths and operations are those of Kling's pages under `kling.ai/document-api` (as quoted by
+//! `aself101/kling-api`, or by other public mirrors if it does not quote them; read 2026-11-24). Required
+//! fields, limits and results have the same source, except if a comment says "guessed".
 
 mod legacy;
 mod new_standard;
 
-/// A resource: a path, what can be done there, and what comes of it.
+/// Resource of the API: a path, its operations and their output.
 #[derive(Debug)]
 pub(super) struct Endpoint {
-    /// May end in `{model}`.
+    /// Path, which may end in `{model}`.
     pub(super) path: &'static str,
     pub(super) kind: EndpointKind,
     pub(super) output: Output,
-    /// Fields that must be there and not empty: `a|b` wants one at least, `a^b` exactly one. A `.` goes into an
-    /// object, or to the item of a list that has this index or `type`.
+    /// Fields that must be present and not empty: `a|b` needs at least one of them, `a^b` exactly one. A
+    /// `.` leads into an object, or to the item of a list that has this index or `type`.
     pub(super) required: &'static [&'static str],
-    /// The longest texts, in characters.
+    /// Text fields with their greatest lengths, in characters.
     pub(super) limits: &'static [(&'static str, usize)],
-    /// Fields with all the values that they may have.
+    /// Fields with all values that they may have.
     pub(super) values: &'static [(&'static str, &'static [&'static str])],
-    /// Where a body has the client's own name for the task; `None` where it can have none.
+    /// Field of the body with the client's own id for the task; `None` if it can have none.
     pub(super) external_id: Option<&'static str>,
-    /// Whether a task is found by that name below the path.
+    /// True if a query below the path finds a task by that id.
     pub(super) by_external_id: bool,
     pub(super) largest_page: usize,
-    /// What may stand for `{model}`.
+    /// Model names that may replace `{model}`.
     pub(super) models: &'static [&'static str],
-    /// Whether it is new, but names its tasks `task_id` at first and ends them as `succeed`.
+    /// True if the path is of the new standard, but its create response has `task_id`, and its tasks end as
+    /// `succeed`.
     pub(super) is_hybrid: bool,
 }
 
-/// Which requests a path takes.
+/// Requests that a path accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum EndpointKind {
-    /// POST creates a task, GET lists them, GET of `/{id}` queries one.
+    /// POST creates a task, GET lists tasks, GET of `/{id}` queries one task.
     Tasks,
     /// POST creates a task of the new standard, to be queried at `/tasks`.
     NewTasks,
-    /// The same, to be queried at `/solutions`.
+    /// POST creates a task of the new standard, to be queried at `/solutions`.
     Solutions,
-    /// POST answers at once.
+    /// POST returns the result at once, without a task.
     Immediate,
-    /// GET lists what Kling provides.
+    /// GET lists elements or voices that Kling provides.
     Presets,
     /// POST deletes the output whose id is in this field.
     Deletes(&'static str),
 }
 
-/// What a task makes, or an answer tells.
+/// Output of a task, or content of an immediate response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Output {
     Video,
-    /// A video made of another one, which its task names.
+    /// A video made from another video, which the task names.
     ChildVideo,
-    /// As many as `n` says.
+    /// As many images as `n` in the request.
     Images,
-    /// The same, or a series of `series_amount`.
+    /// As many images as `n`, or a series of `series_amount` images.
     Series,
-    /// Three pictures, each from three sides.
+    /// Three images, each from three sides.
     Shots,
     TryOn,
     Sound,
     VideoSound,
     Element,
-    /// An element of the older service, whose path has no tasks: it answers with the element itself.
+    /// An element of the older service, whose path has no tasks: the response is the element itself.
     OldElement,
     Voice,
     Speech,
@@ -77,7 +78,7 @@ pub(super) enum Output {
     Preview,
 }
 
-/// What most rows have in common.
+/// Values that most rows have in common.
 const TASKS: Endpoint = Endpoint {
     path: "",
     kind: EndpointKind::Tasks,
@@ -92,7 +93,7 @@ const TASKS: Endpoint = Endpoint {
     is_hybrid: false,
 };
 
-/// Every row; no two have the same path.
+/// Returns every row. No two rows have the same path.
 pub(super) fn all() -> impl Iterator<Item = &'static Endpoint> {
     legacy::ROWS.iter().chain(new_standard::ROWS)
 }
@@ -100,7 +101,7 @@ pub(super) fn all() -> impl Iterator<Item = &'static Endpoint> {
 // === impl Endpoint ===
 
 impl Endpoint {
-    /// Whether what it makes is a task, with a state to be asked for and a slot to be held.
+    /// Returns true if a create makes a task, which has a status and holds slots.
     pub(super) fn has_tasks(&self) -> bool {
         let is_create = matches!(
             self.kind,
@@ -113,7 +114,7 @@ impl Endpoint {
 // === impl Output ===
 
 impl Output {
-    /// The sort of product that the account counts it as; guessed for elements and voices.
+    /// Returns the product type under which the account counts the output. Guessed for elements and voices.
     pub(super) fn product(self) -> &'static str {
         match self {
             Self::TryOn => "try_on",
@@ -142,7 +143,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// The row of a path, or of its end.
+    /// Returns the first row whose path ends with `path`.
     pub(in crate::sandbox) fn endpoint(path: &str) -> &'static Endpoint {
         all()
             .find(|endpoint| endpoint.path.ends_with(path))

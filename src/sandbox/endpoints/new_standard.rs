@@ -1,9 +1,9 @@
-//! The rows of the new standard: the model is in the path, and the task in one place for all.
+//! Rows of the new standard: the path contains the model, and tasks are queried at `/tasks` or `/solutions`.
 
 use super::Output::TryOn;
 use super::{Endpoint, EndpointKind, TASKS};
 
-// Guessed: the longest prompt, which is 2500 for some models.
+// Guessed: the longest prompt. For some models it is 2500.
 const NEW_TASKS: Endpoint = Endpoint {
     kind: EndpointKind::NewTasks,
     limits: &[("prompt", 3072), ("contents.prompt.text", 3072)],
@@ -46,7 +46,7 @@ pub(super) static ROWS: &[Endpoint] = &[
         models: &["kling-3.0-omni", "kling-o1"],
         ..NEW_TASKS
     },
-    // Guessed: that an element can stand for the image.
+    // Guessed: an element can replace the image.
     Endpoint {
         path: "/motion-control/{model}",
         required: &[
@@ -98,7 +98,7 @@ pub(super) static ROWS: &[Endpoint] = &[
         ],
         ..SOLUTIONS
     },
-    // Guessed: which contents are required.
+    // Guessed: the required contents.
     Endpoint {
         path: "/solutions/e-commerce/clothing_dupe",
         required: &["contents"],
