@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures kling-proxy beside other proxies, in front of a stand-in for Kling's API. README.md says how to read it."""
+"""Measures kling-proxy and other proxies in front of a stand-in for Kling's API. README.md explains the results."""
 
 import argparse
 import base64
@@ -32,21 +32,21 @@ SECRET_KEY = "SecretKeyOfTheComparison00000001"
 POLL = "/v1/videos/text2video/104454366743201459"
 MEGABYTE = 1_000_000
 UPLOAD = 13 * MEGABYTE
-WARM_UP = 0.4  # seconds of each load before it counts
+WARM_UP = 0.4  # seconds of each load before the measurement
 PATIENCE = 10  # seconds for a contestant to start
-PATIENCE_COUNTED = 120  # the same under callgrind
+PATIENCE_COUNTED = 120  # seconds for a contestant to start under callgrind
 BASE = "nginx"
 
 
 class Failed(Exception):
-    """A contestant does not do what is asked of it."""
+    """A contestant fails at a task of the comparison."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """How a proxy is started. A `$name` in its command and in its configuration is one of `Rig.values`."""
+    """Command and configuration that start a proxy. A `$name` in them stands for an entry of `Rig.values`."""
 
-    program: str | Path | None  # None where it is not installed
+    program: str | Path | None  # None if it is not installed
     arguments: str
     configuration: str | None = None
     variables: dict = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of each contestant, and what is told of it."""
+    """Load for each contestant, and the figures to report."""
 
     title: str
     figures: tuple
@@ -65,7 +65,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Proxy:
-    """A contestant that runs, or with neither group nor start the way without one."""
+    """Running contestant. Without group and start: upstream itself, with no proxy between."""
 
     url: str
     group: int | None = None
@@ -88,7 +88,7 @@ LOADS = {
     "error": Load("429 with code 1303, 32 connections", TIMED, "/limited", "--connections 32 --status 429"),
     "idle": Load("idle connections", ("resident, MB", "KB each")),
 }
-# What is asked of one process, and variables that it is started with. The others do not send again what failed either.
+# Loads for one process, and variables to start it with. Retries are off for errors: the others do not retry either.
 PROCESSES = (
     (("poll1", "poll32", "poll256", "post1k", "post13m"), {}),
     (("error",), {"KLING_PROXY_RETRY__ATTEMPTS": "1"}),
@@ -97,7 +97,7 @@ PROCESSES = (
 
 
 def contestants(kling_proxy):
-    """All there are, in the order of the table; None is the load client straight to upstream."""
+    """Returns all contestants in the order of the table. None means that the load client talks to upstream directly."""
     return {
         "direct": None,
         "nginx": Contestant(which("nginx"), "-e stderr -c $configuration", "nginx.conf"),
@@ -121,7 +121,7 @@ def which(name):
 
 
 def envoy():
-    """The program itself, since the command that its Python package installs is a script around it."""
+    """Returns the program itself, because the command of its Python package is a script that starts the program."""
     package = importlib.util.find_spec("envoy")
     return existing(Path(package.origin).with_name("_bin") / "envoy") if package else which("envoy")
 
@@ -131,7 +131,7 @@ def existing(path):
 
 
 def token():
-    """What the contestants that mint none of their own add to each request."""
+    """Mints the token for the contestants that cannot mint one. They add it to each request."""
 
     def encode(raw):
         return base64.urlsafe_b64encode(raw).rstrip(b"=")
@@ -148,13 +148,13 @@ def free_port():
 
 
 def build(profile):
-    """The load client and upstream."""
+    """Builds the load client and upstream, and returns their folder."""
     command = ["cargo", "build", "--quiet", "--locked", "--profile", profile, "--target-dir", TARGET]
     subprocess.run([*command, "--manifest-path", HERE / "Cargo.toml"], check=True)
     return TARGET / {"dev": "debug"}.get(profile, profile)
 
 
-# === what the kernel tells of a group of processes ===
+# === figures from the kernel about a group of processes ===
 
 
 def processes(group):
@@ -167,16 +167,16 @@ def processes(group):
 
 
 def cpu_seconds(group):
-    """What the threads have used so far, counted in nanoseconds by the scheduler."""
+    """Returns the CPU time of all threads so far, which the scheduler counts in nanoseconds."""
     seconds = 0
     for file in (file for folder in processes(group) for file in folder.glob("task/*/schedstat")):
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
             seconds += int(file.read_text().split()[0]) / 1e9
     return seconds
 
 
 def resident(group):
-    """Megabytes; a page that several processes share counts once. None where only root may look."""
+    """Returns the resident memory in megabytes, or None if only root may read it. A shared page counts once."""
     try:
         return megabytes(group, "smaps_rollup", "Pss:")
     except PermissionError:
@@ -184,12 +184,12 @@ def resident(group):
 
 
 def peak_resident(group):
-    """The most megabytes since `reset_peak`."""
+    """Returns the greatest resident memory since `reset_peak`, in megabytes."""
     return megabytes(group, "status", "VmHWM:")
 
 
 def reset_peak(group):
-    """Whether that is allowed."""
+    """Resets the peak of the resident memory. Returns False if that is not allowed."""
     try:
         for folder in processes(group):
             (folder / "clear_refs").write_text("5")
@@ -207,7 +207,7 @@ def megabytes(group, file, name):
 
 
 class Rig:
-    """Upstream, and what contestants need to be put in front of it."""
+    """Upstream, and the values that contestants need in order to run in front of it."""
 
     def __init__(self, everyone, programs, folder):
         self.everyone = everyone
@@ -229,7 +229,7 @@ class Rig:
 
     @contextmanager
     def running(self, name, variables=(), wrapper=()):
-        """Starts a contestant and waits for its first answer; in the end stops it."""
+        """Starts a contestant and waits for its first successful response. Stops it at the end."""
         contestant = self.everyone[name]
         if contestant is None:
             yield Proxy(f"https://localhost:{self.values['upstream_port']}")
@@ -269,7 +269,7 @@ class Rig:
 
     @contextmanager
     def client(self, proxy, load, *more):
-        """The load client, while it runs."""
+        """Runs the load client, and kills it at the end."""
         command = [self.programs / "compare-load", proxy.url + load.path, *shlex.split(load.client), *map(str, more)]
         if proxy.group is None:
             command += ["--ca-file", self.values["ca_file"], "--token", self.values["token"]]
@@ -280,13 +280,13 @@ class Rig:
                 process.kill()
 
     def send(self, proxy, load, *more):
-        """What came of a load that runs to its end."""
+        """Runs a load to its end and returns its report."""
         with self.client(proxy, load, *more) as client:
             return report(client.communicate()[0])
 
 
 def poll(port):
-    """The status of one poll, or None from a process that does not listen yet; waits a little where it is not 200."""
+    """Returns the status of one poll, or None if the process does not listen yet. Waits a little if it is not 200."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", POLL, headers={"Connection": "close"})
@@ -301,7 +301,7 @@ def poll(port):
 
 
 def stop(process):
-    """By SIGINT, which all take for a quick end."""
+    """Stops a contestant by SIGINT, which all take as a request for a quick end; after 10 seconds by SIGKILL."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -314,7 +314,7 @@ def stop(process):
 
 
 def report(line):
-    """What the load client printed, unless that is bad."""
+    """Parses the output of the load client. Fails if a response was bad or there was none."""
     if not line:
         raise Failed("the load client failed")
     done = json.loads(line)
@@ -332,7 +332,7 @@ def start(proxy):
 
 
 def timed(rig, proxy, load, seconds):
-    """The figures of a load, in the order of the load."""
+    """Returns the figures of a load, in the order of `load.figures`."""
     rig.send(proxy, load, "--seconds", min(WARM_UP, seconds))
     if proxy.group is not None:
         is_reset = reset_peak(proxy.group)
@@ -353,7 +353,7 @@ def timed(rig, proxy, load, seconds):
 
 
 def idle(rig, proxy, load, connections):
-    """With connections that have been used once; afterwards each is used again, so all were kept."""
+    """Measures the memory of connections that were used once. Then uses each again, to see that it was kept."""
     before = resident(proxy.group)
     with rig.client(proxy, load, "--hold", "--connections", connections) as client:
         report(client.stdout.readline())
@@ -364,7 +364,7 @@ def idle(rig, proxy, load, connections):
 
 
 def instructions(rig, name, requests):
-    """User-space instructions a poll: what callgrind counts, less what start and end take."""
+    """Returns the user-space instructions per poll. The difference of two runs leaves out start and end."""
     counts = []
     for number in (requests // 10, requests):
         folder = Path(tempfile.mkdtemp(dir=rig.folder))
@@ -386,7 +386,7 @@ class Results:
 
     @contextmanager
     def noting(self, name, key):
-        """Marks figures that cannot be had."""
+        """Marks figures that cannot be measured."""
         try:
             yield
         except (Failed, OSError) as error:
@@ -399,23 +399,23 @@ class Results:
         print(f"{name}, {key}:", "; ".join(f"{show(value)} {figure}" for figure, value in named), file=sys.stderr)
 
     def is_bad(self, name, key):
-        """Nothing counts of a contestant that did not start."""
+        """Returns True for a failed load, and for every load of a contestant that did not start."""
         return (name, "start") in self.bad or (name, key) in self.bad
 
     def median(self, name, key, column):
-        """None where there is no such figure."""
+        """Returns the median, or None if there is no such figure."""
         values = [figures[column] for figures in self.samples.get((name, key), [])]
         return None if self.is_bad(name, key) or not values or None in values else statistics.median(values)
 
     def cell(self, name, key, column):
-        """A median, and its ratio to that of the base."""
+        """Returns a median, with its ratio to the median of the base."""
         value, base = self.median(name, key, column), self.median(BASE, key, column)
         if self.is_bad(name, key):
             return "**bad**"
         return show(value) if not value or not base or name == BASE else f"{show(value)} ({value / base:.2f})"
 
     def table(self, names):
-        """In Markdown."""
+        """Yields the lines of the table in Markdown."""
         yield f"| load | figure | {' | '.join(names)} |"
         yield f"| --- | --- |{' ---: |' * len(names)}"
         for key, load in LOADS.items():
@@ -425,14 +425,14 @@ class Results:
 
 
 def show(value):
-    """Three digits, or as many as an integer has."""
+    """Returns a number with three digits, or with all digits of a larger integer."""
     if value is None:
         return "–"
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def visit(rig, name, options, results):
-    """The turn of a contestant in a round."""
+    """Runs all loads against one contestant, once."""
     for keys, variables in PROCESSES:
         if results.is_bad(name, "start"):
             return
@@ -485,7 +485,7 @@ def main():
     names = [name for name in names if name not in missing and (everyone[name] or not options.instr)]
     programs = build("dev" if options.smoke else "release")
 
-    # All that may be had: each idle connection takes one of the load client's and one of the proxy's.
+    # As many descriptors as allowed: an idle connection takes one in the load client and one in the proxy.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     results = Results()

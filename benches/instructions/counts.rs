@@ -1,4 +1,4 @@
-//! Compares what was counted with what was agreed, in `benches/counts.txt`.
+//! Compares the counts with the agreed counts in `benches/counts.txt`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -14,7 +14,8 @@ const HEADING: &str = "\
 # UPDATE_COUNTS=1 cargo bench --locked --bench instructions
 ";
 
-/// Counts everything and compares; with `UPDATE_COUNTS` in the environment it agrees instead.
+/// Counts everything and compares. With `UPDATE_COUNTS` in the environment, it agrees to the new counts
+/// instead.
 pub(crate) fn judge() -> ExitCode {
     let counts = SCENARIOS.iter().flat_map(|(scenario, _)| count(scenario));
     if env::var_os("UPDATE_COUNTS").is_some() {
@@ -50,7 +51,7 @@ pub(crate) fn judge() -> ExitCode {
     outcome
 }
 
-/// What one call costs, rounded up: what is agreed to be 0 never happens.
+/// Counts one call of a scenario, rounded up: if the agreed count is 0, the event never happens.
 fn count(scenario: &str) -> [(String, u64); 3] {
     let profile = Profile::of(scenario);
     [
@@ -61,7 +62,7 @@ fn count(scenario: &str) -> [(String, u64); 3] {
     .map(|(what, count)| (format!("{scenario} {what}"), count.div_ceil(CALLS)))
 }
 
-/// A line such as `poll instructions 38625 42487`.
+/// Parses a line such as `poll instructions 38625 42487`: the agreed count, then the limit.
 fn agreement(line: &str) -> Option<(String, (u64, u64))> {
     let words: Vec<_> = line.split_whitespace().collect();
     let [scenario, what, count, limit] = words[..] else {

@@ -1,7 +1,8 @@
-//! Counts what the proxy does for a request, and fails where that is a tenth more than was agreed:
-//! `cargo bench --bench instructions`. benches/README.md says how to read and to change the counts.
+//! Counts the work of the proxy for a request, and fails if a count is more than a tenth above the agreed
+//! count: `cargo bench --bench instructions`. benches/README.md explains how to read and to change the
+//! counts.
 //!
-//! Run by cargo it is the judge, which runs itself under valgrind, scenario by scenario.
+//! If cargo runs this program, it is the judge, which runs itself under valgrind, scenario by scenario.
 
 #![expect(clippy::print_stdout, reason = "its output is a table")]
 
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
             run();
             ExitCode::SUCCESS
         }
-        // What `cargo test --benches` wants to know: whether they work.
+        // `cargo test --benches` only checks that the scenarios work.
         [] => {
             for (_, run) in SCENARIOS {
                 run();

@@ -1,4 +1,4 @@
-//! What is counted: requests through the whole stack, and two parts of it on their own.
+//! Scenarios to count: requests through the whole stack, and two parts of the stack alone.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -19,9 +19,9 @@ use tower::Service;
 use crate::upstream;
 use crate::valgrind::counted;
 
-/// So many that what is done once for all of them does not show.
+/// Counted calls of a scenario. They are so many that work done once for all of them does not show.
 pub(crate) const CALLS: u64 = 100;
-/// Before those: they connect, mint the token and let grow what grows.
+/// Calls before the counted ones. They connect, mint the token and let buffers grow.
 const WARM_UP: u64 = 20;
 
 /// Every scenario with its name.
@@ -50,12 +50,12 @@ fn create() {
     exchange(order, ORDER, StatusCode::OK, SUBMITTED);
 }
 
-/// Of a create, and with a line in the log, like a create that went well.
+/// A create that is refused, with a log line like that of a successful create.
 fn error() {
     exchange(order, ORDER, StatusCode::TOO_MANY_REQUESTS, LIMITED);
 }
 
-/// A token that was minted before.
+/// The `Authorization` value of a token that was minted before.
 fn token_cached() {
     let tokens = shared(&settings(&[])).tokens;
     tokens.bearer().unwrap();
@@ -66,7 +66,7 @@ fn token_cached() {
     });
 }
 
-/// An error that comes with a success of HTTP: first looked for, then read.
+/// A service code in a response with a successful HTTP status: first `peek`, then `read`.
 fn service_code() {
     counted(&mut || {
         for _ in 0..CALLS {
@@ -97,8 +97,8 @@ fn ask(method: Method, path: &str) -> http::request::Builder {
         .header("authorization", "Bearer of-the-client")
 }
 
-/// Sends requests, of which `end` is the last that upstream sees, through the stack and reads the
-/// answers to their end.
+/// Sends requests through the stack and reads the responses to their end. `end` is the end of a request as
+/// upstream sees it.
 fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, body: &str) {
     let answer = format!(
         "HTTP/1.1 {status}\r\n\
@@ -109,7 +109,7 @@ fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, bod
         body.len()
     );
     let upstream = upstream::start(end.as_bytes(), answer.into_bytes());
-    // How long a further attempt would wait is left to chance.
+    // A retry would wait for a random time, so errors are not retried.
     let settings = settings(&[
         ("KLING_PROXY_UPSTREAM__URL", &format!("http://{upstream}")),
         (
@@ -137,14 +137,14 @@ fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, bod
     counted(&mut || send(&mut requests));
 }
 
-/// The defaults, but for these variables.
+/// Returns the default settings, except for these variables.
 fn settings(variables: &[(&str, &str)]) -> Settings {
     let variables = variables.iter().copied().collect();
     let (settings, _) = Settings::load(&Flags::default(), &variables).unwrap();
     settings
 }
 
-/// The parts, put together as `serve` does it.
+/// Puts the parts together as `serve` does.
 fn shared(settings: &Settings) -> Shared {
     let tls = client_config(settings.upstream.ca_file.as_deref()).unwrap();
     let timeouts = settings.upstream.timeouts;

@@ -1,17 +1,17 @@
-//! An upstream that gives the one answer, on threads of its own.
+//! An upstream with one fixed response, on threads of its own.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 
-/// Starts one that answers whatever ends like this.
+/// Starts an upstream that responds to each request that ends with `end`.
 pub(crate) fn start(end: &'static [u8], answer: Vec<u8>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         for stream in listener.incoming() {
             let answer = answer.clone();
-            // That the proxy has gone ends it.
+            // The thread ends when the proxy disconnects.
             thread::spawn(move || serve(&stream?, end, &answer));
         }
     });

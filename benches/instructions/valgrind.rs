@@ -1,4 +1,4 @@
-//! Runs a scenario under callgrind and DHAT, and reads what they counted.
+//! Runs a scenario under callgrind and DHAT, and reads their counts.
 
 use std::hint::black_box;
 use std::process::Command;
@@ -6,12 +6,12 @@ use std::{env, fs};
 
 use serde::Deserialize;
 
-/// Comes before the name of the scenario to run.
+/// Argument before the name of the scenario to run.
 pub(crate) const SCENARIO: &str = "--scenario";
-/// How valgrind calls [`counted`].
+/// Name of [`counted`] in valgrind's output.
 const COUNTED: &str = concat!(module_path!(), "::counted");
 
-/// What a scenario came to.
+/// Counts of a scenario, for all its calls.
 pub(crate) struct Profile {
     pub(crate) instructions: u64,
     /// Instructions that change memory atomically. A mutex takes two.
@@ -19,7 +19,7 @@ pub(crate) struct Profile {
     pub(crate) allocations: u64,
 }
 
-/// What DHAT writes.
+/// Output file of DHAT, in JSON.
 #[derive(Deserialize)]
 struct Heap {
     #[serde(rename = "pps")]
@@ -28,29 +28,29 @@ struct Heap {
     frames: Vec<String>,
 }
 
-/// Where memory was allocated.
+/// Call stack that allocated memory.
 #[derive(Deserialize)]
 struct Place {
     #[serde(rename = "tbk")]
     blocks: u64,
-    /// The calls that led there, as indices of frames.
+    /// Calls that led to the allocation, as indices of frames.
     #[serde(rename = "fs")]
     stack: Vec<usize>,
 }
 
-/// Does what is to be counted: what happens in here on the thread that calls it, and nothing of other
-/// threads.
+/// Does the work to be counted. Only this function's work on the calling thread counts, other threads do
+/// not.
 #[inline(never)]
 pub(crate) fn counted(work: &mut dyn FnMut()) {
     work();
-    // Without this the call would be a jump, which leaves this function.
+    // Without this line, the call would be a jump, which leaves this function.
     black_box(());
 }
 
 // === impl Profile ===
 
 impl Profile {
-    /// Runs a scenario.
+    /// Runs a scenario under both tools.
     pub(crate) fn of(scenario: &str) -> Self {
         let toggle = format!("--toggle-collect={COUNTED}");
         let options = ["--collect-bus=yes", "--collect-atstart=no", &toggle];
@@ -59,7 +59,7 @@ impl Profile {
         let totals = lines.find_map(|line| line.strip_prefix("totals: "));
         let mut totals = totals.unwrap().split(' ').map(str::parse);
         let instructions = totals.next().unwrap().unwrap();
-        // Left out where it is 0.
+        // Callgrind leaves it out if it is 0.
         let locked = totals.next().unwrap_or(Ok(0)).unwrap();
 
         let text = run("dhat", &["--num-callers=500"], scenario);
@@ -77,7 +77,7 @@ impl Profile {
     }
 }
 
-/// What a tool of valgrind writes about a scenario.
+/// Runs a scenario under a tool of valgrind, and returns the tool's output file.
 fn run(tool: &str, options: &[&str], scenario: &str) -> String {
     let file = format!("{}/{scenario}.{tool}", env!("CARGO_TARGET_TMPDIR"));
     let output = Command::new("valgrind")

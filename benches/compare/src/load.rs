@@ -1,7 +1,8 @@
-//! The load client: kept connections of HTTP/1.1 on one thread, each with one request at a time.
+//! Load client: kept HTTP/1.1 connections on one thread, each with one request at a time.
 //!
-//! Prints what came of it as one JSON object. With `--hold` it sends one request on each connection, one after the
-//! other, prints, waits for a line on standard input, and does the same again on the same connections.
+//! Prints the results as one JSON object. With `--hold` it sends one request on each connection, one after
+//! the other, prints the results, waits for a line on standard input, and does the same again on the same
+//! connections.
 
 use std::{
     error::Error,
@@ -27,38 +28,38 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-/// An answer that takes longer is bad.
+/// Longest time for a response. A slower response is bad.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Parser)]
 struct Arguments {
-    /// What is asked for.
+    /// URL that all requests go to.
     url: Uri,
-    /// The trust root of an https URL.
+    /// Trust root of an https URL.
     #[arg(long)]
     ca_file: Option<PathBuf>,
-    /// Sent as `Authorization: Bearer`.
+    /// Token to send as `Authorization: Bearer`.
     #[arg(long)]
     token: Option<String>,
-    /// Sends a body of so many bytes.
+    /// Sends a POST with a body of this many bytes.
     #[arg(long)]
     post: Option<usize>,
-    /// Counts every other status as bad.
+    /// Expected status. A response with another status is bad.
     #[arg(long, default_value_t = 200)]
     status: u16,
     #[arg(long, default_value_t = 1)]
     connections: usize,
-    /// How long requests are begun.
+    /// Seconds during which new requests are sent.
     #[arg(long, default_value_t = f64::INFINITY)]
     seconds: f64,
-    /// How many are sent on each connection.
+    /// Requests to send on each connection.
     #[arg(long, default_value_t = usize::MAX)]
     requests: usize,
     #[arg(long)]
     hold: bool,
 }
 
-/// Where requests go, and the one that is sent.
+/// Target of the load, and the request to send.
 struct Target {
     address: String,
     tls: Option<(TlsConnector, ServerName<'static>)>,
@@ -66,7 +67,7 @@ struct Target {
     status: u16,
 }
 
-/// A connection, and the answer that is being read from it.
+/// Connection, and the response that is being read from it.
 struct Connection {
     stream: Box<dyn Stream>,
     answer: Vec<u8>,
@@ -76,7 +77,7 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-/// What came of requests.
+/// Latencies and failures of requests.
 #[derive(Default)]
 struct Tally {
     latencies: Vec<Duration>,
@@ -106,7 +107,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Sends on one connection; makes it anew after a failure.
+/// Sends requests on one connection. After a failure it opens a new one.
 async fn work(target: Arc<Target>, requests: usize, seconds: f64) -> Tally {
     let start = Instant::now();
     let (mut tally, mut connection) = (Tally::default(), None);
@@ -176,8 +177,8 @@ impl Target {
         })
     }
 
-    /// Sends the request, over a new connection if there is none; tells how long the answer took. What fails leaves
-    /// no connection.
+    /// Sends the request and returns the latency of the response. Opens a connection if there is none. If
+    /// the exchange fails, no connection is left.
     async fn ask(&self, connection: &mut Option<Connection>) -> io::Result<Duration> {
         let mut open = match connection.take() {
             Some(open) => open,
@@ -209,7 +210,7 @@ impl Target {
 // === impl Connection ===
 
 impl Connection {
-    /// Sends a request and reads the whole answer; returns its status.
+    /// Sends a request, reads the whole response and returns its status.
     async fn exchange(&mut self, request: &[u8]) -> io::Result<u16> {
         self.stream.write_all(request).await?;
         self.stream.flush().await?;
@@ -227,7 +228,7 @@ impl Connection {
     }
 }
 
-/// The status of an answer and its length with the body, once the head is complete.
+/// Returns the status of a response and its length with the body, once the head is complete.
 fn measure(answer: &[u8]) -> io::Result<Option<(u16, usize)>> {
     let mut headers = [EMPTY_HEADER; 32];
     let mut parsed = httparse::Response::new(&mut headers);

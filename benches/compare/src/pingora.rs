@@ -1,6 +1,6 @@
-//! The contestant made of Pingora: one upstream over TLS, its host, and a fixed token.
+//! Contestant made with Pingora: one upstream over TLS, its host, and a fixed token.
 //!
-//! Takes its port, the port of upstream, the trust root, and the token as arguments.
+//! The arguments are its port, the port of upstream, the trust root, and the token.
 
 use std::{env, thread};
 

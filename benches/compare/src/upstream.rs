@@ -1,7 +1,8 @@
-//! A stand-in for Kling's API: https on a free port of 127.0.0.1, HTTP/1.1 or HTTP/2 by ALPN, with fixed answers.
+//! Stand-in for Kling's API: https on a free port of 127.0.0.1, HTTP/1.1 or HTTP/2 by ALPN, with fixed
+//! responses.
 //!
-//! Strict, so that no proxy is fast by leaving something out: it refuses a request that has no valid token or asks for
-//! another host. Writes its trust root to a file, then prints its port.
+//! It is strict, so that no proxy is fast because it leaves something out: it refuses a request without a
+//! valid token or for another host. It writes its trust root to a file, then prints its port.
 
 use std::{
     convert::Infallible,
@@ -34,7 +35,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
-/// A finished task, as a poll is answered: 600 bytes.
+/// Finished task, as in the response to a poll: 600 bytes.
 const TASK: &str = concat!(
     r#"{"code":0,"message":"SUCCEED","request_id":"CmYbBGdv6pUAAAAAAB4Xgg","data":{"task_id":"104454366743201459","#,
     r#""task_status":"succeed","task_status_msg":"","task_info":{"external_task_id":"bench-0001"},"#,
@@ -43,7 +44,7 @@ const TASK: &str = concat!(
     r#"stream_lake_m2v_image2video_v26_std/f2b1a6c2-1b1f-4d9e-9b0a-5b8f6f3f6b1e_raw_video.mp4?x-kcdn-pid=112757&"#,
     r#"signature=AbCdEfGhIjKlMnOpQrStUvWxYz0123456789AbCdEfGhIjKlMnOp","duration":"5.1"}]},"final_unit_deduction":"0.35"}}"#,
 );
-/// A task that has just been created.
+/// Task that has just been created.
 const CREATED: &str = concat!(
     r#"{"code":0,"message":"SUCCEED","request_id":"CmYbBGdv6pUAAAAAAB4Xgg","data":{"task_id":"104454366743201459","#,
     r#""task_status":"submitted","created_at":1722769557708,"updated_at":1722769557708}}"#,
@@ -55,17 +56,17 @@ const WRONG_HOST: &str =
 
 #[derive(Parser)]
 struct Arguments {
-    /// Where the trust root goes.
+    /// File to write the trust root to.
     #[arg(long)]
     ca_file: PathBuf,
-    /// The one credential taken.
+    /// Access key of the only credential that is accepted.
     #[arg(long)]
     access_key: String,
     #[arg(long)]
     secret_key: String,
 }
 
-/// What requests are judged by.
+/// Host and credential that requests must have.
 struct Upstream {
     host: String,
     access_key: String,
@@ -89,11 +90,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// TLS for `localhost`, and the PEM of the root that vouches for it.
+/// Returns TLS for `localhost`, and the PEM of the root that signs its certificate.
 fn certified() -> Result<(TlsAcceptor, String), Box<dyn Error>> {
     let mut root = CertificateParams::default();
     root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    // A certificate whose subject and issuer were one name would be self-signed to OpenSSL.
+    // OpenSSL takes a certificate for self-signed if its subject and issuer are the same name.
     root.distinguished_name
         .push(DnType::CommonName, "Root of the comparison");
     let root = CertifiedIssuer::self_signed(root, KeyPair::generate()?)?;
@@ -113,7 +114,7 @@ fn certified() -> Result<(TlsAcceptor, String), Box<dyn Error>> {
 
 async fn serve(listener: TcpListener, tls: TlsAcceptor, upstream: Arc<Upstream>) -> io::Result<()> {
     let mut http = auto::Builder::new(TokioExecutor::new());
-    // Windows that no upload of the loads has to wait for.
+    // With these windows, no upload of the loads has to wait.
     http.http2()
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20);
@@ -124,7 +125,7 @@ async fn serve(listener: TcpListener, tls: TlsAcceptor, upstream: Arc<Upstream>)
         tokio::spawn(async move {
             let service = service_fn(move |request| Arc::clone(&upstream).answer(request));
             if let Ok(stream) = tls.accept(tcp).await {
-                // A connection that breaks is the client's to notice.
+                // The client notices a broken connection itself.
                 let _ = http.serve_connection(TokioIo::new(stream), service).await;
             }
         });
@@ -134,7 +135,7 @@ async fn serve(listener: TcpListener, tls: TlsAcceptor, upstream: Arc<Upstream>)
 // === impl Upstream ===
 
 impl Upstream {
-    /// Reads the body to its end, then answers.
+    /// Reads the body to its end, then responds.
     async fn answer(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -154,7 +155,7 @@ impl Upstream {
         if authorization.and_then(|value| self.verify(value)) != Some(true) {
             return (StatusCode::UNAUTHORIZED, NO_TOKEN);
         }
-        // HTTP/2 has it in the target, HTTP/1.1 in a header.
+        // HTTP/2 has the host in the target, HTTP/1.1 in a header.
         let authority = head.uri.authority().map(|it| it.as_str().as_bytes());
         let host = authority.or_else(|| head.headers.get(HOST).map(HeaderValue::as_bytes));
         if host != Some(self.host.as_bytes()) {
@@ -167,7 +168,8 @@ impl Upstream {
         }
     }
 
-    /// Whether a token is signed with the secret key, and valid now; `None` where it cannot be read.
+    /// Returns true if a token is valid now. Returns `None` if it cannot be read, or is not signed with the
+    /// secret key.
     fn verify(&self, authorization: &HeaderValue) -> Option<bool> {
         let token = authorization.to_str().ok()?.strip_prefix("Bearer ")?;
         let (signed, signature) = token.rsplit_once('.')?;
