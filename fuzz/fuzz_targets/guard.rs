@@ -1,7 +1,7 @@
-//! Whatever bytes a client sends: what passes the guard keeps the rules, by a second reading of
-//! them, and what does not is answered with a code of ours.
+//! Fuzzes the guard with arbitrary bytes of a client: a request that passes keeps the rules, by a second
+//! reading of them, and any other request gets a response with one of our codes.
 //!
-//! An input is what is read from one connection.
+//! An input is all bytes of one connection.
 
 #![no_main]
 
@@ -35,7 +35,7 @@ const HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
 const PAGE: &str = "http://localhost:3000";
 const PATHS: [&str; 2] = ["/v1/videos", "/account/"];
 const TOKEN: &str = "0123456789abcdef";
-/// A JWT that is valid [`At`] the time of the test, signed with [`TOKEN`].
+/// JWT that is valid at the time of the test, signed with [`TOKEN`].
 const JWT: &str = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.\
     eyJleHAiOjE4MDAwMDE4MDAsIm5iZiI6MTc5OTk5OTk5NX0.\
     XXh28IiSsYtSrkBLhBU91V73IFLSA-gyQG9yenBK8wo";
@@ -49,7 +49,7 @@ impl Clock for At {
     }
 }
 
-/// As by default; with allow-lists; with client tokens.
+/// Rules by default, with allow-lists, and with client tokens.
 static RULES: LazyLock<[Reloadable<Rules>; 3]> = LazyLock::new(|| {
     [
         rules(),
@@ -110,11 +110,11 @@ async fn connection(bytes: &[u8], rules: &'static Reloadable<Rules>) {
     });
     let io = TokioIo::new(tokio::io::join(bytes, tokio::io::sink()));
     let mut http = http1::Builder::new();
-    // What is not HTTP ends the connection with an error.
+    // Bytes that are not HTTP end the connection with an error.
     let _ = http.half_close(true).serve_connection(io, service).await;
 }
 
-/// Marks an answer to what has passed.
+/// Marks the response to a request that has passed.
 #[derive(Clone)]
 struct Passed;
 
@@ -175,7 +175,7 @@ async fn upstream(request: Request, rules: &'static Reloadable<Rules>) -> Result
     Ok(answer)
 }
 
-/// The rules, read a second time.
+/// Checks the rules a second time.
 fn keeps(head: &request::Parts, rules: &Rules) {
     let values = |name: &str| -> Vec<_> { head.headers.get_all(name).iter().collect() };
     let hosts = values(HOST.as_str());
@@ -233,8 +233,8 @@ fn is_subset(some: &[HeaderValue], all: &[HeaderValue]) -> bool {
     some.iter().all(|one| all.contains(one))
 }
 
-/// Whether a server that decodes it again and again, takes parameters away and resolves it, too, finds the
-/// path below one of these.
+/// Returns true if the path is below one of these prefixes, also for a server that decodes it again and
+/// again, removes parameters and resolves it.
 fn is_below(path: &str, prefixes: &[&str]) -> bool {
     let mut decoded = path.as_bytes().to_vec();
     for _ in 0..path.len() {

@@ -1,5 +1,5 @@
-//! Whatever headers come: those that may not pass are gone, all others are as they were, and what
-//! upstream sees has one credential and one host, ours.
+//! Fuzzes the headers: forbidden headers are removed, all others are unchanged, and upstream gets one
+//! credential and one host, both ours.
 //!
 //! An input is lines of `name: value`.
 
@@ -51,7 +51,7 @@ const OF_CLIENT: [&str; 13] = [
     "x-rewrite-url",
 ];
 
-/// Headers of an answer that act on more than it.
+/// Response headers that affect more than the response.
 const OF_ORIGIN: [&str; 17] = [
     "accept-ch",
     "alt-svc",
@@ -71,13 +71,13 @@ const OF_ORIGIN: [&str; 17] = [
     "strict-transport-security",
     "use-as-dictionary",
 ];
-/// What an answer that is not JSON is shown with.
+/// Headers that are added to a response that is not JSON.
 const CONFINED: [(&str, &str); 2] = [
     ("x-content-type-options", "nosniff"),
     ("content-security-policy", "sandbox"),
 ];
 
-/// What may stand around an element of a list.
+/// Characters that may surround an element of a list.
 const SPACE: [char; 2] = [' ', '\t'];
 
 static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Metrics::new().expect("metrics").into());
@@ -112,7 +112,7 @@ fuzz_target!(|input: &[u8]| {
     strip_request(&mut asked, false);
     let is_json = strip_response(&mut answered);
     if !is_json {
-        // What is added where a page could run.
+        // These headers are added if a page could run.
         for (name, value) in CONFINED {
             assert_eq!(answered.get_all(name).iter().collect::<Vec<_>>(), [value]);
             answered.remove(name);
@@ -167,7 +167,7 @@ fn parse(input: &[u8]) -> HeaderMap {
     headers
 }
 
-/// What the rules leave, found line by line.
+/// Returns the headers that the rules leave, found line by line.
 fn without(headers: &HeaderMap, forbidden: impl Fn(&str) -> bool) -> HeaderMap {
     let connection = headers.get_all("connection").iter();
     let named: Vec<_> = connection
@@ -187,7 +187,7 @@ fn without(headers: &HeaderMap, forbidden: impl Fn(&str) -> bool) -> HeaderMap {
     left
 }
 
-/// Checks what became of `Accept-Encoding`, and expects just that.
+/// Checks the change of `Accept-Encoding`, and copies it to the expected headers.
 fn encodings_agree(before: &mut HeaderMap, after: &HeaderMap) {
     let [asked, sent] = [&*before, after].map(encodings);
     assert_eq!(
@@ -201,7 +201,7 @@ fn encodings_agree(before: &mut HeaderMap, after: &HeaderMap) {
     assert!(sent.iter().all(passes), "{sent:?}");
     let changed = !asked.iter().all(passes);
     if changed {
-        // Something acceptable is left, or nothing is asked for.
+        // An acceptable encoding is left, or only `identity` is asked for.
         assert!(sent.iter().any(|(_, refused)| !refused), "{sent:?}");
         if sent != [("identity".to_owned(), false)] {
             let mut sent = sent.iter();
@@ -215,7 +215,7 @@ fn encodings_agree(before: &mut HeaderMap, after: &HeaderMap) {
     }
 }
 
-/// The name of each encoding, and whether its weight is 0.
+/// Returns the name of each encoding, and true if its weight is 0.
 fn encodings(headers: &HeaderMap) -> Vec<(String, bool)> {
     let lines = headers.get_all(ACCEPT_ENCODING).iter();
     let text = lines.map(|line| String::from_utf8_lossy(line.as_bytes()).to_ascii_lowercase());
@@ -233,7 +233,7 @@ fn encodings(headers: &HeaderMap) -> Vec<(String, bool)> {
     items.collect()
 }
 
-/// Names in an order of their own, each with its values in theirs.
+/// Returns the names in alphabetical order, each with its values in their own order.
 fn lines(headers: &HeaderMap) -> BTreeMap<&str, Vec<&[u8]>> {
     let names = headers.keys().map(HeaderName::as_str);
     names
@@ -250,7 +250,7 @@ fn lines(headers: &HeaderMap) -> BTreeMap<&str, Vec<&[u8]>> {
         .collect()
 }
 
-/// What stands behind the layer sees.
+/// Returns the headers that the service behind the layer gets.
 fn authenticated(headers: HeaderMap) -> HeaderMap {
     let mut request = Request::default();
     *request.headers_mut() = headers;

@@ -1,5 +1,5 @@
-//! Whatever upstream answers: the reader of service codes agrees with a plain reading of the whole
-//! text, a beginning never says what the whole denies, and the client's answer is well formed.
+//! Fuzzes the responses of upstream: the reader of service codes agrees with a plain parse of the whole
+//! text, the beginning of a text never contradicts the whole, and the client's response is well formed.
 
 #![no_main]
 
@@ -21,9 +21,9 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use tower::{Layer, ServiceExt, service_fn};
 
-/// A longer text is cut at this many places.
 static METRICS: LazyLock<Arc<Metrics>> = LazyLock::new(|| Metrics::new().expect("metrics").into());
 
+/// Places at which a longer text is cut.
 const CUTS: usize = 64;
 
 fuzz_target!(|text: &[u8]| {
@@ -42,7 +42,7 @@ fuzz_target!(|text: &[u8]| {
     }
 });
 
-/// All members of an object in their order, doubles too.
+/// All members of an object in their order, including duplicates.
 struct Members<T>(Vec<(String, T)>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Members<T> {
@@ -76,7 +76,7 @@ fn agrees_with(
         values.map(|(_, value)| value).collect::<Vec<_>>()
     };
     let code = match named("code").first() {
-        // To the letter: a float does not hold every integer.
+        // Compared as text, because a float does not hold every integer.
         Some(Value::Number(_)) => {
             let letters = letters.iter().find(|(name, _)| name == "code");
             letters.and_then(|(_, number)| {
@@ -98,7 +98,7 @@ fn agrees_with(
         let kept = match (text, named(name).last()) {
             (None, None | Some(Value::Null)) => true,
             (Some(text), Some(Value::String(said))) => text == said,
-            // What is no string is kept to the letter.
+            // A value that is no string is kept as its JSON text.
             (Some(text), Some(said)) => {
                 serde_json::from_str(text).is_ok_and(|text: Value| text == **said)
             }
@@ -131,7 +131,7 @@ fn beginning_agrees(beginning: &[u8], text: &[u8]) {
     }
 }
 
-/// The members of our body that the envelope decides.
+/// Members of our body that the envelope decides.
 #[derive(Deserialize)]
 struct Told {
     code: i64,
@@ -175,7 +175,7 @@ fn answer_is_well_formed(envelope: Envelope, size: usize) {
     let body = body.collect().now_or_never().expect("it is all there");
     let body = body.expect("it is all there").to_bytes();
 
-    // An escape in JSON takes up to six characters for one; the table's words come on top.
+    // An escape in JSON takes up to six characters for one. The texts of the code table come on top.
     assert!(body.len() <= 6 * size + 2048);
     let told: Told = serde_json::from_slice(&body).expect("our body is JSON");
     let (code, message, request_id, data) = said;

@@ -1,7 +1,8 @@
-//! Whatever stands in the settings file and in the variables: the loader answers with settings that
-//! are safe to use or with problems, and neither shows a secret.
+//! Fuzzes the settings file and the variables: the loader returns settings that are safe to use, or
+//! problems, and neither shows a secret.
 //!
-//! An input is the file, then the variables; each begins with a line that begins with `KLING_PROXY_`.
+//! An input is the file, then the variables. Each variable begins with a line that begins with
+//! `KLING_PROXY_`.
 
 #![no_main]
 
@@ -18,7 +19,7 @@ use kling_proxy::internals::{Environment, Flags, SettingRow, Settings};
 use libfuzzer_sys::fuzz_target;
 use toml::{Table, Value};
 
-/// What stands for a secret; it must not be shown where the value of a secret key says it.
+/// Text that stands for a secret. It must not be shown if it is in the value of a secret key.
 const CANARY: &str = "canary";
 const PREFIX: &str = "KLING_PROXY_";
 const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
@@ -95,7 +96,8 @@ fn load(
     Settings::load(&flags, &variables.iter().cloned().collect())
 }
 
-/// What the rest of the program relies on, above all who can connect and where requests go.
+/// Checks the guarantees that the program relies on, above all on the clients that can connect and on the
+/// target.
 fn is_safe(settings: &Settings) {
     let Settings {
         listen,
@@ -143,7 +145,7 @@ fn is_safe(settings: &Settings) {
     assert!(limits.connections > 0 && limits.in_flight > 0);
 }
 
-/// No key of the file is ignored: a variable may stand above it, and nothing else.
+/// Checks that no key of the file is ignored. Only a variable may override it.
 fn every_key_took_effect(values: Option<&Table>, rows: &[SettingRow]) {
     for (key, _) in values.map(leaves).unwrap_or_default() {
         let row = rows
@@ -161,7 +163,7 @@ fn parse(file: &[u8]) -> Option<Table> {
     std::str::from_utf8(file).ok()?.parse().ok()
 }
 
-/// All values with the names that lead to them.
+/// Returns all values with the names that lead to them.
 fn leaves(table: &Table) -> Vec<(Vec<String>, &Value)> {
     let mut leaves = Vec::new();
     for (name, value) in table {
@@ -177,8 +179,8 @@ fn leaves(table: &Table) -> Vec<(Vec<String>, &Value)> {
     leaves
 }
 
-/// Whether the canary stands where it may be shown: in a name, or as the value of a key that is
-/// known and not secret.
+/// Returns true if the canary may be shown: if it is in a name, or in the value of a key that is known and
+/// not secret.
 fn says_openly(values: &Table) -> bool {
     leaves(values).into_iter().any(|(key, value)| {
         let key = key.join(".");
