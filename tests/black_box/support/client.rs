@@ -14,10 +14,10 @@ use tokio::time::Instant;
 
 use super::{Message, PATIENCE, http::read_chunk};
 
-/// The pace of a client that dribbles.
+/// Time between two bytes of a slow client.
 const MOMENT: Duration = Duration::from_millis(20);
 
-/// One connection. Reading panics when nothing comes for too long.
+/// Connection to a listener. Reading panics if nothing arrives for too long.
 pub struct Connection(BufReader<Stream>);
 
 enum Stream {
@@ -33,7 +33,7 @@ impl Connection {
         Self::try_to(address).expect("a listener")
     }
 
-    /// The error is that nobody listens.
+    /// Connects, or returns the error if nobody listens.
     pub fn try_to(address: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -41,7 +41,7 @@ impl Connection {
         Ok(Self(BufReader::new(Stream::Tcp(stream))))
     }
 
-    /// Over TLS, to `localhost`; the error is that of the handshake.
+    /// Connects to `localhost` over TLS, or returns the error of the handshake.
     pub fn tls(address: SocketAddr, client: ClientConfig) -> io::Result<Self> {
         let mut stream = TcpStream::connect(address).expect("a listener");
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -55,7 +55,7 @@ impl Connection {
         Ok(Self(BufReader::new(Stream::Tls(Box::new(stream)))))
     }
 
-    /// What was agreed on in the handshake.
+    /// Returns the TLS session, with the outcome of the handshake.
     pub fn session(&self) -> &ClientConnection {
         match self.0.get_ref() {
             Stream::Tls(stream) => &stream.conn,
@@ -69,13 +69,13 @@ impl Connection {
         Self(BufReader::new(Stream::Unix(stream)))
     }
 
-    /// Sends; that the peer has had enough and closed is for the answer to tell.
+    /// Sends bytes. Ignores the error of a closed connection, because the response shows that.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
         let _ = self.0.get_mut().write_all(bytes.as_ref());
         self
     }
 
-    /// Sends a byte a moment until the peer closes; panics if it never does.
+    /// Sends one byte per moment until the peer closes. Panics if it never does.
     pub fn dribble(&mut self, byte: u8) {
         let deadline = Instant::now() + PATIENCE;
         self.0
@@ -93,12 +93,12 @@ impl Connection {
         }
     }
 
-    /// Says that no more will be sent, unless the peer has closed.
+    /// Closes the sending side, unless the peer has closed the connection.
     pub fn half_close(&mut self) {
         let _ = self.0.get_mut().tcp().shutdown(Shutdown::Write);
     }
 
-    /// One whole answer, or how it ended.
+    /// Reads a whole response, or returns the error that ended it.
     pub fn try_answer(&mut self) -> io::Result<Message> {
         let head = Message::read_head(&mut self.0)?;
         let mut answer = head.ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -110,14 +110,14 @@ impl Connection {
         self.try_answer().expect("a whole answer")
     }
 
-    /// Only the head: all there is after a HEAD request.
+    /// Reads only the head of a response. A response to HEAD has nothing else.
     pub fn head(&mut self) -> Message {
         Message::read_head(&mut self.0)
             .expect("a head")
             .expect("an answer")
     }
 
-    /// The body of an answer whose head was read.
+    /// Reads the body of a response whose head was read.
     pub fn finish(&mut self, answer: &mut Message) {
         answer.read_body(&mut self.0).expect("a whole body");
     }
@@ -126,7 +126,7 @@ impl Connection {
         read_chunk(&mut self.0).expect("a chunk")
     }
 
-    /// Waits so long for the first byte of an answer, or for the end of the connection.
+    /// Returns true if a response begins or the connection ends within `patience`.
     pub fn is_answered_within(&mut self, patience: Duration) -> bool {
         self.0
             .get_ref()
@@ -142,13 +142,13 @@ impl Connection {
         answered
     }
 
-    /// Reads until the peer closes, and tells how it does.
+    /// Reads until the peer closes. Returns an error if the connection does not end cleanly.
     pub fn end(&mut self) -> Result<(), io::ErrorKind> {
         let read = io::copy(&mut self.0, &mut io::sink());
         read.map(drop).map_err(|error| error.kind())
     }
 
-    /// Everything until the peer closes.
+    /// Returns all bytes until the peer closes.
     pub fn rest(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();
         if let Err(error) = self.0.read_to_end(&mut rest) {
@@ -201,7 +201,7 @@ impl Write for Stream {
     }
 }
 
-/// Sends the bytes and returns all that comes until the peer closes.
+/// Sends the bytes and returns all bytes until the peer closes.
 pub fn raw(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Vec<u8> {
     Connection::to(address).send(bytes).rest()
 }

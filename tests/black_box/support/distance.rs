@@ -1,4 +1,4 @@
-//! A long way between two ends of a connection: all that is sent arrives later.
+//! A long distance between the two ends of a connection: all bytes arrive later.
 
 use std::{
     io::{Read as _, Write as _},
@@ -10,14 +10,14 @@ use std::{
 
 use tokio::time::Instant;
 
-/// Makes everything take this long to come to an address, and back; returns where to connect.
+/// Delays all bytes to an address and back by `way`. Returns the address to connect to.
 pub fn delay(address: SocketAddr, way: Duration) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let front = listener.local_addr().unwrap();
     thread::spawn(move || {
         while let Ok((near, _)) = listener.accept() {
             thread::spawn(move || {
-                // The kernel has accepted at once; a far one would have taken a round trip to.
+                // The kernel has accepted at once. A distant kernel would have needed a round trip.
                 thread::sleep(2 * way);
                 let Ok(far) = TcpStream::connect(address) else {
                     return;
@@ -33,7 +33,7 @@ pub fn delay(address: SocketAddr, way: Duration) -> SocketAddr {
     front
 }
 
-/// Passes bytes on, each as long after it came as the way takes, and then the end.
+/// Passes bytes on, each after a delay of `way`, and then the end of the stream.
 fn carry(mut from: TcpStream, mut to: TcpStream, way: Duration) {
     let (sender, under_way) = mpsc::channel::<(Instant, Vec<u8>)>();
     thread::spawn(move || {

@@ -1,21 +1,21 @@
-//! Frames of HTTP/2 read and written by hand (RFC 9113, section 4.1).
+//! HTTP/2 frames, read and written by hand (RFC 9113, section 4.1).
 
 use std::io::{self, Read};
 
-/// What a client sends before its first frame (section 3.4).
+/// Bytes that a client sends before its first frame (section 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Error codes (section 7).
+/// Error codes of HTTP/2 (section 7).
 pub const NO_ERROR: u32 = 0;
 pub const INTERNAL_ERROR: u32 = 2;
 pub const REFUSED_STREAM: u32 = 7;
 pub const CANCEL: u32 = 8;
 
-/// Settings (section 6.5.2).
+/// Identifiers of settings (section 6.5.2).
 pub const MAX_CONCURRENT_STREAMS: u16 = 3;
 pub const INITIAL_WINDOW_SIZE: u16 = 4;
 
-/// Kinds of frames (section 6).
+/// Types of frames (section 6).
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
 pub const RST_STREAM: u8 = 3;
@@ -30,7 +30,7 @@ const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
 
-/// One frame.
+/// HTTP/2 frame of any type.
 pub struct Frame {
     pub kind: u8,
     flags: u8,
@@ -65,7 +65,7 @@ impl Frame {
         Self::new(SETTINGS, 0, 0, settings.iter().flat_map(pair).collect())
     }
 
-    /// The head of an answer, with each header written out (RFC 7541, section 6.2.2).
+    /// Returns the head of a response, with each header as a literal (RFC 7541, section 6.2.2).
     pub fn answer(stream: u32, status: u16, headers: &[(&str, &str)]) -> Self {
         let status = status.to_string();
         let mut block = Vec::new();
@@ -93,24 +93,24 @@ impl Frame {
         Self::new(RST_STREAM, 0, stream, code.to_be_bytes().to_vec())
     }
 
-    /// Says that streams above `last` were not and will not be processed; there was no error.
+    /// Returns a GOAWAY without an error: streams above `last` were not processed and will not be.
     pub fn go_away(last: u32) -> Self {
         let payload = [last, NO_ERROR].map(u32::to_be_bytes).concat();
         Self::new(GOAWAY, 0, 0, payload)
     }
 
-    /// Gives room for so many more bytes; stream 0 is the whole connection.
+    /// Opens the window by `more` bytes. Stream 0 is the whole connection.
     pub fn window_update(stream: u32, more: u32) -> Self {
         Self::new(WINDOW_UPDATE, 0, stream, more.to_be_bytes().to_vec())
     }
 
-    /// How much more room the peer gives (`WINDOW_UPDATE`).
+    /// Returns the bytes by which the peer opens the window (`WINDOW_UPDATE`).
     pub fn increment(&self) -> u32 {
         let increment = self.payload.first_chunk().expect("an increment");
         u32::from_be_bytes(*increment)
     }
 
-    /// What SETTINGS says of one setting.
+    /// Returns the value of one setting in a SETTINGS frame.
     pub fn setting(&self, wanted: u16) -> Option<u32> {
         let (pairs, _) = self.payload.as_chunks::<6>();
         let mut pairs = pairs
@@ -119,12 +119,12 @@ impl Frame {
         pairs.find_map(|(key, value)| (key == wanted).then_some(value))
     }
 
-    /// Asks the peer to send the same back (section 6.7).
+    /// Returns a PING, which the peer must send back (section 6.7).
     pub fn ping() -> Self {
         Self::new(PING, 0, 0, vec![0; 8])
     }
 
-    /// The acknowledgement of this SETTINGS or PING frame; a PING is returned with what it holds.
+    /// Acknowledges this SETTINGS or PING frame. A PING is sent back with its payload.
     pub fn ack(&self) -> Self {
         let payload = match self.kind {
             PING => self.payload.clone(),
@@ -145,12 +145,12 @@ impl Frame {
         self.flags & END_HEADERS != 0
     }
 
-    /// What counts against the windows: all of the payload, padding included (section 6.9.1).
+    /// Returns the bytes that count against the windows: the whole payload, with padding (section 6.9.1).
     pub fn size(&self) -> u32 {
         u32::try_from(self.payload.len()).expect("three bytes of length")
     }
 
-    /// The data without padding.
+    /// Returns the data without padding.
     pub fn content(&self) -> &[u8] {
         if self.flags & PADDED == 0 {
             return &self.payload;
@@ -159,7 +159,7 @@ impl Frame {
         &rest[..rest.len() - usize::from(*padding)]
     }
 
-    /// The error code of `RST_STREAM`.
+    /// Returns the error code of `RST_STREAM`.
     pub fn code(&self) -> u32 {
         let code = self.payload.first_chunk().expect("an error code");
         u32::from_be_bytes(*code)

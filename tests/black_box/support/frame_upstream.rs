@@ -1,9 +1,9 @@
-//! An upstream of HTTP/2 that does only what the test tells it, frame by frame.
+//! HTTP/2 upstream that is controlled by the test, frame by frame.
 //!
-//! On its own it only acknowledges SETTINGS and PING, refuses streams beyond those that it offers, and
-//! keeps the window of the connection open. Windows of streams stay as they are, and no request is
-//! answered, until the test says so. It does not read header blocks: tests tell requests apart by order,
-//! stream and body. What is in the headers is checked by [`Upstream`](super::Upstream).
+//! On its own it only acknowledges SETTINGS and PING, refuses streams above its limit, and keeps the window
+//! of the connection open. It opens windows of streams and responds to requests only if the test calls for
+//! that. It does not read header blocks: tests tell requests apart by order, stream and body.
+//! [`Upstream`](super::Upstream) checks the headers.
 
 use std::{
     fmt::Write as _,
@@ -25,68 +25,68 @@ use super::{
     upstream::server,
 };
 
-/// What is offered at the start of each connection.
+/// Settings that each connection begins with.
 #[derive(Clone, Copy)]
 pub struct Offer {
     /// Most streams at once (`SETTINGS_MAX_CONCURRENT_STREAMS`).
     pub streams: u32,
-    /// Bytes of a request body that may be sent unasked (`SETTINGS_INITIAL_WINDOW_SIZE`).
+    /// Bytes of a request body that may be sent before the window opens (`SETTINGS_INITIAL_WINDOW_SIZE`).
     pub window: u32,
 }
 
-/// What has arrived so far.
+/// Everything that has arrived so far.
 #[derive(Clone)]
 pub struct Arrived {
     /// Connections whose TLS handshake succeeded.
     pub connections: Vec<Connection>,
-    /// In the order in which their heads arrived.
+    /// Requests in the order in which their heads arrived.
     pub streams: Vec<Stream>,
     begun: Instant,
-    /// All that happened, with the time: for the message of a test that fails.
+    /// All events with their times, for the message of a failing test.
     pub history: String,
 }
 
-/// One connection.
+/// Connection of the proxy to this upstream.
 #[derive(Clone, Default)]
 pub struct Connection {
-    /// The proxy has acknowledged the offer, and keeps to it from now on.
+    /// True if the proxy has acknowledged the offer. From then on it keeps to the offer.
     pub settled: bool,
     pub closed: bool,
-    /// Bytes of answers that the proxy has room for, on all streams together.
+    /// Bytes of responses that the proxy has room for, on all streams together.
     pub room: i64,
-    /// The same on a new stream.
+    /// Bytes of a response that the proxy has room for on a new stream.
     initial: i64,
-    /// How often the proxy answered our PING.
+    /// Number of our PINGs that the proxy has answered.
     pongs: usize,
 }
 
-/// One request.
+/// Request on a stream of its own.
 #[derive(Clone)]
 pub struct Stream {
     pub id: Id,
-    /// As much of the body as has arrived.
+    /// Part of the body that has arrived.
     pub body: Vec<u8>,
-    /// When its end arrived: only then a request may be carried out.
+    /// Time at which the end of the request arrived. Only then may the request be carried out.
     pub whole: Option<Instant>,
-    /// The code with which the proxy reset it.
+    /// Code with which the proxy reset the stream.
     pub reset: Option<u32>,
-    /// Bytes of its answer that the proxy has room for.
+    /// Bytes of the response that the proxy has room for.
     pub room: i64,
-    /// We refused it, by `RST_STREAM` or GOAWAY.
+    /// True if we refused the stream, by `RST_STREAM` or GOAWAY.
     refused: bool,
-    /// We reset it with whatever code.
+    /// True if we reset the stream, with any code.
     broken: bool,
     answered: bool,
 }
 
-/// A stream of a connection. Connections count from 0.
+/// Identifies a stream of a connection. Connections count from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Id {
     pub connection: usize,
     pub stream: u32,
 }
 
-/// Listens on a port of its own and speaks nothing but HTTP/2 over TLS.
+/// Upstream on a port of its own that speaks HTTP/2 over TLS only.
 pub struct FrameUpstream {
     url: String,
     ca_file: PathBuf,
@@ -98,23 +98,23 @@ struct Shared {
     offer: Offer,
     arrived: Mutex<Arrived>,
     changed: Condvar,
-    /// By the number of the connection.
+    /// Sockets, in the order of the connections' numbers.
     wires: Mutex<Vec<Arc<Wire>>>,
 }
 
-/// A connection that one thread reads while any thread writes. The session is locked for as long as it
-/// works, and not while anybody waits for the socket to be readable.
+/// Connection that one thread reads while any thread writes. The session is locked only while it works, not
+/// while a thread waits for the socket to be readable.
 struct Wire {
     socket: TcpStream,
     session: Mutex<ServerConnection>,
 }
 
-/// As much of an answer as one frame has: the most that RFC 9113 wants every peer to take, in bytes.
+/// Most bytes of a response in one frame: RFC 9113 requires every peer to accept that many.
 const DATA_SIZE: i64 = 16 << 10;
-/// What every connection has room for at its start (RFC 9113, section 6.9.2), in bytes.
+/// Window of every connection at its start, in bytes (RFC 9113, section 6.9.2).
 const FIRST_ROOM: i64 = 65_535;
 
-/// Reads what a wire brings, decrypted.
+/// Reads and decrypts the bytes of a wire.
 struct Incoming {
     wire: Arc<Wire>,
     encrypted: Vec<u8>,
@@ -123,7 +123,8 @@ struct Incoming {
 // === impl Offer ===
 
 impl Default for Offer {
-    /// As many streams as RFC 9113 wants at least, and the initial window that it defines.
+    /// Returns the least number of streams that RFC 9113 recommends, and the initial window that it
+    /// defines.
     fn default() -> Self {
         Self {
             streams: 100,
@@ -135,7 +136,7 @@ impl Default for Offer {
 // === impl Arrived ===
 
 impl Arrived {
-    /// Whole requests that we have not refused: each is a task, if it is a create.
+    /// Returns the whole requests that we have not refused. Each of them is a task, if it is a create.
     pub fn accepted(&self) -> Vec<&Stream> {
         let streams = self.streams.iter();
         streams
@@ -154,7 +155,8 @@ impl Arrived {
         }
     }
 
-    /// The proxy gave room for more bytes of answers: on a stream, or, by number 0, on the connection.
+    /// Notes that the proxy opened a window for responses: of a stream, or, with number 0, of the
+    /// connection.
     fn take_room(&mut self, (connection, stream): (usize, u32), more: i64) {
         if stream == 0 {
             self.connections[connection].room += more;
@@ -162,14 +164,14 @@ impl Arrived {
         self.change(Id { connection, stream }, |stream| stream.room += more);
     }
 
-    /// Bytes of an answer are sent.
+    /// Notes that bytes of a response are sent.
     fn use_room(&mut self, (connection, stream): (usize, u32), bytes: u32) {
         let bytes = i64::from(bytes);
         self.connections[connection].room -= bytes;
         self.change(Id { connection, stream }, |stream| stream.room -= bytes);
     }
 
-    /// Streams of a connection that neither side has ended.
+    /// Counts the streams of a connection that neither side has ended.
     fn open(&self, connection: usize) -> usize {
         let of_it = |stream: &&Stream| stream.id.connection == connection;
         let streams = self.streams.iter().filter(of_it);
@@ -232,14 +234,15 @@ impl FrameUpstream {
         }
     }
 
-    /// A proxy to this upstream, with keys.
+    /// Returns a command for a proxy to this upstream, with keys.
     pub fn proxy(&self) -> Command {
         Command::new([])
             .origin(&self.url, Some(&self.ca_file))
             .keys()
     }
 
-    /// What has arrived once it is enough; fails the test if it never is.
+    /// Waits until enough has arrived, and returns everything that has. Fails the test if that never
+    /// happens.
     #[track_caller]
     pub fn wait(&self, enough: impl Fn(&Arrived) -> bool) -> Arrived {
         let Shared {
@@ -259,13 +262,13 @@ impl FrameUpstream {
         self.shared.arrived().clone()
     }
 
-    /// Waits for the head of a request, which is the `count`-th of all.
+    /// Waits for the head of the `count`-th request.
     #[track_caller]
     pub fn begun(&self, count: usize) -> Id {
         self.wait(|arrived| arrived.streams.len() >= count).streams[count - 1].id
     }
 
-    /// The same for a whole request.
+    /// Waits until the `count`-th request is whole.
     #[track_caller]
     pub fn whole(&self, count: usize) -> Id {
         let id = self.begun(count);
@@ -273,7 +276,7 @@ impl FrameUpstream {
         id
     }
 
-    /// Gives the whole answer, with status 200 and a JSON body.
+    /// Sends a whole response, with status 200 and a JSON body.
     pub fn answer(&self, id: Id, body: &str) {
         let json = [("content-type", "application/json")];
         let frames = [
@@ -286,7 +289,7 @@ impl FrameUpstream {
         self.shared.send(id.connection, &frames);
     }
 
-    /// Gives the head of an answer with these headers, and the beginning of its body.
+    /// Sends the head of a response with these headers, and the beginning of its body.
     pub fn begin_answer(&self, id: Id, headers: &[(&str, &str)], beginning: &str) {
         let frames = [
             Frame::answer(id.stream, 200, headers),
@@ -295,7 +298,7 @@ impl FrameUpstream {
         self.shared.send(id.connection, &frames);
     }
 
-    /// Gives the head of an answer and no body: resets the stream with this code, or else ends it.
+    /// Sends the head of a response without a body. Then resets the stream with this code, or ends it.
     pub fn break_off(&self, id: Id, headers: &[(&str, &str)], code: Option<u32>) {
         let end = match code {
             Some(code) => Frame::reset(id.stream, code),
@@ -308,7 +311,7 @@ impl FrameUpstream {
         self.shared.send(id.connection, &frames);
     }
 
-    /// Gives the rest of an answer that has begun.
+    /// Sends the rest of a response that has begun.
     pub fn finish_answer(&self, id: Id, rest: &str) {
         let frame = Frame::data(id.stream, rest.as_bytes(), true);
         self.shared.note(id.connection, "we answer", |arrived| {
@@ -317,7 +320,7 @@ impl FrameUpstream {
         self.shared.send(id.connection, &[frame]);
     }
 
-    /// Goes on with the body of an answer for as long as the proxy gives room for more of it.
+    /// Sends more of a response's body until the proxy's window is full.
     #[track_caller]
     pub fn pour(&self, id: Id) {
         loop {
@@ -336,7 +339,7 @@ impl FrameUpstream {
         }
     }
 
-    /// Sends so many empty frames of an answer, which say nothing, while the connection lasts.
+    /// Sends `times` empty frames of a response, while the connection lasts.
     pub fn say_nothing(&self, id: Id, times: usize) {
         let frames: Vec<_> = (0..times.min(1_000))
             .map(|_| Frame::data(id.stream, b"", false))
@@ -349,7 +352,7 @@ impl FrameUpstream {
         }
     }
 
-    /// Resets a stream with this code. Only `REFUSED_STREAM` says that it was not carried out.
+    /// Resets a stream with this code. Only `REFUSED_STREAM` means that the request was not carried out.
     pub fn reset(&self, id: Id, code: u32) {
         let what = format!("we reset stream {} with code {code}", id.stream);
         self.shared.note(id.connection, &what, |arrived| {
@@ -362,13 +365,13 @@ impl FrameUpstream {
             .send(id.connection, &[Frame::reset(id.stream, code)]);
     }
 
-    /// Lets the rest of a body come.
+    /// Opens the window for the rest of a request body.
     pub fn open_window(&self, id: Id) {
         let update = Frame::window_update(id.stream, 1 << 20);
         self.shared.send(id.connection, &[update]);
     }
 
-    /// Refuses all streams of the connection above `last`, and all further ones.
+    /// Refuses all streams of the connection above `last`, and all new streams.
     pub fn go_away(&self, connection: usize, last: u32) {
         let what = format!("we go away, last stream {last}");
         self.shared.note(connection, &what, |arrived| {
@@ -380,10 +383,10 @@ impl FrameUpstream {
         self.shared.send(connection, &[Frame::go_away(last)]);
     }
 
-    /// Waits until the proxy has read all that we sent over a connection, and has sent what that led to.
+    /// Waits until the proxy has read all that we sent over a connection, and has sent its reactions.
     #[track_caller]
     pub fn catch_up(&self, connection: usize) {
-        // The answer to a PING may go before what was written in the same turn, that to the next not.
+        // The response to a PING may be sent before other data of the same turn, but the next one may not.
         for _ in 0..2 {
             let before = self.arrived().connections[connection].pongs;
             self.shared.send(connection, &[Frame::ping()]);
@@ -394,10 +397,10 @@ impl FrameUpstream {
         }
     }
 
-    /// Ends a connection without a word.
+    /// Closes a connection without notice.
     pub fn close(&self, connection: usize) {
         let wire = Arc::clone(&self.shared.wires()[connection]);
-        // The proxy may have been first.
+        // The proxy may have closed it before.
         let _ = wire.socket.shutdown(Shutdown::Both);
     }
 }
@@ -430,7 +433,8 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Sends all frames together. That the proxy went away is no failure: tests look at what arrived.
+    /// Sends all frames together. If the proxy has disconnected, that is no failure: tests check what
+    /// arrived.
     fn send(&self, connection: usize, frames: &[Frame]) {
         let mut arrived = self.arrived();
         for frame in frames.iter().filter(|frame| frame.kind == frame::DATA) {
@@ -443,14 +447,14 @@ impl Shared {
     }
 
     fn serve(&self, socket: TcpStream, config: Arc<ServerConfig>) {
-        // A handshake for HTTP/1.1 fails, and is not counted.
+        // A handshake for HTTP/1.1 fails, and does not count as a connection.
         let Ok(wire) = Wire::accept(socket, config).map(Arc::new) else {
             return;
         };
         let mut wires = self.wires();
         let connection = wires.len();
         wires.push(Arc::clone(&wire));
-        // In the same order.
+        // Notes connections in the order of their wires.
         self.note(connection, "opened", |arrived| {
             arrived.connections.push(Connection {
                 room: FIRST_ROOM,
@@ -482,7 +486,7 @@ impl Shared {
         if preface != frame::PREFACE {
             return Err(io::Error::other("not HTTP/2"));
         }
-        // The head whose last frame is still to come.
+        // Head whose last frame has not arrived yet.
         let mut head: Option<Frame> = None;
         loop {
             let frame = Frame::read(&mut incoming)?;
@@ -499,7 +503,7 @@ impl Shared {
         }
     }
 
-    /// Takes the head of a request.
+    /// Notes the head of a request. Refuses the request if too many streams are open.
     fn begin(&self, connection: usize, head: &Frame) {
         let id = Id {
             connection,
@@ -526,7 +530,7 @@ impl Shared {
         }
     }
 
-    /// Takes any other frame.
+    /// Handles a frame of any other type.
     fn take(&self, connection: usize, frame: &Frame) {
         let stream = frame.stream;
         let id = Id { connection, stream };
@@ -586,7 +590,8 @@ impl Wire {
         while session.is_handshaking() {
             session.complete_io(&mut socket)?;
         }
-        // From now on a silent peer is a matter of the test, which ends the connection with itself.
+        // From now on the test decides how long a silent peer may stay. It ends the connection at its own
+        // end.
         socket.set_read_timeout(None)?;
         Ok(Self {
             socket,

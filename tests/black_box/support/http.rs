@@ -1,23 +1,23 @@
-//! HTTP/1.1 read and written by hand, so that tests speak and see the very bytes.
+//! HTTP/1.1 read and written by hand, so that tests send and see the exact bytes.
 
 use std::io::{self, BufRead, Write as _};
 
 use flate2::{Compression, write::GzEncoder};
 use serde_json::Value;
 
-/// A request or a response as it came: the head byte for byte, the body without its framing.
+/// Request or response as it arrived: the head byte for byte, the body without its framing.
 #[derive(Clone, Debug, Default)]
 pub struct Message {
     pub head: String,
     pub body: Vec<u8>,
-    /// Which connection of an upstream a request came over.
+    /// Number of the upstream's connection over which a request arrived.
     pub connection: usize,
 }
 
 // === impl Message ===
 
 impl Message {
-    /// Reads up to the empty line; `None` if the peer closed before the first byte.
+    /// Reads up to the empty line. Returns `None` if the peer closed before the first byte.
     pub fn read_head(from: &mut impl BufRead) -> io::Result<Option<Self>> {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -36,7 +36,7 @@ impl Message {
         }))
     }
 
-    /// Reads the body that the head announces; an error if it ends early.
+    /// Reads the body that the head announces. Fails if it ends early.
     pub fn read_body(&mut self, from: &mut impl BufRead) -> io::Result<()> {
         if self.header("transfer-encoding").is_some() {
             while let Some(chunk) = read_chunk(from)? {
@@ -67,7 +67,7 @@ impl Message {
         self.target().parse().unwrap_or_default()
     }
 
-    /// Names in lower case with their values, sorted.
+    /// Returns names in lower case with their values, sorted.
     pub fn headers(&self) -> Vec<(String, &str)> {
         let (_, lines) = self.head.split_once("\r\n").unwrap_or_default();
         parse_headers(lines)
@@ -85,7 +85,7 @@ impl Message {
         self.values(name).first().copied()
     }
 
-    /// Several headers at once.
+    /// Returns the values of several headers at once.
     pub fn told<const N: usize>(&self, names: [&str; N]) -> [Option<&str>; N] {
         names.map(|name| self.header(name))
     }
@@ -100,14 +100,14 @@ impl Message {
             .unwrap_or_else(|error| panic!("{error}: {}{}", self.head, self.body.escape_ascii()))
     }
 
-    /// Several members of the body's `error`.
+    /// Returns several members of the body's `error`.
     #[track_caller]
     pub fn error<const N: usize>(&self, names: [&str; N]) -> [Value; N] {
         let mut body = self.json();
         names.map(|name| body["error"][name].take())
     }
 
-    /// Status and service code: what a refusal is told by.
+    /// Returns status and service code, by which tests recognise a refusal.
     #[track_caller]
     pub fn refusal(&self) -> (u16, u64) {
         (
@@ -117,7 +117,7 @@ impl Message {
     }
 }
 
-/// Names in lower case with their values, sorted, of lines such as `Name: value`.
+/// Parses lines such as `Name: value`. Returns names in lower case with their values, sorted.
 pub fn parse_headers(lines: &str) -> Vec<(String, &str)> {
     let headers = lines.lines().filter_map(|line| line.split_once(':'));
     let mut headers: Vec<_> = headers
@@ -127,7 +127,7 @@ pub fn parse_headers(lines: &str) -> Vec<(String, &str)> {
     headers
 }
 
-/// A request with our usual `Host`, these lines of headers and, if there is a body, its length.
+/// Returns a request with our usual `Host`, these header lines and, if there is a body, its length.
 pub fn request(line: &str, headers: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let length = (!body.is_empty()).then_some(body.len());
@@ -151,7 +151,7 @@ pub fn post(path: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     )
 }
 
-/// An answer with these lines of headers and its length.
+/// Returns a response with these header lines and its length.
 pub fn reply(status: u16, headers: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     message(
@@ -162,7 +162,7 @@ pub fn reply(status: u16, headers: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     )
 }
 
-/// An answer as Kling gives it.
+/// Returns a response in Kling's form.
 pub fn kling(status: u16, body: impl AsRef<[u8]>) -> Vec<u8> {
     reply(status, "content-type: application/json", body)
 }
@@ -181,7 +181,7 @@ pub fn gzip(body: impl AsRef<[u8]>) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// One chunk of a chunked body; `None` is the last.
+/// Reads one chunk of a chunked body. Returns `None` for the last chunk.
 pub fn read_chunk(from: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
     let mut size = String::new();
     from.read_line(&mut size)?;
@@ -196,14 +196,14 @@ pub fn read_chunk(from: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// Whether an answer ended before it was whole.
+/// Returns true if a response ended before it was whole.
 pub fn is_cut_off(answer: &io::Result<Message>) -> bool {
     use io::ErrorKind::{ConnectionReset, UnexpectedEof};
     let kind = answer.as_ref().err().map(io::Error::kind);
     kind.is_some_and(|kind| [ConnectionReset, UnexpectedEof].contains(&kind))
 }
 
-/// Whether an error says that it may be sent again; nothing if it is not in the documented form.
+/// Returns an error's `retryable`, or `None` if the error is not in the documented form.
 pub fn documented(answer: &Message) -> Option<bool> {
     let body: Value = serde_json::from_slice(&answer.body).ok()?;
     let error = &body["error"];

@@ -1,19 +1,19 @@
-//! A pair of keys in files, and how they are replaced.
+//! A key pair in files that can be replaced.
 
 use std::{fs, os::unix::fs::symlink, path::PathBuf};
 
 use super::{Command, Credential, Message, Proxy, Upstream, claims};
 
-/// How the files of a pair are replaced.
+/// Methods to replace the files of a pair.
 #[derive(Clone, Copy, Debug)]
 pub enum Way {
-    /// Each by a rename.
+    /// Each file is replaced by a rename.
     Rename,
-    /// Both at once, by a link to their folder, as Kubernetes has it.
+    /// Both files are replaced at once, by a link to their folder, as in Kubernetes.
     Swap,
 }
 
-/// The folder of a pair.
+/// Folder with the files of a pair.
 pub struct KeyFiles {
     folder: PathBuf,
     way: Way,
@@ -21,7 +21,7 @@ pub struct KeyFiles {
 
 const NAMES: [&str; 2] = ["access_key", "secret_key"];
 
-/// The pair of a generation.
+/// Returns the pair of a generation.
 pub fn keys(generation: usize) -> [&'static str; 2] {
     ["access", "secret"].map(|half| &*format!("{half}-key-{generation}").leak())
 }
@@ -31,7 +31,7 @@ pub fn pair(generation: usize) -> Credential {
     Credential::Pair(access_key, secret_key)
 }
 
-/// Whether a request shows the access key of a generation.
+/// Returns true if a request was signed with the access key of a generation.
 pub fn shows(request: &Message, generation: usize) -> bool {
     let authorization = request.header("authorization").unwrap();
     claims(authorization)["iss"] == keys(generation)[0]
@@ -40,13 +40,13 @@ pub fn shows(request: &Message, generation: usize) -> bool {
 // === impl KeyFiles ===
 
 impl KeyFiles {
-    /// The files of generation 0, and a proxy that reads them.
+    /// Writes the files of generation 0, and starts a proxy that reads them.
     pub fn start(way: Way, upstream: &Upstream) -> (Self, Proxy) {
         let (files, command) = Self::of(way, Command::new([]).upstream(upstream));
         (files, command.start())
     }
 
-    /// The files of generation 0, and the command with them.
+    /// Writes the files of generation 0, and adds them to the command.
     pub fn of(way: Way, command: Command) -> (Self, Command) {
         let folder = command.home().join("keys");
         fs::create_dir(&folder).unwrap();
@@ -80,7 +80,7 @@ impl KeyFiles {
         }
     }
 
-    /// One file of two.
+    /// Replaces one of the two files.
     pub fn write_half(&self, half: usize, generation: usize) {
         let new = self.folder.join("new");
         fs::write(&new, keys(generation)[half]).unwrap();

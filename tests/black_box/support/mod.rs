@@ -1,4 +1,4 @@
-//! What the tests stand on: a client and an upstream written on sockets, and the proxy as a process.
+//! Support for the tests: a client and an upstream written on sockets, and the proxy as a process.
 #![expect(
     unreachable_pub,
     reason = "`pub` means for the tests, and all of them are one crate"
@@ -36,17 +36,17 @@ pub use tls::{Issued, Root};
 pub use token::{ACCESS_KEY, Credential, SECRET_KEY, TOKEN, claims, mint, now, verify};
 pub use upstream::{Gate, SUCCESS, Step, Upstream, send};
 
-/// The longest wait for anything that should come. Failing tests reach it, others never do.
+/// Longest wait for anything that should come. Only failing tests wait so long.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-/// Between two looks at something that should come.
+/// Pause between two checks for something that should come.
 pub const PAUSE: Duration = Duration::from_millis(2);
 
-/// An upstream that answers with success, and a proxy before it.
+/// Starts an upstream that responds with success, and a proxy in front of it.
 pub fn started() -> (Upstream, Proxy) {
     started_with(&[])
 }
 
-/// The same with some settings.
+/// Starts the same with some settings.
 pub fn started_with(settings: &[(&str, &str)]) -> (Upstream, Proxy) {
     let upstream = Upstream::ok();
     let command = Proxy::to(&upstream);
@@ -55,13 +55,13 @@ pub fn started_with(settings: &[(&str, &str)]) -> (Upstream, Proxy) {
     (upstream, proxy)
 }
 
-/// The same, sending nothing twice: for what a single attempt comes to.
+/// Starts the same without retries, for tests about a single attempt.
 pub fn started_without_retry() -> (Upstream, Proxy) {
     started_with(&[("retry.attempts", "1")])
 }
 
-/// A socket that nobody can connect to before it listens, and its address. A proxy may be told to
-/// listen there; nobody else gets the port.
+/// Returns a socket that nobody can connect to before it listens, and its address. A proxy can listen
+/// there, and no other process gets the port.
 pub fn closed() -> (Socket, String) {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
@@ -71,13 +71,13 @@ pub fn closed() -> (Socket, String) {
     (socket, address.to_string())
 }
 
-/// A number from the environment, for longer or repeated runs.
+/// Reads a number from the environment, for longer or repeated runs.
 pub fn given(variable: &str) -> Option<u64> {
     Some(env::var(variable).ok()?.parse().expect("a number"))
 }
 
-/// Lets this process, and those that it starts, have as many descriptors as they may: a connection takes
-/// one at each end, and the usual soft limit is 1024. Returns how many that is.
+/// Raises the limit of descriptors of this process and its children as far as it is allowed to, and returns
+/// the new limit. A connection takes a descriptor at each end, and the usual soft limit is 1024.
 pub fn raise_descriptor_limit() -> usize {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -88,7 +88,7 @@ pub fn raise_descriptor_limit() -> usize {
     maximum.map_or(usize::MAX, |maximum| usize::try_from(maximum).unwrap())
 }
 
-/// Asks again until the answer is yes, and leaves the machine to others meanwhile.
+/// Checks again and again until it happened, with pauses for other processes. Fails if it never happens.
 pub fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !happened() {
@@ -97,7 +97,7 @@ pub fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
     }
 }
 
-/// Fails with the text if a part is not in it.
+/// Fails if a part is missing in the text, and shows the text.
 #[track_caller]
 pub fn assert_has(text: &str, parts: &[&str]) {
     for part in parts {

@@ -8,11 +8,11 @@ use std::{
 
 use rustix::process::geteuid;
 
-/// Set inside.
+/// Variable that is set inside the namespaces.
 const INSIDE: &str = "BLACK_BOX_NAMESPACE";
 
 /// Runs the named test again, in namespaces of its own in which only these names have addresses, and fails
-/// if it does. Returns true once that is done, and false inside.
+/// if it fails. Then returns true. Inside the namespaces it returns false.
 pub fn in_namespace(test: &str, hosts: &str) -> bool {
     if env::var_os(INSIDE).is_some() {
         return false;
@@ -35,9 +35,9 @@ pub fn in_namespace(test: &str, hosts: &str) -> bool {
     true
 }
 
-/// Returns true if this process may give its files to other users. Where it may not, the named test is run
-/// again by root of a user namespace that has other users, and fails if it does; where there can be none, a
-/// line says that the test is skipped.
+/// Returns true if this process may give its files to other users. If not, root of a user namespace with
+/// other users runs the named test again, and this fails if that fails. If there can be no such namespace,
+/// a line reports that the test is skipped.
 pub fn may_give_away(test: &str) -> bool {
     if geteuid().is_root() {
         return true;
@@ -53,7 +53,7 @@ pub fn may_give_away(test: &str) -> bool {
             "test {test} ... SKIPPED: it gives a file to another user, for which it has to run as root, or \
              with newuidmap and a range of users in /etc/subuid\n"
         );
-        // What a macro prints is shown of tests that fail only.
+        // Not a macro, because the output of macros is shown for failing tests only.
         io::stderr().write_all(skipped.as_bytes()).unwrap();
         return false;
     }

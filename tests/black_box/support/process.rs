@@ -1,4 +1,4 @@
-//! The real binary as a child process, with an environment that holds nothing but what the test gives.
+//! The real binary as a child process. Its environment holds only the variables that the test gives.
 
 use std::{
     cell::RefCell,
@@ -22,28 +22,28 @@ use super::{
     ACCESS_KEY, Connection, Gate, Message, PATIENCE, SECRET_KEY, TOKEN, Upstream, get, post,
 };
 
-/// The variable of the tests that sets the log filter of every proxy that does not set its own.
+/// Variable of the tests that sets the log filter of every proxy without a filter of its own.
 const LOG_FILTER: &str = "BLACK_BOX_LOG_FILTER";
 
-/// A command line with its environment, ready to start. Ports are free ones, the home folder is new.
+/// Command line with its environment, ready to start. It uses free ports and a new home folder.
 pub struct Command {
     process: std::process::Command,
     home: TempDir,
-    /// Opened before anybody reads the log.
+    /// Opened before the log is read.
     gate: Gate,
 }
 
-/// A running proxy; dropping it kills it.
+/// Running proxy. Dropping it kills it.
 pub struct Proxy {
     pub address: SocketAddr,
     pub stdout: Lines,
-    /// The log.
+    /// Lines of the log, from standard error.
     pub stderr: Lines,
     child: Child,
     _home: TempDir,
 }
 
-/// How a command ended that ends by itself.
+/// Exit code and output of a command that has ended by itself.
 #[derive(Debug)]
 pub struct Finished {
     pub code: Option<i32>,
@@ -51,7 +51,7 @@ pub struct Finished {
     pub stderr: String,
 }
 
-/// The lines of a pipe, as they come.
+/// Lines of a pipe, as they arrive.
 pub struct Lines {
     coming: Receiver<String>,
     seen: RefCell<Vec<String>>,
@@ -77,12 +77,13 @@ impl Command {
         .setting("listen.address", "127.0.0.1:0")
         .setting("admin.address", "127.0.0.1:0")
         .setting("log.format", "json")
-        // Upstream counts requests and connections: those of clients only, unless a test asks.
+        // Upstream counts requests and connections. Only those of clients count, unless a test wants
+        // others.
         .setting("upstream.warm_up", "false")
         .setting("upstream.keep_warm", "0s")
     }
 
-    /// Sets a setting by its variable; an empty value unsets it.
+    /// Sets a setting by its variable. An empty value removes the variable.
     pub fn setting(self, key: &str, value: impl AsRef<str>) -> Self {
         let name = format!("KLING_PROXY_{}", key.to_uppercase().replace('.', "__"));
         self.env(&name, value)
@@ -96,7 +97,7 @@ impl Command {
         self
     }
 
-    /// Sets a variable to nothing, which is not the same as leaving it out.
+    /// Sets a variable to an empty text, which is not the same as removing it.
     pub fn empty_env(mut self, name: &str) -> Self {
         self.process.env(name, "");
         self
@@ -106,7 +107,7 @@ impl Command {
         self.origin(&upstream.url, upstream.ca_file.as_deref())
     }
 
-    /// Where requests go, and the trust root for that, where it speaks TLS.
+    /// Sets the URL for requests, and the trust root if it speaks TLS.
     pub fn origin(self, url: &str, ca_file: Option<&Path>) -> Self {
         let ca_file = ca_file.map_or("", |path| path.to_str().unwrap());
         self.setting("upstream.url", url)
@@ -123,7 +124,7 @@ impl Command {
         self
     }
 
-    /// Runs it by a shell that does this first, in the same process.
+    /// Runs the command by a shell that runs `first` before it, in the same process.
     pub fn after(mut self, first: &str) -> Self {
         let script = format!(r#"{first} exec "$0" "$@""#);
         let mut shell = std::process::Command::new("/bin/sh");
@@ -139,7 +140,7 @@ impl Command {
         self
     }
 
-    /// Hands listening sockets over with their names, as systemd does.
+    /// Hands over listening sockets with their names, as systemd does.
     pub fn sockets(self, sockets: Vec<(&str, OwnedFd)>) -> Self {
         let (names, sockets): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
         let mut command = self
@@ -155,12 +156,12 @@ impl Command {
         command
     }
 
-    /// The home folder, which is the working directory too.
+    /// Returns the home folder, which is also the working directory.
     pub fn home(&self) -> PathBuf {
         self.home.path().to_owned()
     }
 
-    /// Writes a file below the home folder.
+    /// Writes a file below the home folder, and returns its path.
     pub fn file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.home.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -168,13 +169,13 @@ impl Command {
         path
     }
 
-    /// The settings file in the user's configuration folder.
+    /// Writes the settings file in the user's configuration folder.
     pub fn config(self, content: &str) -> Self {
         self.file(".config/kling-proxy/config.toml", content);
         self
     }
 
-    /// Takes from it what root may do more than others.
+    /// Takes the special rights of root from the command.
     pub fn unprivileged(mut self) -> Self {
         let variables = self.process.get_envs();
         let variables = variables.filter_map(|(name, value)| Some((name, value?)));
@@ -188,13 +189,13 @@ impl Command {
         self
     }
 
-    /// Starts it out of the foreground of whatever terminal the tests have.
+    /// Starts the command outside the foreground of a terminal that the tests may have.
     pub fn in_background(mut self) -> Self {
         self.process.process_group(0);
         self
     }
 
-    /// Lets nobody read the log before the gate is open.
+    /// Leaves the log unread until the gate is open.
     pub fn unread_log(mut self, gate: &Gate) -> Self {
         self.gate = gate.clone();
         self
@@ -205,7 +206,7 @@ impl Command {
         self.listening("proxy")
     }
 
-    /// Starts a proxy that asks upstream at its start, and waits until it has.
+    /// Starts a proxy that sends a request to upstream at its start, and waits until it is connected.
     pub fn start_warm(self) -> Proxy {
         let proxy = self
             .setting("upstream.warm_up", "true")
@@ -244,7 +245,7 @@ impl Command {
         let mut child = self.spawn();
         let (stdout, stderr) = lines(&mut child, self.gate.clone());
         stdout.find(|_| false);
-        // Whatever has not ended by now never will; the missing exit code says so.
+        // A process that has not ended by now never will. The missing exit code shows that.
         child.kill().unwrap();
         let (stdout, stderr) = (stdout.to_end(), stderr.to_end());
         Finished {
@@ -267,7 +268,7 @@ impl Command {
 // === impl Proxy ===
 
 impl Proxy {
-    /// A proxy to this upstream, with its keys.
+    /// Returns a command for a proxy to this upstream, with its keys.
     pub fn to(upstream: &Upstream) -> Command {
         Command::new([]).upstream(upstream).keys()
     }
@@ -289,21 +290,21 @@ impl Proxy {
         self.send(post(path, body))
     }
 
-    /// The address of another listener: `admin` or `sandbox`.
+    /// Returns the address of another listener: `admin` or `sandbox`.
     pub fn listener(&self, name: &str) -> SocketAddr {
         self.stdout
             .listener(name)
             .unwrap_or_else(|| panic!("no {name} listener"))
     }
 
-    /// Asks the admin listener.
+    /// Sends a request to the admin listener.
     pub fn admin(&self, path: &str) -> Message {
         Connection::to(self.listener("admin"))
             .send(get(path))
             .answer()
     }
 
-    /// The value of a metric that has no labels.
+    /// Returns the value of a metric that has no labels.
     pub fn metric(&self, name: &str) -> f64 {
         let answer = self.admin("/metrics");
         let mut samples = answer
@@ -318,23 +319,23 @@ impl Proxy {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Waits for the end: exit code and everything logged.
+    /// Waits for the end. Returns the exit code and all log lines.
     pub fn end(mut self) -> (Option<i32>, String) {
         self.stdout.to_end();
         (self.child.wait().unwrap().code(), self.stderr.to_end())
     }
 
-    /// A file of `/proc/PID`.
+    /// Reads a file of `/proc/PID`.
     pub fn proc(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).unwrap()
     }
 
-    /// Where a file of `/proc/PID` is.
+    /// Returns the path of a file of `/proc/PID`.
     pub fn path(&self, name: &str) -> PathBuf {
         format!("/proc/{}/{name}", self.child.id()).into()
     }
 
-    /// CPU time in ticks (proc(5)): that of its first thread, and that of all.
+    /// Returns the CPU time of the first thread, and of all threads, in ticks (proc(5)).
     pub fn cpu_times(&self) -> [u64; 2] {
         let own = format!("task/{}/stat", self.child.id());
         [&own, "stat"].map(|file| {
@@ -346,7 +347,7 @@ impl Proxy {
         })
     }
 
-    /// A line of `/proc/PID/status` in bytes, such as `VmRSS` or `VmHWM`.
+    /// Returns a line of `/proc/PID/status` in bytes, such as `VmRSS` or `VmHWM`.
     pub fn memory(&self, line: &str) -> usize {
         let status = self.proc("status");
         let line = status
@@ -362,7 +363,7 @@ impl Proxy {
     }
 }
 
-/// R21, in every test: whatever a proxy puts out shows neither its secret key nor a token.
+/// R21, in every test: no output of a proxy shows its secret key or a token.
 impl Drop for Proxy {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -393,7 +394,7 @@ impl Lines {
         }
     }
 
-    /// The first line, past or coming, that is wanted; `None` when the pipe ends or patience does.
+    /// Returns the first matching line, past or future, or `None` if the pipe ends or it takes too long.
     pub fn find(&self, wanted: impl Fn(&str) -> bool) -> Option<String> {
         let deadline = Instant::now() + PATIENCE;
         let mut seen = self.seen.borrow_mut();
@@ -409,20 +410,20 @@ impl Lines {
         None
     }
 
-    /// Returns true if such a line has come.
+    /// Returns true if a matching line has arrived.
     pub fn has(&self, wanted: impl Fn(&str) -> bool) -> bool {
         let mut seen = self.seen.borrow_mut();
         seen.extend(self.coming.try_iter());
         seen.iter().any(|line| wanted(line))
     }
 
-    /// All lines, once the process has closed the pipe.
+    /// Returns all lines, after the process has closed the pipe.
     pub fn to_end(&self) -> String {
         self.find(|_| false);
         self.seen.borrow().join("\n")
     }
 
-    /// The address in a line such as `proxy  http://127.0.0.1:41234 -> …`.
+    /// Returns the address in a line such as `proxy  http://127.0.0.1:41234 -> …`.
     fn listener(&self, name: &str) -> Option<SocketAddr> {
         let line = self.find(|line| line.split_whitespace().next() == Some(name))?;
         let url = line.split_whitespace().nth(1)?;
@@ -430,7 +431,7 @@ impl Lines {
     }
 }
 
-/// A command that may do no more than those of other users, whoever runs the tests.
+/// Returns a command that runs without the special rights of root, even if root runs the tests.
 pub fn unprivileged(program: impl AsRef<OsStr>) -> std::process::Command {
     let (runner, flags) = if geteuid().is_root() {
         (

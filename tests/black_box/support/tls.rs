@@ -7,10 +7,10 @@ use rcgen::{
 };
 use rustls::{ClientConfig, RootCertStore, crypto::CryptoProvider};
 
-/// A trust root.
+/// Trust root of a test.
 pub struct Root(CertifiedIssuer<'static, KeyPair>);
 
-/// What a root has vouched for.
+/// Certificate that a root has signed, with its key.
 pub struct Issued {
     pub certificate: Certificate,
     pub key: KeyPair,
@@ -29,7 +29,7 @@ impl Root {
         self.sign(&CertificateParams::new([name.to_owned()]).unwrap())
     }
 
-    /// What ends at this time, in seconds since 1970.
+    /// Issues a certificate that ends at this time, in seconds since 1970.
     pub fn issue_until(&self, name: &str, end: u64) -> Issued {
         let mut certificate = CertificateParams::new([name.to_owned()]).unwrap();
         certificate.not_after = date_time_ymd(1970, 1, 1) + Duration::from_secs(end);
@@ -46,7 +46,7 @@ impl Root {
         Issued { certificate, key }
     }
 
-    /// A client that trusts this root alone and offers these protocols.
+    /// Returns the configuration of a client that trusts only this root and offers these protocols.
     pub fn client(&self, protocols: &[&str]) -> ClientConfig {
         let mut roots = RootCertStore::empty();
         roots.add(self.0.der().clone()).unwrap();

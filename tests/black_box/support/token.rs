@@ -1,4 +1,4 @@
-//! Tokens as Kling documents them, in literals of our own: what the proxy signs is judged by this.
+//! Tokens as Kling documents them, in literals of our own. They check what the proxy signs.
 
 use std::time::SystemTime;
 
@@ -10,22 +10,22 @@ use super::Message;
 
 pub const ACCESS_KEY: &str = "AccessKeyOfTheBlackBoxTests00001";
 pub const SECRET_KEY: &str = "SecretKeyOfTheBlackBoxTests00001";
-/// How the first part of every JWT begins.
+/// Text that every JWT begins with.
 pub const TOKEN: &str = "eyJ";
 
-/// What an upstream takes for authentication.
+/// Credential that an upstream accepts.
 #[derive(Clone, Copy, Debug)]
 pub enum Credential {
     Pair(&'static str, &'static str),
     ApiKey(&'static str),
-    /// Anything or nothing: the script judges.
+    /// Anything or nothing: the test itself checks.
     Any,
 }
 
 // === impl Credential ===
 
 impl Credential {
-    /// Says what is wrong with the `Authorization` of a request.
+    /// Checks the `Authorization` of a request, or returns what is wrong with it.
     pub fn judge(self, request: &Message) -> Result<(), String> {
         let values = request.values("authorization");
         let token = || {
@@ -74,12 +74,12 @@ pub fn verify(token: &str, access_key: &str, secret_key: &str) -> Result<(), Str
     Ok(())
 }
 
-/// The claims of a token or of an `Authorization` value.
+/// Returns the claims of a token or of an `Authorization` value.
 pub fn claims(token: &str) -> Value {
     decode(token.split('.').nth(1).expect("a token")).unwrap()
 }
 
-/// Signs by HMAC-SHA-256, whatever the header says.
+/// Mints a token. It signs by HMAC-SHA-256, even if the header has another algorithm.
 pub fn mint(header: &Value, claims: &Value, secret_key: &str) -> String {
     let encode = |part: &Value| BASE64.encode(part.to_string());
     let signed = format!("{}.{}", encode(header), encode(claims));
@@ -88,7 +88,7 @@ pub fn mint(header: &Value, claims: &Value, secret_key: &str) -> String {
     format!("{signed}.{signature}")
 }
 
-/// Seconds since 1970.
+/// Returns the seconds since 1970.
 pub fn now() -> u64 {
     SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs()
 }

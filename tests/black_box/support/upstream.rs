@@ -1,4 +1,4 @@
-//! A strict Kling: records every request, complains of what it may not see, answers by script.
+//! A strict Kling: records every request, complains of illegal requests, and responds by a script.
 
 use std::{
     collections::BTreeSet,
@@ -37,20 +37,20 @@ use super::{
     reply, tls::provider,
 };
 
-/// A success of Kling's.
+/// Body of a success from Kling.
 pub const SUCCESS: &str =
     r#"{"code":0,"message":"SUCCEED","request_id":"up-1","data":{"task_id":"829836802793406551"}}"#;
 
-/// One step of an answer.
+/// Step of a scripted response.
 pub enum Step {
     Send(Vec<u8>),
     Wait(Gate),
-    /// Says nothing more and keeps the connection until the proxy gives it up.
+    /// Sends no more, and keeps the connection until the proxy gives up.
     Hang,
     Close,
-    /// Breaks the connection off without a word; of HTTP/2, only the stream.
+    /// Breaks off the connection without notice. With HTTP/2 it is only the stream.
     Reset,
-    /// Says that nothing more will be sent, and reads on; over HTTP/2 GOAWAY.
+    /// Ends the sending side and reads on. With HTTP/2 it is GOAWAY.
     HalfClose,
 }
 
@@ -58,27 +58,27 @@ pub enum Step {
 #[derive(Clone, Default)]
 pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
 
-/// What an upstream has seen so far.
+/// Everything that an upstream has seen so far.
 #[derive(Clone, Default)]
 pub struct Seen {
     pub connections: usize,
-    /// Those of them that speak HTTP/2.
+    /// Connections among them that speak HTTP/2.
     pub shared: usize,
-    /// Connections that ended: idle, in the middle of a request or while we hung.
+    /// Connections that ended: idle, in the middle of a request or during [`Step::Hang`].
     pub closed: usize,
-    /// Bytes of requests, framing included.
+    /// Bytes of requests, with their framing.
     pub bytes: usize,
-    /// Whole requests only.
+    /// Requests that have arrived completely.
     pub requests: Vec<Message>,
     complaints: BTreeSet<String>,
-    /// Whether requests are judged and answered only.
+    /// True if requests are only checked and answered, not kept.
     forgetful: bool,
 }
 
-/// Listens on a port of its own. Dropping it fails the test if any request was not as it must be.
+/// Upstream on a port of its own. Dropping it fails the test if any request was illegal.
 pub struct Upstream {
     pub url: String,
-    /// The trust root of an upstream that speaks TLS.
+    /// Trust root of an upstream that speaks TLS.
     pub ca_file: Option<PathBuf>,
     shared: Arc<Shared>,
     _folder: TempDir,
@@ -89,24 +89,24 @@ type Interruption = Arc<dyn Fn(usize, &str) -> Option<usize> + Send + Sync>;
 
 struct Shared {
     authority: String,
-    /// Any of these will do.
+    /// Accepted credentials. One of them is enough.
     credentials: Mutex<Vec<Credential>>,
     script: Mutex<Script>,
     interruption: Mutex<Interruption>,
-    /// Connections so far, each of which has a number.
+    /// Number of connections so far. Each connection gets a number.
     numbered: AtomicUsize,
     seen: Mutex<Seen>,
     changed: Condvar,
 }
 
-/// How an HTTP/2 connection is told to end.
+/// Requests to end an HTTP/2 connection.
 #[derive(Default)]
 struct Ending {
     close: Notify,
     go_away: Notify,
 }
 
-/// Counts what is read while it is being read.
+/// Counts bytes as they are read.
 struct Counted<'a, S>(S, &'a Shared);
 
 pub fn send(bytes: impl AsRef<[u8]>) -> Step {
@@ -141,7 +141,7 @@ impl Gate {
 // === impl Upstream ===
 
 impl Upstream {
-    /// Answers every request with Kling's success, until told otherwise.
+    /// Responds to every request with Kling's success, until the test sets another script.
     pub fn ok() -> Self {
         Self::expecting(Credential::Pair(ACCESS_KEY, SECRET_KEY))
     }
@@ -150,7 +150,7 @@ impl Upstream {
         Self::start(credential, None, None)
     }
 
-    /// As `localhost` over TLS, by `http/1.1` or `h2`, or either: `h2,http/1.1`.
+    /// Speaks TLS as `localhost`, with `http/1.1`, `h2`, or either: `h2,http/1.1`.
     pub fn tls(protocol: &str) -> Self {
         Self::start(
             Credential::Pair(ACCESS_KEY, SECRET_KEY),
@@ -159,17 +159,17 @@ impl Upstream {
         )
     }
 
-    /// The same, but the test itself judges what authenticates a request.
+    /// Speaks TLS too, but the test itself checks the credential of a request.
     pub fn lenient(protocol: &str) -> Self {
         Self::start(Credential::Any, Some(protocol), None)
     }
 
-    /// The same, so far away that each way takes this long.
+    /// Is like [`Self::lenient`], but so far away that each direction takes `way`.
     pub fn far_away(protocol: &str, way: Duration) -> Self {
         Self::start(Credential::Any, Some(protocol), Some(way))
     }
 
-    /// From now on answers every request with these bytes, HEAD with an empty success.
+    /// Responds to every request with these bytes from now on, and to HEAD with an empty success.
     pub fn answer(&self, bytes: Vec<u8>) {
         self.script(move |request| match request.method() {
             "HEAD" => vec![send(reply(200, "", ""))],
@@ -181,20 +181,20 @@ impl Upstream {
         *self.shared.script.lock().unwrap() = Arc::new(script);
     }
 
-    /// From now on any of these will do, and no other.
+    /// Accepts any of these credentials from now on, and no other.
     pub fn expect(&self, credentials: impl Into<Vec<Credential>>) {
         *self.shared.credentials.lock().unwrap() = credentials.into();
     }
 
-    /// From now on asks, by the number of a connection and the first line of a request that has begun
-    /// to arrive over it, whether to break off the connection, and after how many more bytes. The line
-    /// is empty for a new connection, which goes no further, not even to the TLS handshake, before
-    /// there is an answer.
+    /// Calls `when` from now on, which decides to break off a connection, after the given number of further
+    /// bytes. Its arguments are the number of the connection and the first line of a request that has begun
+    /// to arrive. The line is empty for a new connection, which waits for the decision, even before the TLS
+    /// handshake.
     pub fn interrupt(&self, when: impl Fn(usize, &str) -> Option<usize> + Send + Sync + 'static) {
         *self.shared.interruption.lock().unwrap() = Arc::new(when);
     }
 
-    /// From now on every success waits for the gate.
+    /// Holds back every success from now on, until the gate is open.
     pub fn hold(&self) -> Gate {
         let gate = Gate::default();
         let held = gate.clone();
@@ -202,12 +202,12 @@ impl Upstream {
         gate
     }
 
-    /// From now on keeps no request: there will be too many for that.
+    /// Keeps no request from now on, because there will be too many.
     pub fn forget(&self) {
         self.shared.seen().forgetful = true;
     }
 
-    /// What was seen once it was enough; fails the test if it never is.
+    /// Waits until enough was seen, and returns everything that was. Fails the test if that never happens.
     pub fn wait(&self, enough: impl Fn(&Seen) -> bool) -> Seen {
         let Shared { seen, changed, .. } = &*self.shared;
         let seen = seen.lock().unwrap();
@@ -225,7 +225,7 @@ impl Upstream {
         self.shared.seen().clone()
     }
 
-    /// The latest whole request.
+    /// Returns the latest whole request.
     pub fn last(&self) -> Message {
         self.shared
             .seen()
@@ -328,7 +328,7 @@ impl Shared {
             thread::spawn(move || {
                 let socket = stream.try_clone().unwrap();
                 let number = shared.number();
-                // That the proxy went away is no complaint: tests look at what arrived.
+                // If the proxy has disconnected, that is no complaint: tests check what arrived.
                 let _ = if shared.interruption(number, "").is_some() {
                     reset(&socket)
                 } else if let Some(config) = tls {
@@ -377,7 +377,8 @@ impl Shared {
         }
     }
 
-    /// HTTP/2 is hyper's work; its requests are written down as if they had come by HTTP/1.
+    /// Accepts connections for HTTP/2, which hyper serves. Their requests are recorded in the form of
+    /// HTTP/1.
     #[tokio::main(flavor = "current_thread")]
     async fn accept_http2(self: Arc<Self>, listener: TcpListener, config: &Arc<ServerConfig>) {
         listener.set_nonblocking(true).unwrap();
@@ -425,7 +426,7 @@ impl Shared {
         });
         let connection = http2::Builder::new(TokioExecutor::new());
         let mut connection = pin!(connection.serve_connection(TokioIo::new(stream), service));
-        // However it ends, tests look at what arrived.
+        // Any end is fine here, because tests check what arrived.
         let _ = tokio::select! {
             ended = &mut connection => ended,
             () = told.close.notified() => Ok(()),
@@ -437,7 +438,7 @@ impl Shared {
         self.note(|seen| seen.closed += 1);
     }
 
-    /// An error resets the stream.
+    /// Answers a request. An error resets the stream.
     async fn answer_http2(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -509,12 +510,12 @@ impl<S: Read> Read for Counted<'_, S> {
     }
 }
 
-/// Has the last of its owners close a connection by RST: what was sent last may never arrive.
+/// Makes the last owner close the connection by RST. Data sent shortly before may never arrive.
 fn reset(socket: &TcpStream) -> io::Result<()> {
     SockRef::from(socket).set_linger(Some(Duration::ZERO))
 }
 
-/// An answer of HTTP/1 as one of HTTP/2. Its stream is reset where the body is shorter than it says.
+/// Turns an HTTP/1 response into HTTP/2. The stream is reset if the body is shorter than its length.
 fn in_http2(mut answer: &[u8]) -> io::Result<Response<BoxBody<Bytes, io::Error>>> {
     let mut message = Message::read_head(&mut answer)?.ok_or(io::ErrorKind::UnexpectedEof)?;
     let came = Bytes::copy_from_slice(answer);
@@ -536,7 +537,7 @@ fn in_http2(mut answer: &[u8]) -> io::Result<Response<BoxBody<Bytes, io::Error>>
     response.body(body).map_err(io::Error::other)
 }
 
-/// A server for `localhost`, and the root that vouches for it.
+/// Returns the TLS configuration of `localhost`, and the root that signs its certificate.
 pub fn server(protocol: &str) -> (Root, ServerConfig) {
     let root = Root::new();
     let Issued { certificate, key } = root.issue("localhost");
