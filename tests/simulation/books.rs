@@ -1,34 +1,34 @@
-//! What was seen of each request, and the rules.
+//! Records of each request, and the rules that they must not break.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Add, AddAssign};
 
 use crate::plan::{Kind, Plan};
 
-/// The longest that a request may take, in milliseconds. Three attempts of a read, each of which takes
-/// as long as connecting, its body, upstream's answer and an error's body may take, with the waits
-/// between them.
+/// Longest time of a request, in milliseconds. A read has three attempts, with waits between them. Each
+/// attempt may take as long as connecting, its body, upstream's response and the body of an error together.
 const LONGEST: u64 = 3 * (5_000 + 90_000 + 60_000 + 30_000) + 3_000;
-/// How long upstream may take to read what was sent: it opens its window a moment after each frame.
+/// Milliseconds that upstream may take to read what was sent: it opens its window a moment after each
+/// frame.
 const READING: u64 = 5;
-/// How long the proxy listens for an answer after 9102.
+/// Milliseconds that the proxy waits for a response after 9102.
 const LISTENING: u64 = 300_000;
 
-/// One request of a client: the wish and the try.
+/// Name of a client's request: the numbers of the wish and of the try.
 pub(crate) type Name = (usize, usize);
 
 /// Everything that was seen in a run. Times are in milliseconds.
 #[derive(Debug, Default)]
 pub(crate) struct Books {
     pub(crate) requests: BTreeMap<Name, Entry>,
-    /// What the log says of each request, by its messages.
+    /// Messages in the log about each request, by its id.
     pub(crate) log: BTreeMap<String, Vec<String>>,
-    /// The tasks that the log names.
+    /// Tasks that the log names.
     pub(crate) logged_tasks: BTreeSet<String>,
-    /// When the proxy was told to end, and when it had ended.
+    /// Time at which the proxy was told to end.
     pub(crate) told_to_end: Option<u64>,
     pub(crate) ended: Option<u64>,
-    /// How long it may take to end.
+    /// Longest time that the proxy may take to end.
     pub(crate) drain: u64,
 }
 
@@ -36,57 +36,57 @@ pub(crate) struct Books {
 pub(crate) struct Entry {
     pub(crate) kind: Kind,
     pub(crate) begun: u64,
-    /// When its client left without an answer.
+    /// Time at which the client left without a response.
     pub(crate) left: Option<u64>,
-    /// When its client had an answer, and what it was.
+    /// Time at which the client had an outcome, and the outcome.
     pub(crate) told: Option<(u64, Told)>,
-    /// What upstream saw of it.
+    /// Arrivals of the request at upstream.
     pub(crate) arrivals: Vec<Arrival>,
 }
 
-/// How many creates of many runs ended how.
+/// Numbers of creates in many runs, by their outcome.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Outcomes {
     pub(crate) creates: u64,
     pub(crate) answered: u64,
     pub(crate) refused: u64,
-    /// Their clients left, and they were never sent.
+    /// Creates whose clients left, and which were never sent.
     pub(crate) cancelled: u64,
     pub(crate) sent_again: u64,
 }
 
-/// How a client's request ended.
+/// Outcome of a request for its client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Told {
     Status(u16),
-    /// It could not connect, which it is allowed to find out only while the proxy ends.
+    /// The client could not connect. That is allowed only while the proxy ends.
     NotAccepted,
-    /// The connection ended without a whole answer.
+    /// The connection ended without a whole response.
     CutOff,
 }
 
-/// A request that arrived upstream.
+/// Arrival of a request at upstream.
 #[derive(Debug)]
 pub(crate) struct Arrival {
     pub(crate) begun: u64,
-    /// When the last byte of it was there.
+    /// Time at which its last byte had arrived.
     pub(crate) whole: Option<u64>,
-    /// Whether upstream has begun to answer it.
+    /// True if upstream has begun to respond.
     pub(crate) answering: bool,
-    /// Whether upstream said that it did nothing with it.
+    /// True if upstream responded that it did nothing.
     pub(crate) refused: bool,
-    /// The task that was made of it.
+    /// Task that was made of it.
     pub(crate) task: Option<String>,
-    /// When the whole answer that names the task is written, if the proxy lets it.
+    /// Time at which upstream writes the end of the response that names the task, if the proxy lets it.
     pub(crate) answered: Option<u64>,
 }
 
 // === impl Outcomes ===
 
 impl Outcomes {
-    /// Returns true if the proxy did its work: one that sends nothing, or nothing twice, breaks no rule of
-    /// a single run. Of 1,000 seeds 36 % of the creates are answered with a task, 10 % are cancelled, and 9 %
-    /// are sent again.
+    /// Returns true if the proxy did its work. A proxy that sends nothing, or nothing twice, breaks no rule
+    /// of a single run. In 1,000 seeds 36 % of the creates are answered with a task, 10 % are cancelled, and
+    /// 9 % are sent again.
     pub(crate) fn is_usual(&self) -> bool {
         let percent = |count: u64| 100 * count / self.creates.max(1);
         let [answered, refused, cancelled, sent_again] =
@@ -126,7 +126,7 @@ impl Books {
         }
     }
 
-    /// The rules that were broken.
+    /// Returns the rules that were broken.
     pub(crate) fn violations(&self) -> Vec<String> {
         let creates = self
             .requests
@@ -146,7 +146,7 @@ impl Books {
         violations
     }
 
-    /// How the creates ended.
+    /// Counts the outcomes of the creates.
     pub(crate) fn outcomes(&self) -> Outcomes {
         let mut outcomes = Outcomes::default();
         for entry in self.requests.values() {
@@ -178,7 +178,7 @@ impl Books {
             if carried_out {
                 broken("sent again although it may have made a task");
             }
-            // One whose client left inside of its body never becomes whole.
+            // If the client left inside the body, the arrival never becomes whole.
             if arrival.begun > over && arrival.whole.is_some() {
                 broken("sent after its client had left or was told its outcome");
             }
@@ -216,7 +216,7 @@ impl Books {
         let is_ending = self.told_to_end.is_some_and(|end| at >= end);
         match told {
             Told::NotAccepted if !is_ending => broken("not accepted"),
-            // Only an answer whose head was there may be cut off.
+            // Only a response whose head has begun to arrive may be cut off.
             Told::CutOff if !entry.is_shut_out(self.told_to_end) && !entry.is_answering() => {
                 broken("cut off without an answer")
             }
@@ -241,8 +241,7 @@ impl Entry {
         self.arrivals.iter().any(|arrival| arrival.answering)
     }
 
-    /// Returns true if it came when no connection was taken any more, or so shortly before that none was
-    /// served.
+    /// Returns true if the request came after the proxy was told to end: its connection may not be served.
     fn is_shut_out(&self, told_to_end: Option<u64>) -> bool {
         told_to_end.is_some_and(|end| self.begun >= end)
     }

@@ -1,4 +1,4 @@
-//! The clients of a run.
+//! Simulated clients of a run.
 
 use std::io;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use crate::books::{Entry, Name, Told, request_id};
 use crate::plan::{Kind, Wish};
 use crate::world::World;
 
-/// Wants one thing, and asks for it as often as the plan says.
+/// Client that wants one thing, and asks for it as often as the plan allows.
 pub(crate) struct Client {
     world: World,
     index: usize,
     connect: mpsc::Sender<DuplexStream>,
 }
 
-/// What a client's side of a connection holds of what is not read yet, in bytes.
+/// Most unread bytes that the client's side of a connection holds.
 const BUFFER: usize = 64 << 10;
 
 // === impl Client ===
@@ -42,7 +42,7 @@ impl Client {
         }
     }
 
-    /// Asks once. Returns true if that is enough.
+    /// Sends one request. Returns true if no further try is needed.
     async fn ask(&self, name: Name, wish: &Wish, patience: u64) -> bool {
         let begun = self.world.now();
         let entry = Entry {
@@ -64,9 +64,9 @@ impl Client {
             }
         });
         match told {
-            // It left, and asks again at once.
+            // The client left, and asks again at once.
             Err(_) => false,
-            // What may be sent again is sent again a moment later.
+            // A request that may be sent again is sent again a moment later.
             Ok(Told::Status(429 | 503)) => {
                 sleep(Duration::from_millis(10)).await;
                 false
@@ -80,7 +80,7 @@ impl Client {
         if self.connect.send(proxy).await.is_err() {
             return Told::NotAccepted;
         }
-        // That the proxy takes no more is for the answer to tell.
+        // If the proxy stops reading, the response shows that.
         let _ = send(&mut stream, name, wish).await;
         match answer(&mut stream).await {
             Ok(status) => Told::Status(status),
@@ -121,7 +121,7 @@ async fn send(stream: &mut DuplexStream, name: Name, wish: &Wish) -> io::Result<
     stream.write_all(last.as_bytes()).await
 }
 
-/// Reads a whole answer, and returns its status.
+/// Reads a whole response, and returns its status.
 async fn answer(stream: &mut DuplexStream) -> io::Result<u16> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -135,7 +135,7 @@ async fn answer(stream: &mut DuplexStream) -> io::Result<u16> {
         stream.read_exact(&mut body).await?;
         return Ok(status);
     }
-    // Chunks: the last one is empty.
+    // The body is in chunks. The last chunk is empty.
     let mut body = Vec::new();
     while !body.ends_with(b"\r\n0\r\n\r\n") && body != b"0\r\n\r\n" {
         body.push(stream.read_u8().await?);

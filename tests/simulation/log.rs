@@ -1,4 +1,4 @@
-//! Takes the log lines of a run.
+//! Captures the log lines of a run.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -10,7 +10,7 @@ use tracing_subscriber::layer::{Context, Layer};
 
 use crate::books::Books;
 
-/// Writes what each event says of a request into the books. The run has one thread.
+/// Writes each event about a request into the books. A run has one thread.
 pub(crate) struct Capture;
 
 #[derive(Default)]
@@ -24,7 +24,7 @@ thread_local! {
     static BOOKS: RefCell<Option<Arc<Mutex<Books>>>> = const { RefCell::new(None) };
 }
 
-/// Has the lines of this thread written into these books from now on.
+/// Writes the log lines of this thread into these books from now on.
 pub(crate) fn capture(books: Option<Arc<Mutex<Books>>>) {
     BOOKS.set(books);
 }

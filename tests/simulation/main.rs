@@ -1,10 +1,10 @@
-//! The whole proxy in one thread, under simulated time, between simulated clients and a simulated Kling.
+//! The whole proxy in one thread, with simulated time, between simulated clients and a simulated Kling.
 //!
-//! A seed makes a [`Plan`]: who asks for what and when, how long they wait, whether they ask again, and
-//! what upstream does to each request that arrives. [`world::run`] carries it out on in-memory sockets,
-//! which are put in below the connector and at the listener; everything between is the real program.
-//! [`Books`] then says which rule was broken. A plan that breaks one is made smaller, and its seed is
-//! printed: `SIMULATION_SEED=7 cargo test --test simulation` runs that one alone.
+//! A seed makes a [`Plan`]: the requests of the clients, their times, their patience and their retries, and
+//! the reaction of upstream to each request that arrives. [`world::run`] carries it out on in-memory
+//! sockets, which replace the network below the connector and at the listener. Everything between is the
+//! real program. Then [`Books`] reports the rules that were broken. A plan that breaks a rule is made
+//! smaller, and its seed is printed: `SIMULATION_SEED=7 cargo test --test simulation` runs that seed alone.
 
 mod books;
 mod client;
@@ -21,15 +21,15 @@ use std::thread;
 use books::{Books, Outcomes};
 use plan::Plan;
 
-/// How many seeds are run. `SIMULATION_SEEDS` asks for others.
+/// Number of seeds to run. `SIMULATION_SEEDS` sets another number.
 const SEEDS: u64 = 10_000;
 
-/// A number from the environment.
+/// Reads a number from the environment.
 fn given(variable: &str) -> Option<u64> {
     Some(env::var(variable).ok()?.parse().expect("a number"))
 }
 
-/// Takes steps out of a plan for as long as it breaks a rule.
+/// Removes steps from a plan as long as it still breaks a rule.
 fn shrink(mut plan: Plan) -> (Plan, Books) {
     let mut books = world::run(&plan);
     loop {

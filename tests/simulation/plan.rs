@@ -1,4 +1,4 @@
-//! What happens in one simulated run.
+//! Steps of one simulated run.
 
 use fastrand::Rng;
 
@@ -7,13 +7,13 @@ use fastrand::Rng;
 pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) protocol: Protocol,
-    /// Whether a connection is kept ready.
+    /// True if a connection is kept ready.
     pub(crate) keep_warm: bool,
-    /// What users want.
+    /// Wishes of the users, one for each client.
     pub(crate) wishes: Vec<Wish>,
-    /// What becomes of each connection to upstream, in their order; those beyond open at once.
+    /// Outcomes of the connections to upstream, in their order. Further connections open at once.
     pub(crate) dials: Vec<Dialing>,
-    /// When the proxy is told to end, if before everything is over.
+    /// End of the proxy, if it comes before everything is over.
     pub(crate) end: Option<Ending>,
 }
 
@@ -21,26 +21,27 @@ pub(crate) struct Plan {
 pub(crate) enum Protocol {
     Http1,
     Http2 {
-        /// Streams that upstream allows at once.
+        /// Most streams that upstream allows at once.
         streams: u32,
-        /// Bytes of a body that it takes before it opens the window.
+        /// Bytes of a body that upstream accepts before it opens the window.
         window: u32,
     },
 }
 
-/// One task that a user wants, or one thing that they want to know.
+/// Task that a user wants, or information that they want.
 #[derive(Clone, Debug)]
 pub(crate) struct Wish {
     pub(crate) at: u64,
     pub(crate) kind: Kind,
-    /// Bytes of the body beside its external id; 0 for no body at all.
+    /// Bytes of the body without its external id; 0 for no body at all.
     pub(crate) size: usize,
-    /// How long the client stops inside of its body.
+    /// Pause of the client inside its body.
     pub(crate) pause: u64,
-    /// How long the client waits for an answer. Then it leaves, and asks again if there is a next one.
+    /// Patience of the client in each try. After it the client leaves, and begins the next try if there is
+    /// one.
     pub(crate) tries: Vec<u64>,
-    /// What upstream does to each request for it that arrives, in their order; those beyond are
-    /// answered at once.
+    /// Reactions of upstream to the requests for this wish, in the order in which they arrive. Further
+    /// requests get a response at once.
     pub(crate) replies: Vec<Reply>,
 }
 
@@ -57,30 +58,30 @@ pub(crate) enum Dialing {
     Silent,
 }
 
-/// What upstream does to a request that arrives.
+/// Reaction of upstream to a request that arrives.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Reply {
-    /// Makes a task and answers after so long; stops for so long inside of the answer.
+    /// Makes a task and responds after `after`, with a pause inside the response.
     Answer { after: u64, pause: u64 },
-    /// Makes a task, and breaks off inside of the answer.
+    /// Makes a task, and breaks off inside the response.
     CutOff { after: u64 },
-    /// Refuses it with this code: there is no task.
+    /// Refuses the request with this code, without a task.
     Refuse { code: u16, after: u64 },
-    /// Makes a task, and answers with this code.
+    /// Makes a task, and responds with this code.
     Fail { code: u16, after: u64 },
-    /// Answers with an error before the body has arrived: there is no task.
+    /// Responds with an error before the body has arrived, without a task.
     Early,
     /// Breaks the connection when the request begins to arrive.
     LoseBefore,
     /// Makes a task, and breaks the connection or the stream.
     LoseAfter { after: u64 },
-    /// Makes a task, and never answers.
+    /// Makes a task, and never responds.
     Silence,
-    /// Refuses the stream (HTTP/2; else breaks the connection before).
+    /// Refuses the stream. With HTTP/1.1 it acts like `LoseBefore`.
     RefuseStream,
 }
 
-/// How the proxy is told to end.
+/// Time at which the proxy is told to end, and its `drain`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ending {
     pub(crate) at: u64,
@@ -116,7 +117,7 @@ impl Plan {
         }
     }
 
-    /// The same with one step less, or a simpler one.
+    /// Returns the same plan with one step less, or with a simpler step.
     pub(crate) fn smaller(&self) -> impl Iterator<Item = Self> {
         let mut plans = Vec::new();
         let mut with = |change: &dyn Fn(&mut Self)| {
@@ -157,7 +158,7 @@ impl Plan {
 // === impl Protocol ===
 
 impl Protocol {
-    /// What does not take too many steps.
+    /// Returns the largest body that does not take too many steps.
     fn largest_body(self) -> usize {
         match self {
             Self::Http1 => usize::MAX,
@@ -236,7 +237,7 @@ fn one_of<T: Copy>(rng: &mut Rng, all: &[T]) -> T {
     all[rng.usize(..all.len())]
 }
 
-/// Mostly short, and sometimes beyond one of the proxy's time limits.
+/// Returns a delay that is usually short, and sometimes longer than one of the proxy's time limits.
 fn delay(rng: &mut Rng) -> u64 {
     match rng.u8(..10) {
         0..3 => 0,

@@ -1,4 +1,4 @@
-//! The Kling of a run, by HTTP/1.1 or HTTP/2.
+//! Kling in a run, with HTTP/1.1 or HTTP/2.
 
 use std::io;
 use std::sync::Arc;
@@ -16,26 +16,26 @@ use crate::books::{Arrival, Entry, Name};
 use crate::plan::{Dialing, Kind, Protocol, Reply};
 use crate::world::World;
 
-/// Opens connections to itself.
+/// Opens connections to itself, as the plan decides.
 pub(crate) struct Upstream {
     world: World,
     dials: AtomicUsize,
 }
 
-/// A request that has begun to arrive.
+/// Request that has begun to arrive.
 #[derive(Clone)]
 struct Request {
     world: World,
-    /// `None` for the one that the proxy sends for itself.
+    /// Name of the client's request, or `None` for a request of the proxy's own.
     name: Option<Name>,
-    /// Which of the arrivals of its name it is.
+    /// Index among the arrivals of this name.
     index: usize,
     reply: Reply,
 }
 
-/// What a connection holds of what is not read yet, in bytes.
+/// Most unread bytes that a connection holds.
 const BUFFER: usize = 64 << 10;
-/// The longest pause that does not end an answer (`upstream.idle_timeout`), with room to spare.
+/// Longest pause that does not end a response, in milliseconds: a little less than `upstream.idle_timeout`.
 const LONGEST_SILENCE: u64 = 29_000;
 const AT_ONCE: Reply = Reply::Answer { after: 0, pause: 0 };
 
@@ -134,7 +134,7 @@ impl Request {
         });
     }
 
-    /// All of it is there.
+    /// Notes that the whole request has arrived.
     fn whole(&self) {
         self.note(|arrival, now| arrival.whole = Some(now));
     }
@@ -157,7 +157,7 @@ impl Request {
         self.note(|arrival, _| arrival.answering = true);
     }
 
-    /// The whole answer will be written, after a pause inside of it.
+    /// Notes that the whole response will be written, after a pause inside it.
     fn answer(&self, pause: u64) {
         if pause < LONGEST_SILENCE {
             self.note(|arrival, now| arrival.answered = Some(now + pause));
@@ -171,7 +171,7 @@ impl Request {
     }
 }
 
-/// Status and body of an error.
+/// Returns status and body of an error.
 fn refusal(code: u16) -> (u16, String) {
     let status = match code {
         1003 => 401,
@@ -192,11 +192,11 @@ async fn wait(milliseconds: u64) {
 /// Serves a connection until it ends.
 async fn serve_http1(world: World, stream: DuplexStream) {
     let mut stream = BufReader::new(stream);
-    // How it ends is what the plan is about.
+    // Any end is fine: the plan decides it.
     while let Ok(true) = exchange_http1(&world, &mut stream).await {}
 }
 
-/// Answers one request. Returns true if another one may follow.
+/// Answers one request. Returns true if another request may follow.
 async fn exchange_http1(world: &World, stream: &mut BufReader<DuplexStream>) -> io::Result<bool> {
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
@@ -216,7 +216,7 @@ async fn exchange_http1(world: &World, stream: &mut BufReader<DuplexStream>) -> 
         Reply::Early => {
             request.refuse();
             write_http1(stream, &refusal(1201)).await?;
-            // It reads no further, and the connection stays open.
+            // Upstream reads no further, and the connection stays open.
             std::future::pending::<()>().await;
         }
         _ => {}
@@ -296,7 +296,7 @@ async fn serve_http2(world: World, stream: DuplexStream, streams: u32, window: u
     let Ok(mut connection) = connection.await else {
         return;
     };
-    // Then nothing else on it is answered either.
+    // After the connection is lost, other requests on it get no response either.
     let lost = Arc::new(AtomicBool::new(false));
     while let Some(Ok((request, respond))) = connection.accept().await {
         let (head, body) = request.into_parts();
@@ -332,7 +332,7 @@ async fn exchange_http2(
         Reply::Early => {
             request.refuse();
             refuse(&mut respond, 1201);
-            // It reads no further, and the stream stays open.
+            // Upstream reads no further, and the stream stays open.
             return std::future::pending().await;
         }
         _ => {}
@@ -394,7 +394,7 @@ async fn exchange_http2(
     }
 }
 
-/// Sends an answer, or only the beginning of one that has this length.
+/// Sends a response, or only the beginning of a response that has this length.
 fn send_http2(
     respond: &mut server::SendResponse<Bytes>,
     status: u16,
@@ -407,7 +407,7 @@ fn send_http2(
         .header("content-length", length.unwrap_or(text.len()))
         .body(())
         .unwrap();
-    // That nobody wants it any more is what the plan is about.
+    // The proxy may have given up: the plan decides that.
     let mut stream = respond.send_response(head, false).ok()?;
     stream
         .send_data(text.to_owned().into(), length.is_none())

@@ -1,4 +1,4 @@
-//! Runs a plan.
+//! Carries out a plan in simulated time.
 
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
@@ -22,7 +22,7 @@ use crate::log::{Capture, capture};
 use crate::plan::{Ending, Plan};
 use crate::upstream::Upstream;
 
-/// The books of all parts of a run, and the time.
+/// Shared state of a run: its books, its plan and its time.
 #[derive(Clone)]
 pub(crate) struct World {
     pub(crate) books: Arc<Mutex<Books>>,
@@ -30,18 +30,18 @@ pub(crate) struct World {
     start: Instant,
 }
 
-/// The wall clock of a run: it goes with the simulated time.
+/// Wall clock of a run, which follows the simulated time.
 struct SimulatedClock(Instant);
 
-/// How long clients have to read the last answers.
+/// Time that clients have to read the last responses.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
-/// Longer than any late answer is waited for.
+/// Time after the last request. It is longer than the proxy waits for any late response.
 const AFTERMATH: Duration = Duration::from_secs(400);
 
 // === impl World ===
 
 impl World {
-    /// Milliseconds since the start.
+    /// Returns the milliseconds since the start.
     pub(crate) fn now(&self) -> u64 {
         u64::try_from(self.start.elapsed().as_millis()).unwrap()
     }
@@ -61,9 +61,9 @@ impl Clock for SimulatedClock {
     }
 }
 
-/// Carries out a plan, and returns what was seen.
+/// Carries out a plan, and returns the books.
 pub(crate) fn run(plan: &Plan) -> Books {
-    // Of the waits between attempts.
+    // Decides the waits between attempts.
     fastrand::seed(plan.seed);
     let runtime = runtime::Builder::new_current_thread()
         .enable_time()
@@ -83,7 +83,7 @@ pub(crate) fn run(plan: &Plan) -> Books {
         };
         simulate(world).await;
     });
-    // What still runs is dropped, and may tell the log.
+    // Tasks that still run are dropped, and may write to the log.
     drop(runtime);
     capture(None);
     Arc::into_inner(books).unwrap().into_inner().unwrap()
@@ -129,7 +129,7 @@ async fn simulate(world: World) {
     }
     let now = world.now();
     world.note(|books| books.told_to_end = Some(now));
-    // As `serve` does it.
+    // This is the order in which `serve` stops.
     shared.lifecycle.enter(Phase::Draining);
     stop.send_replace(Stop::Drain);
     creates.close();
@@ -147,12 +147,12 @@ async fn simulate(world: World) {
     let now = world.now();
     world.note(|books| books.ended = Some(now));
     drop(shared);
-    // They find out that the proxy has gone.
+    // This lets the clients see that the proxy has ended.
     drop(connect);
     while clients.join_next().await.is_some() {}
 }
 
-/// The real stack, with the default settings.
+/// Returns the real stack, with the default settings.
 fn proxy(world: &World) -> Shared {
     let (settings, _) = Settings::load(&Flags::default(), &Environment::default()).unwrap();
     let [access_key, secret_key] = ["access", "secret"].map(|key| Secret::from(key.repeat(5)));
