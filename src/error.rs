@@ -347,3 +347,104 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     }
     line
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kling::envelope;
+
+    fn response(status: u16) -> Response {
+        let mut answer = Response::new(Body::empty());
+        *answer.status_mut() = StatusCode::from_u16(status).unwrap();
+        answer
+    }
+
+    fn bare(status: u16) -> Error {
+        Error::BadResponse {
+            answer: Answer::boxed(response(status)),
+            excerpt: None,
+        }
+    }
+
+    fn service(status: u16, code: i64) -> Error {
+        Error::Service {
+            answer: Answer::boxed(response(status)),
+            envelope: envelope::read(format!("{{\"code\":{code}}}").as_bytes()).unwrap(),
+        }
+    }
+
+    fn cause() -> BoxError {
+        "cause".into()
+    }
+
+    #[test]
+    fn each_error_says_what_may_be_sent_again() {
+        use Resend::{ByClient, Never, NewToken, Reads, Refused, Unsent};
+        let timeout = || Error::UpstreamTimeout {
+            limit: Duration::ZERO,
+            late: None,
+        };
+        // The proxy's own rule; if a client may send a read and a create again; if there is no task.
+        for (error, resend, read, create, no_task) in [
+            (Error::BadRequest("why"), Never, false, false, false),
+            (Error::Unreachable(cause()), Unsent, true, true, true),
+            (
+                Error::EgressRefused(StatusCode::FORBIDDEN),
+                ByClient,
+                true,
+                true,
+                true,
+            ),
+            (timeout(), Reads, true, false, false),
+            (Error::Disconnected(cause()), Reads, true, false, false),
+            (Error::ShutDown, Reads, true, false, false),
+            (Error::NotHttp(cause()), Never, true, false, false),
+            (Error::Overloaded(1), ByClient, true, true, true),
+            (Error::Draining, ByClient, true, true, true),
+            (bare(400), Never, false, false, false),
+            (bare(404), Never, false, false, false),
+            (bare(429), Never, false, false, false),
+            (bare(500), Never, true, false, false),
+            (bare(502), Reads, true, false, false),
+            (bare(503), Reads, true, false, false),
+            (bare(504), Reads, true, false, false),
+            (service(200, 5000), Reads, true, false, false),
+            (service(503, 5001), Reads, true, false, false),
+            (service(200, 1303), Refused, true, true, true),
+            (service(429, 1302), Refused, true, true, true),
+            (service(401, 1004), NewToken, true, true, true),
+            (service(429, 1102), Never, false, false, false),
+            (service(400, 1201), Never, false, false, false),
+            // A code that Kling added: the status alone speaks.
+            (service(500, 4242), Never, true, false, false),
+            (service(400, 4242), Never, false, false, false),
+            (service(200, 4242), Never, true, false, false),
+        ] {
+            let found = (
+                error.resend(),
+                error.retryable(Effect::Read),
+                error.retryable(Effect::Create),
+                error.proves_no_task(),
+            );
+            assert_eq!(found, (resend, read, create, no_task), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn status_is_upstreams_only_if_nothing_else_is_known() {
+        for (error, status, actionable) in [
+            (bare(404), 404, 404),
+            (bare(503), 503, 503),
+            (bare(200), 502, 502),
+            (service(200, 4242), 502, 502),
+            (service(418, 4242), 418, 418),
+            (service(500, 4242), 500, 500),
+            (service(200, 1303), 429, 429),
+            (service(500, 1102), 429, 402),
+            (Error::Unreachable(cause()), 502, 502),
+        ] {
+            let found = (error.status().as_u16(), error.actionable_status().as_u16());
+            assert_eq!(found, (status, actionable), "{error:?}");
+        }
+    }
+}
