@@ -1,23 +1,22 @@
-//! The encodings of an answer that a client asks upstream for, less those that the proxy cannot read:
-//! it looks for a service code in what upstream answers.
+//! Restricts the `Accept-Encoding` of a request to encodings that the proxy can read. The proxy reads the
+//! responses of upstream, because it looks for a service code in them.
 
 use http::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
 
-/// What the proxy reads, as the upstream client decodes it; `x-gzip` is another name of `gzip`
+/// Encodings that the proxy reads, as the upstream client decodes them. `x-gzip` is another name of `gzip`
 /// (RFC 9110, section 8.4.1.3).
 const READABLE: [&str; 3] = ["gzip", "deflate", "identity"];
 
 const IDENTITY: HeaderValue = HeaderValue::from_static("identity");
 
-/// Removes from `Accept-Encoding` the encodings that the proxy cannot read; what remains stays as it
-/// came.
+/// Removes from `Accept-Encoding` the encodings that the proxy cannot read. The rest stays unchanged.
 ///
-/// - `*` stands for every encoding that the header does not name. It becomes those of them that the
-///   proxy can read, unless its weight is 0.
-/// - `identity` is sent where nothing acceptable remains: without the header, upstream might use any
+/// - `*` stands for every encoding that the header does not name. Unless its weight is 0, it is replaced
+///   by the encodings among them that the proxy can read.
+/// - `identity` is sent if no acceptable encoding remains. Without the header, upstream might use any
 ///   encoding (RFC 9110, section 12.5.3).
-/// - None is added where the client sent none. Upstream might use any encoding then too, but servers
-///   use none that they were not asked for.
+/// - No header is added if the client sent none. Then too upstream might use any encoding, but servers use
+///   none that the client did not ask for.
 pub fn restrict(headers: &mut HeaderMap) {
     let lines = headers.get_all(ACCEPT_ENCODING);
     if lines.iter().all(is_readable) {
@@ -34,7 +33,7 @@ pub fn restrict(headers: &mut HeaderMap) {
             if is_harmless(item) {
                 kept.push(item.to_vec());
             } else if let Some(weight) = item.strip_prefix(b"*").filter(|_| coding(item) == b"*") {
-                // Only once: a line of many `*` must not grow.
+                // Only the first `*` is replaced: a line of many `*` must not grow.
                 let unnamed = unnamed.drain(..);
                 kept.extend(unnamed.map(|name| [name.as_bytes(), weight].concat()));
             }
@@ -45,7 +44,7 @@ pub fn restrict(headers: &mut HeaderMap) {
     if restricted.iter().flat_map(items).all(is_refused) {
         restricted = vec![IDENTITY];
     }
-    // In the place of the first: the others keep their order too.
+    // The first line takes the place of the header, so that the other headers keep their order too.
     let mut restricted = restricted.into_iter();
     headers.insert(ACCEPT_ENCODING, restricted.next().unwrap_or(IDENTITY));
     for line in restricted {
@@ -53,13 +52,14 @@ pub fn restrict(headers: &mut HeaderMap) {
     }
 }
 
-/// Returns true if a line lets upstream use nothing that the proxy cannot read.
+/// Returns true if a line allows no encoding that the proxy cannot read.
 pub fn is_readable(line: &HeaderValue) -> bool {
-    // How most programs ask: looking at each element would cost a poll a few hundred instructions.
+    // Most programs send one of these two lines. To check each element would cost a few hundred instructions
+    // per poll.
     matches!(line.as_bytes(), b"gzip, deflate" | b"gzip") || items(line).all(is_harmless)
 }
 
-/// The elements of a line, each an encoding that may be followed by its weight.
+/// Returns the elements of a line. Each is an encoding, and a weight may follow it.
 fn items(line: &HeaderValue) -> impl Iterator<Item = &[u8]> {
     let items = line.as_bytes().split(|b| *b == b',');
     items
@@ -67,13 +67,13 @@ fn items(line: &HeaderValue) -> impl Iterator<Item = &[u8]> {
         .filter(|item| !item.is_empty())
 }
 
-/// The name of an element's encoding.
+/// Returns the encoding of an element, without the weight.
 fn coding(item: &[u8]) -> &[u8] {
     let end = item.iter().position(|b| *b == b';');
     item[..end.unwrap_or(item.len())].trim_ascii()
 }
 
-/// The name among [`READABLE`] of an element's encoding; `None` for an encoding that is not read.
+/// Returns the name in [`READABLE`] of an element's encoding; `None` if the proxy cannot read the encoding.
 fn readable(item: &[u8]) -> Option<&'static str> {
     let coding = coding(item);
     let coding = match coding.split_at_checked(2) {
@@ -87,7 +87,7 @@ fn is(coding: &[u8], name: &str) -> bool {
     coding.eq_ignore_ascii_case(name.as_bytes())
 }
 
-/// Returns true if an element lets upstream use nothing that the proxy cannot read.
+/// Returns true if an element allows no encoding that the proxy cannot read.
 fn is_harmless(item: &[u8]) -> bool {
     readable(item).is_some() || (coding(item) == b"*" && is_refused(item))
 }

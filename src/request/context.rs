@@ -1,4 +1,4 @@
-//! What the layers find out about a request on its way; `trace` tells it when the request ends.
+//! The record of one request, which the layers fill in. `trace` logs it when the request ends.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
@@ -13,10 +13,10 @@ use crate::kling::task::Task;
 use crate::request::id::RequestId;
 use crate::telemetry::metrics::{InFlight, Metrics};
 
-/// The facts of one request. All clones are one.
+/// The context of one request. All clones share one record.
 ///
-/// The request counts as in flight while there is a clone: until its answer has ended, and a create
-/// until it is carried through.
+/// The request counts as in flight while a clone exists: until its response has ended, or, for a create
+/// request, until the create is finished.
 #[derive(Clone)]
 pub struct RequestContext(Arc<ContextInner>);
 
@@ -32,19 +32,19 @@ struct ContextInner {
     failure: OnceLock<Box<FailureRecord>>,
 }
 
-/// A request on its way in, between the layers, and what is known of it. Among its extensions the facts
-/// would take a hash map for each request.
+/// An inbound request between the layers, with its context. The context is not one of the request's
+/// extensions, because those would need a hash map for each request.
 pub struct ProxyRequest {
-    /// As it came.
+    /// The request as the client sent it.
     pub request: Request,
-    /// What is known of it.
+    /// The context of the request.
     pub context: RequestContext,
 }
 
 // === impl RequestContext ===
 
 impl RequestContext {
-    /// Begins now, with the request's name and count.
+    /// Starts the context now, with the request's id and its guard in the count of requests in flight.
     pub fn new(id: RequestId, in_flight: InFlight) -> Self {
         Self(Arc::new(ContextInner {
             id,
@@ -59,83 +59,83 @@ impl RequestContext {
         }))
     }
 
-    /// The request's name.
+    /// Returns the id of the request.
     pub fn id(&self) -> &RequestId {
         &self.0.id
     }
 
-    /// When its head was there.
+    /// Returns the time at which the head of the request had arrived.
     pub fn begun(&self) -> Instant {
         self.0.begun
     }
 
-    /// Where it is counted.
+    /// Returns the metrics that count this request.
     pub fn metrics(&self) -> &Metrics {
         self.0.in_flight.metrics()
     }
 
-    /// The guard knows whose token was shown.
+    /// Records the client whose token the request showed.
     pub fn is_from(&self, client: ClientName) {
-        // A request has one client; the first word stands.
+        // A request has one client, so the first value stays.
         let _ = self.0.client.set(client);
     }
 
-    /// The request has a place in its client's share.
+    /// Records that the request counts in its client's share, as long as the context exists.
     pub fn holds(&self, place: Held) {
-        // The guard gives it one.
+        // Only the guard calls this, once for each request.
         let _ = self.0.share.set(place);
     }
 
-    /// The client's name, where clients have to show a token.
+    /// Returns the name of the client, if clients must show a token.
     pub fn client(&self) -> Option<&str> {
         self.0.client.get().map(ClientName::as_str)
     }
 
-    /// The client gives its task this external id.
+    /// Records the external id that the client gives to its task.
     pub fn is_named(&self, external_id: String) {
-        // Of several the first counts.
+        // If there are several, the first one counts.
         let _ = self.0.external_id.set(external_id);
     }
 
-    /// The external id of the task: the one that upstream echoes, else the client's own.
+    /// Returns the external id of the task: the one in upstream's response, else the client's own.
     pub fn external_id(&self) -> Option<&str> {
         let echoed = self.task().and_then(|task| task.external_id.as_deref());
         echoed.or_else(|| self.0.external_id.get().map(String::as_str))
     }
 
-    /// Upstream answered that there is a task now.
+    /// Records the task that upstream created, as its response names it.
     pub fn created(&self, task: Task) {
-        // A request creates one task, and upstream answers once that it did.
+        // A request creates one task, and upstream reports it once.
         let _ = self.0.task.set(task);
     }
 
-    /// The task that was created, if any.
+    /// Returns the task that was created, if any.
     pub fn task(&self) -> Option<&Task> {
         self.0.task.get()
     }
 
-    /// The request is answered with an error.
+    /// Records the error that the request is answered with.
     pub fn failed(&self, failure: FailureRecord) {
-        // It is answered once.
+        // A request is answered once.
         let _ = self.0.failure.set(Box::new(failure));
     }
 
-    /// Why it failed, if it did.
+    /// Returns the reason for the failure, if the request failed.
     pub fn failure(&self) -> Option<&FailureRecord> {
         self.0.failure.get().map(|failure| &**failure)
     }
 
-    /// Upstream was asked once more.
+    /// Counts one more attempt to send the request to upstream.
     pub fn attempted(&self) {
         self.0.attempts.fetch_add(1, Relaxed);
     }
 
-    /// How often upstream was asked.
+    /// Returns the number of attempts so far.
     pub fn attempts(&self) -> u32 {
         self.0.attempts.load(Relaxed)
     }
 
-    /// How often the request was sent again; `None` if never.
+    /// Returns the number of attempts after the first one; `None` if there were none.
     pub fn resend_count(&self) -> Option<u32> {
         self.attempts().checked_sub(1).filter(|resent| *resent > 0)
     }

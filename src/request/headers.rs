@@ -1,4 +1,4 @@
-//! Which headers pass, in both directions.
+//! Rules for the headers that pass the proxy, in both directions.
 
 use http::header::{
     ACCEPT_ENCODING, CONNECTION, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap,
@@ -7,19 +7,23 @@ use http::header::{
 
 use crate::request::accept_encoding;
 
-/// Lists the proxies that a request came through, by id; see [`Hop`](crate::layer::guard::hop).
+/// Header that lists the ids of the proxies that a request came through; see
+/// [`Hop`](crate::layer::guard::hop).
 pub const HOP: HeaderName = HeaderName::from_static("kling-proxy-hop");
 
-/// A type is what it says.
+/// Value of `X-Content-Type-Options`: the browser uses the declared media type and guesses no other.
 const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
-/// A page has no origin, no scripts and no forms (Content Security Policy, `sandbox`).
+/// Value of `Content-Security-Policy`: a page gets no origin, no scripts and no forms (Content Security
+/// Policy, `sandbox`).
 const NO_SCRIPTS: HeaderValue = HeaderValue::from_static("sandbox");
 
-/// Removes what must not reach upstream. A request that is marked keeps its [`HOP`].
+/// Removes the headers that must not reach upstream. If `is_marked`, the guard has added [`HOP`], and that
+/// header stays.
 pub fn strip_request(headers: &mut HeaderMap, is_marked: bool) {
     let mut is_readable = true;
     strip(headers, |name, value| {
-        // Seen in passing: mostly there is nothing to restrict, and nothing is looked up.
+        // This pass also reads `Accept-Encoding`. Usually all of its encodings are readable, and the header
+        // need not be looked up again.
         if *name == ACCEPT_ENCODING {
             is_readable &= accept_encoding::is_readable(value);
             return false;
@@ -31,8 +35,10 @@ pub fn strip_request(headers: &mut HeaderMap, is_marked: bool) {
     }
 }
 
-/// Removes what must not reach the client, and keeps what is not JSON from running as a page of
-/// `localhost`: a browser takes its type as it is, and runs none of its scripts. Returns whether it is JSON.
+/// Removes the headers that must not reach the client, and returns true if the body is JSON.
+///
+/// A body that is not JSON must not run as a page of `localhost`: headers are added so that a browser keeps
+/// the declared media type and runs none of the page's scripts.
 pub fn strip_response(headers: &mut HeaderMap) -> bool {
     let mut json = None;
     strip(headers, |name, value| {
@@ -49,7 +55,7 @@ pub fn strip_response(headers: &mut HeaderMap) -> bool {
     is_json
 }
 
-/// Whether a `Content-Type` is that of JSON, or of a format made of it (RFC 6839, section 3.1).
+/// Returns true if a `Content-Type` is JSON, or a format based on JSON (RFC 6839, section 3.1).
 fn is_json(media_type: &HeaderValue) -> bool {
     let value = media_type.as_bytes();
     let end = value.iter().position(|b| *b == b';');
@@ -60,7 +66,7 @@ fn is_json(media_type: &HeaderValue) -> bool {
             .is_some_and(|suffix: &[u8; 5]| suffix.eq_ignore_ascii_case(b"+json"))
 }
 
-/// Removes what is for one hop only, and what is forbidden.
+/// Removes the headers that are for one hop only, and those that `is_forbidden` selects.
 fn strip(headers: &mut HeaderMap, mut is_forbidden: impl FnMut(&HeaderName, &HeaderValue) -> bool) {
     let mut doomed = Vec::new();
     for (name, value) in &*headers {
@@ -68,11 +74,11 @@ fn strip(headers: &mut HeaderMap, mut is_forbidden: impl FnMut(&HeaderName, &Hea
             continue;
         }
         if *name == CONNECTION {
-            // It makes those hop-by-hop that it names (RFC 9110, section 7.6.1).
+            // `Connection` makes each header that it names hop-by-hop (RFC 9110, section 7.6.1).
             let names = value.as_bytes().split(|b| *b == b',');
             doomed.extend(names.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()));
         } else if *name == TRANSFER_ENCODING {
-            // The chunks tell where the body ends, and the length may lie (RFC 9112, section 6.3).
+            // The chunks show the end of the body, and the length may be wrong (RFC 9112, section 6.3).
             doomed.push(CONTENT_LENGTH);
         }
         doomed.push(name.clone());
@@ -82,7 +88,7 @@ fn strip(headers: &mut HeaderMap, mut is_forbidden: impl FnMut(&HeaderName, &Hea
     }
 }
 
-/// Those of RFC 9110, section 7.6.1, and RFC 2616, section 13.5.1.
+/// Returns true for a hop-by-hop header of RFC 9110, section 7.6.1, or RFC 2616, section 13.5.1.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
@@ -99,8 +105,8 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
     )
 }
 
-/// What speaks of the client: its credentials, where it comes from, what it tells the proxy, and
-/// names with `_`, which some servers read as `-`.
+/// Returns true for a header about the client: its credentials, its address, its options for the proxy. Names
+/// with `_` count too, because some servers read `_` as `-`.
 fn is_of_client(name: &HeaderName) -> bool {
     let text = name.as_str();
     matches!(
@@ -121,28 +127,29 @@ fn is_override(name: &str) -> bool {
     };
     matches!(
         rest,
-        // Google, Microsoft and IBM have a name each; the README of npm's `method-override` 3.0.0
-        // shows a server that obeys all three.
+        // Google, Microsoft and IBM use one name each. The README of npm's `method-override` 3.0.0 shows a
+        // server that obeys all three.
         "http-method-override" | "http-method" | "method-override"
-        // IIS with a rewrite module; Symfony obeyed them on any server (CVE-2018-14773).
+        // IIS obeys them with a rewrite module; Symfony obeyed them on any server (CVE-2018-14773).
         | "original-url" | "rewrite-url"
-        // Services that authorize requests for nginx (`auth_request`) judge by these and by
-        // `X-ReplayableRequest-URL`, as nginx's own examples and ingress-nginx set them.
+        // Services that authorize requests for nginx (`auth_request`) decide by these headers and by
+        // `X-Original-URL`. The examples of nginx and of ingress-nginx set them.
         | "original-uri" | "original-method"
-        // Azure Application Gateway keeps the client's `Host` there, and what is behind it reads that.
+        // Azure Application Gateway puts the client's `Host` there, and the servers behind it read that.
         | "original-host"
     )
 }
 
-/// What only this proxy may say to a client: its own headers, and which pages may read the answer.
+/// Returns true for a header that upstream must not set for a client: the proxy's own headers, headers that
+/// decide which pages may read the response, and headers that act on the whole origin.
 fn is_of_proxy(name: &HeaderName) -> bool {
     let text = name.as_str();
     text.starts_with("kling-proxy-") || text.starts_with("access-control-") || acts_on_origin(text)
 }
 
-/// Returns true for a header that acts on more than its own answer. A browser takes upstream's answer
-/// for one of `localhost`, and would keep the effect for every program of this machine that it finds
-/// under that name.
+/// Returns true for a header that affects more than its own response. For a browser, a response of upstream
+/// comes from `localhost`. The browser would apply the header to every program of this machine that it
+/// reaches under that name.
 fn acts_on_origin(name: &str) -> bool {
     matches!(
         name,

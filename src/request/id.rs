@@ -1,20 +1,20 @@
-//! The name of a request in answers and logs.
+//! Ids of requests in responses and logs.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// Where a client may name its request.
+/// Header in which a client may send its own id for a request.
 const FROM_CLIENT: HeaderName = HeaderName::from_static("x-request-id");
-/// Longest name accepted from a client, in bytes.
+/// Longest id accepted from a client, in bytes.
 const LONGEST: usize = 64;
 
-/// A name of 1 to 64 letters, digits, `.`, `_` and `-`: safe in any header, log line and file name.
+/// Request id of 1 to 64 letters, digits, `.`, `_` and `-`. It is safe in any header, log line and file name.
 #[derive(Clone, Debug)]
 pub struct RequestId(HeaderValue);
 
 // === impl RequestId ===
 
 impl RequestId {
-    /// The client's `x-request-id` where that is well formed, else a new one.
+    /// Returns the client's `x-request-id` if it is well formed, else a new id.
     pub fn of(headers: &HeaderMap) -> Self {
         match headers.get(FROM_CLIENT) {
             Some(value) if is_well_formed(value.as_bytes()) => Self(value.clone()),
@@ -22,18 +22,18 @@ impl RequestId {
         }
     }
 
-    /// The name as text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
-        // Both ways to make one admit ASCII only.
+        // Both constructors allow ASCII only.
         self.0.to_str().unwrap_or_default()
     }
 
-    /// The name as a header value.
+    /// Returns the id as a header value.
     pub fn into_value(self) -> HeaderValue {
         self.0
     }
 
-    /// A new name, of 32 hexadecimal digits.
+    /// Creates a random id of 32 hexadecimal digits.
     pub fn random() -> Self {
         const HEX: &[u8; 16] = b"0123456789abcdef";
         let mut bits = fastrand::u128(..);

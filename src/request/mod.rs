@@ -1,4 +1,4 @@
-//! The types that travel through the layers, and rules for what a request carries.
+//! Types that the layers pass on with each request, and the rules for the headers of requests and responses.
 
 pub mod accept_encoding;
 pub mod context;

@@ -1,35 +1,35 @@
-//! How long a slow peer is waited for.
+//! Decides how long the proxy waits for a slow peer.
 
 use std::time::Duration;
 
-/// How far a peer is behind: how long it was waited for, less what its bytes have made up for.
+/// Backlog of a peer: the time that was spent waiting for it, less 2 ms for each byte that it moved.
 ///
-/// One that moves nothing is given up after a limit, and so is one that moves a byte now and then. One
-/// that moves 500 bytes a second (`PER_BYTE`) is waited for without end.
+/// A peer that moves nothing is given up after a limit. So is a peer that moves a byte now and then. A peer
+/// that moves 500 bytes a second (`PER_BYTE`) is never given up.
 #[derive(Default)]
 pub struct Pace {
     behind: Duration,
 }
 
-/// What each byte makes up for. Apache's `mod_reqtimeout` wants 500 bytes a second of a body too,
-/// unless it is told otherwise.
+/// Waiting time that each byte makes up for: 500 bytes a second. Apache's `mod_reqtimeout` also demands 500
+/// bytes a second of a body by default.
 const PER_BYTE: Duration = Duration::from_millis(2);
 
 // === impl Pace ===
 
 impl Pace {
-    /// The peer was waited for so long.
+    /// Adds time that was spent waiting for the peer.
     pub fn waited(&mut self, time: Duration) {
         self.behind += time;
     }
 
-    /// The peer has moved so many bytes.
+    /// Subtracts the time that the bytes moved by the peer make up for.
     pub fn moved(&mut self, bytes: usize) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         self.behind = self.behind.saturating_sub(PER_BYTE.saturating_mul(bytes));
     }
 
-    /// How long the peer is waited for from now on, if it moves nothing.
+    /// Returns how long the proxy still waits for the peer if it moves nothing.
     pub fn left(&self, limit: Duration) -> Duration {
         limit.saturating_sub(self.behind)
     }
@@ -39,7 +39,8 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// When a peer is given up that moves so many bytes every so often; `None` if not within a day.
+    /// Simulates a peer that moves `bytes` bytes at the end of each interval `every`. Returns the time at
+    /// which the peer is given up; `None` if that does not happen within a day.
     fn given_up(bytes: usize, every: Duration) -> Option<Duration> {
         const LIMIT: Duration = Duration::from_secs(30);
         let (mut pace, mut time) = (Pace::default(), Duration::ZERO);

@@ -1,9 +1,10 @@
-//! A create from its arrival to its outcome: whether it may be sent, and what the log says of it.
+//! The state of a create request from its arrival to its outcome: it decides if the create may be sent, and
+//! writes the log lines about it.
 //!
-//! | | its client waits | its client has left |
+//! | | client waits | client has disconnected |
 //! | --- | --- | --- |
-//! | nothing was sent, or upstream refused it | it may be sent | it is cancelled |
-//! | it is being sent | it is carried through | it is carried through |
+//! | nothing was sent, or upstream refused the create | the create may be sent | the create is cancelled |
+//! | the create is being sent | the create runs to its end | the create runs to its end |
 
 use std::borrow::Cow;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,21 +16,21 @@ use crate::error::{Error, chain};
 use crate::request::context::RequestContext;
 use crate::telemetry::{CREATES, printable};
 
-/// One create that has no outcome yet.
+/// A create request without an outcome.
 pub struct PendingCreate {
     context: RequestContext,
     uri: Uri,
     state: Mutex<CreateState>,
-    /// Notified when the create may be cancelled now.
+    /// Notified when a change may have cancelled the create.
     changed: Notify,
 }
 
-/// The row and the column of the table above.
+/// The column (`client`) and the row (`is_being_sent`) of the table above.
 #[derive(Default)]
 struct CreateState {
     client: ClientState,
     is_being_sent: bool,
-    /// Whether the log has a line of the first time.
+    /// True once the log has the line of the first attempt.
     was_told: bool,
 }
 
@@ -37,31 +38,31 @@ struct CreateState {
 enum ClientState {
     #[default]
     Waits,
-    /// It has the answer, or the head of it.
+    /// The client has the response, or at least its head.
     Answered,
     Left,
 }
 
-/// The create was cancelled: nothing of it may be sent any more.
+/// Error for a cancelled create: nothing more of it may be sent.
 #[derive(Debug, thiserror::Error)]
 #[error("the client has left")]
 pub struct ClientLeft;
 
-/// What became of a create whose client does not learn it.
+/// Outcome of a create that its client does not learn.
 #[derive(Clone, Copy, Debug)]
 pub enum Ending {
-    /// Its client left, and it was sent all the same.
+    /// The client disconnected, and the create was sent nevertheless.
     CarriedThrough,
-    /// Upstream answered after the client was told that it did not.
+    /// The response came after the client had already got a timeout error.
     Late,
-    /// Upstream did not answer, or its answer cannot be read.
+    /// Upstream did not respond, or its response cannot be read.
     Unknown,
 }
 
 // === impl PendingCreate ===
 
 impl PendingCreate {
-    /// A create that has just arrived.
+    /// Creates the state of a create that has just arrived.
     pub fn new(context: RequestContext, uri: Uri) -> Self {
         Self {
             context,
@@ -71,12 +72,12 @@ impl PendingCreate {
         }
     }
 
-    /// What is known of its request.
+    /// Returns the context of the request.
     pub fn context(&self) -> &RequestContext {
         &self.context
     }
 
-    /// Its client does not wait any more.
+    /// Records that the client has disconnected, unless it has the response already.
     pub fn client_left(&self) {
         let mut state = self.lock();
         if state.client == ClientState::Waits {
@@ -85,12 +86,14 @@ impl PendingCreate {
         }
     }
 
-    /// Its first byte is about to be sent. The line of it is in the queue of the log before, and mostly
-    /// written within a millisecond: it is what is left if the process is killed then.
+    /// Records that the first byte is about to be sent, and logs the first attempt.
+    ///
+    /// The log line enters the queue of the log before the first byte is sent, and is usually written within
+    /// a millisecond. If the process is then killed, that line is the only trace of the create.
     ///
     /// # Errors
     ///
-    /// [`ClientLeft`]: it must not be sent.
+    /// [`ClientLeft`] if the client has disconnected: the create must not be sent.
     pub fn begin_sending(&self) -> Result<(), ClientLeft> {
         let mut state = self.lock();
         if state.client == ClientState::Left {
@@ -104,40 +107,40 @@ impl PendingCreate {
         Ok(())
     }
 
-    /// Returns true from its first byte on, until it is known that there is no task of it.
+    /// Returns true from the first byte on, until it is known that the request made no task.
     pub fn is_being_sent(&self) -> bool {
         self.lock().is_being_sent
     }
 
-    /// There is no task of what was sent: upstream refused it, or has not processed it.
+    /// Records that the request made no task: upstream refused it, or has not processed it.
     pub fn not_created(&self) {
         self.lock().is_being_sent = false;
         self.changed.notify_one();
     }
 
-    /// Its client has the answer, or the head of it.
+    /// Records that the client has the response, or at least its head.
     pub fn answer(&self) {
         self.lock().client = ClientState::Answered;
     }
 
-    /// Returns true if its client has the answer, or the head of it.
+    /// Returns true if the client has the response, or at least its head.
     pub fn is_answered(&self) -> bool {
         self.lock().client == ClientState::Answered
     }
 
-    /// Waits until it is cancelled: its client has left, and there is no task of it.
+    /// Waits until the create is cancelled: the client has disconnected, and there is no task.
     pub async fn cancelled(&self) {
         while !self.lock().is_cancelled() {
             self.changed.notified().await;
         }
     }
 
-    /// Logs that it was cancelled.
+    /// Logs that the create was cancelled.
     pub fn log_cancelled(&self) {
         self.log_step("cancelled, no task was made: the client has left");
     }
 
-    /// Logs that it was given up in this process: cancelled, or cut off while it was being sent.
+    /// Logs that this process gave the create up: it was cancelled, or cut off while it was being sent.
     pub fn log_given_up(&self) {
         if self.is_being_sent() {
             self.log(
@@ -150,12 +153,13 @@ impl PendingCreate {
         }
     }
 
-    /// Logs an answer that its client does not learn. The line may be all that is left of a paid task.
+    /// Logs a response that the client does not get. The line may be the only trace of a paid task.
     pub fn log_answer(&self, status: StatusCode, ending: Ending) {
         self.log(Some(status), None, ending.text());
     }
 
-    /// Logs a failure that its client does not learn. If there is no task of it, it was cancelled.
+    /// Logs a failure that the client does not learn. If the request made no task, the create is logged as
+    /// cancelled.
     pub fn log_failure(&self, error: &Error, ending: Ending) {
         if !self.is_being_sent() {
             return self.log_cancelled();

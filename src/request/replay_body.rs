@@ -1,5 +1,5 @@
-//! A request body that can be sent again: what was read of it is kept, within bounds, while the
-//! first attempt streams on.
+//! A request body that can be sent again. The bytes that were read are kept, within limits, while the first
+//! attempt streams them on.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -21,73 +21,76 @@ use crate::reloadable::Reloadable;
 use crate::request::context::RequestContext;
 use crate::telemetry::metrics::Metrics;
 
-/// A request body. A clone of one that nobody has read yet begins at the first byte.
+/// A request body that can be sent again. Each clone of an unread body starts at the first byte.
 ///
-/// Only the latest clone is read; an older one that is read after it fails.
+/// Only the latest reader may read. After a clone has begun to read, or has become the body of an attempt,
+/// every earlier reader gets an error.
 #[derive(Clone)]
 pub struct ReplayBody {
-    /// `None` for no body, which costs nothing to send again.
+    /// `None` for a request without a body, which costs nothing to send again.
     source: Option<Arc<Mutex<BodySource>>>,
-    /// How far this clone is.
+    /// Position of this clone: the number of bytes that it has delivered.
     at: u64,
-    /// Which reader this is, once it reads.
+    /// Turn of this clone among the readers; `None` until it takes one.
     turn: Option<u64>,
-    /// Of the whole body, where it is declared.
+    /// Declared length of the whole body, in bytes, if there is one.
     length: Option<u64>,
 }
 
-/// Decides what is kept, for all requests together.
+/// Limits the bytes that are kept of the bodies of all requests together.
 pub struct ReplayBudget {
     limits: Reloadable<ReplayLimits>,
     used: AtomicU64,
     metrics: Arc<Metrics>,
 }
 
-/// How much is kept (`retry.replay_body`, `retry.replay_memory`).
+/// Limits for kept bytes (`retry.replay_body`, `retry.replay_memory`).
 #[derive(Clone, Copy, Debug)]
 pub struct ReplayLimits {
-    /// Of one request.
+    /// Most bytes that are kept of one request.
     pub body: ByteSize,
-    /// Of all requests together.
+    /// Most bytes that are kept of all requests together.
     pub memory: ByteSize,
 }
 
-/// The one body behind all clones.
+/// The one body that all clones share.
 struct BodySource {
     body: Body,
-    /// What was read before somebody sends it.
+    /// Frames that were read ahead, before an attempt sends them.
     ahead: VecDeque<Frame<Bytes>>,
-    /// How much of that counts in the memory of all requests together.
+    /// Bytes of `ahead` that count in the memory of all requests together.
     reserved: usize,
-    /// How many frames have come.
+    /// Number of frames that have arrived; the end of the body counts as one.
     arrived: u64,
-    /// Whether the body has nothing behind that.
+    /// True once the body has no more frames to read.
     body_ended: bool,
-    /// Looks for the external id of a create while its body passes, however little of it is kept.
+    /// Looks for the external id of a create while its body passes, even if few of the bytes are kept.
     names: Option<(RequestContext, TaskReader)>,
-    /// Copied, since a slice of a read buffer would keep all of that, and the bounds would lie.
+    /// Copied bytes of the body. A slice of a read buffer would keep the whole buffer alive, and the limits
+    /// would not hold.
     kept: Vec<u8>,
-    /// How much was read, kept or not.
+    /// Bytes that attempts have read so far, kept or not.
     read: u64,
-    /// The latest reader.
+    /// Turn of the latest reader.
     turn: u64,
-    /// Whether what was read is not all there any more.
+    /// True once some of the bytes that were read are no longer kept.
     lost: bool,
     budget: Arc<ReplayBudget>,
 }
 
-/// As much of a body as is read before it is sent, in bytes, but for the last piece.
+/// Most bytes of a body that are read before it is sent. The last frame may exceed this.
 const AHEAD: usize = 64 << 10;
-/// How long a slow client may hold up its own create so. Mostly all is there at once.
+/// Longest time that a slow client may delay its own create in this way. Usually the whole body is there at
+/// once.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// As much of what was kept as is sent in one piece.
+/// Most kept bytes that are sent in one frame.
 const PIECE: usize = 64 << 10;
 
 // === impl ReplayBody ===
 
 impl ReplayBody {
-    /// Keeps what is read of a body for as long as `budget` lets it. The body of a `create` tells its
-    /// facts the external id that is in there.
+    /// Wraps a body and keeps the bytes that are read, as long as `budget` has room for them. For a create
+    /// request, `create` is its context, which gets the external id that the body contains.
     pub fn new(body: Body, budget: &Arc<ReplayBudget>, create: Option<&RequestContext>) -> Self {
         let length = body.size_hint().exact();
         let source = (!body.is_end_stream()).then(|| {
@@ -113,15 +116,15 @@ impl ReplayBody {
         }
     }
 
-    /// Whether this clone can still deliver the whole body.
+    /// Returns true if this clone can still deliver the whole body.
     pub fn is_whole(&self) -> bool {
         self.source
             .as_ref()
             .is_none_or(|source| self.at == 0 && !lock(source).lost)
     }
 
-    /// For one attempt to send it. Earlier attempts read nothing more from now on: one on another
-    /// thread may not have begun yet.
+    /// Returns the body for one attempt. Earlier attempts can read nothing more from now on; one on another
+    /// thread may not even have started.
     pub fn into_body(mut self) -> Body {
         match &self.source {
             None => return Body::empty(),
@@ -130,12 +133,12 @@ impl ReplayBody {
         Body::new(self)
     }
 
-    /// Reads the beginning before anybody sends it: until the external id is known, or the body ends,
-    /// or 64 KiB are read, or 200 ms are over.
+    /// Reads the beginning of a create's body before it is sent: until the external id is known, the body
+    /// ends, 64 KiB are read, or 200 ms have passed.
     ///
     /// # Errors
     ///
-    /// What is wrong with the body.
+    /// The error with which the body failed.
     pub async fn read_ahead(&self) -> Result<(), Error> {
         let Some(source) = &self.source else {
             return Ok(());
@@ -144,16 +147,16 @@ impl ReplayBody {
         timeout(PATIENCE, reading).await.unwrap_or(Ok(()))
     }
 
-    /// How many frames of the body have come, whoever read them; its end counts as one.
+    /// Returns the number of frames that have arrived, for any reader. The end of the body counts as one.
     pub fn arrived(&self) -> u64 {
         let source = self.source.as_ref();
         source.map_or(0, |source| lock(source).arrived)
     }
 
-    /// Reads on for as long as nobody sends the body and it fits in the bounds: a client that leaves is
-    /// noticed only once all that it sent before is read.
+    /// Reads on as long as `nobody_sends` returns true and the limits have room. The disconnection of a
+    /// client is noticed only after all that it sent before has been read.
     ///
-    /// Ends only when the body fails, with what is wrong with it.
+    /// Returns only if the body fails, with its error.
     pub async fn read_while(&self, nobody_sends: impl Fn() -> bool) -> Error {
         poll_fn(|cx| match &self.source {
             Some(source) if nobody_sends() => lock(source).poll_failure(cx, self.length),
@@ -178,7 +181,7 @@ impl http_body::Body for ReplayBody {
         let mut source = lock(source);
         let turn = *this.turn.get_or_insert_with(|| source.next_turn());
         if turn != source.turn {
-            // Nor may it be woken in place of the latest.
+            // An older reader must not be woken instead of the latest one either.
             return Poll::Ready(Some(Err("the body is being sent again".into())));
         }
         if this.at < source.read {
@@ -196,7 +199,7 @@ impl http_body::Body for ReplayBody {
                         source.keep(data, this.length);
                         this.at += data.len() as u64;
                     }
-                    // Trailers are not kept.
+                    // Trailers are not kept, so the body cannot be sent again.
                     None => source.lose(),
                 }
                 Some(Ok(frame))
@@ -232,7 +235,8 @@ fn lock(source: &Mutex<BodySource>) -> MutexGuard<'_, BodySource> {
     source.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How much memory a frame takes that is read ahead, in bytes. A body may come in pieces of one byte.
+/// Returns the memory that a frame takes while it is read ahead, in bytes. The frame itself counts too,
+/// because a body may arrive one byte at a time.
 fn memory_of(frame: &Frame<Bytes>) -> usize {
     size_of::<Frame<Bytes>>() + frame.data_ref().map_or(0, Bytes::len)
 }
@@ -245,7 +249,7 @@ impl BodySource {
         self.turn
     }
 
-    /// The next frame, be it one that was read ahead.
+    /// Returns the next frame: one that was read ahead, or else one from the body.
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let Some(frame) = self.ahead.pop_front() else {
             return self.poll_body(cx);
@@ -289,7 +293,7 @@ impl BodySource {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads ahead within the bounds, and waits for a failure.
+    /// Reads ahead within the limits, and waits for the body to fail.
     fn poll_failure(&mut self, cx: &mut Context<'_>, length: Option<u64>) -> Poll<Error> {
         let all = length.unwrap_or_default();
         while self.budget.has_room(all, self.reserved) {
@@ -329,7 +333,7 @@ impl BodySource {
         if self.lost {
             return;
         }
-        // What will not fit in the end is not kept in the beginning.
+        // If the whole body will not fit, its beginning is not kept either.
         let all = self.read.max(length.unwrap_or_default());
         if self.budget.take(all, data.len()) {
             self.kept.extend_from_slice(data);
@@ -344,7 +348,7 @@ impl BodySource {
         self.kept = Vec::new();
     }
 
-    /// What is kept from here on, in part.
+    /// Returns the kept bytes from `at` on, at most [`PIECE`] of them.
     fn piece(&self, at: u64) -> Option<Bytes> {
         let rest = self.kept.get(usize::try_from(at).ok()?..)?;
         let piece = &rest[..rest.len().min(PIECE)];
@@ -361,7 +365,7 @@ impl Drop for BodySource {
 // === impl ReplayBudget ===
 
 impl ReplayBudget {
-    /// Keeps within `limits`, and counts in `metrics` what does not fit.
+    /// Creates a budget with these limits. `metrics` counts the bodies that do not fit.
     pub fn new(limits: ReplayLimits, metrics: Arc<Metrics>) -> Self {
         Self {
             limits: Reloadable::new(limits),
@@ -370,12 +374,13 @@ impl ReplayBudget {
         }
     }
 
-    /// Keeps within other bounds from now on.
+    /// Replaces the limits. Bytes that are already kept stay.
     pub fn set_bounds(&self, limits: ReplayLimits) {
         self.limits.store(limits);
     }
 
-    /// Whether `more` bytes may be kept of a body that is known to come to `all`.
+    /// Reserves room for `more` bytes of a body, and returns true if they fit. `all` is the least length that
+    /// the whole body is known to have, in bytes.
     fn take(&self, all: u64, more: usize) -> bool {
         let limits = **self.limits.load();
         let more = more as u64;
@@ -391,7 +396,8 @@ impl ReplayBudget {
         false
     }
 
-    /// Returns true if more may be read ahead of a body that is known to come to `all`, beside what was.
+    /// Returns true if there is room to read ahead. `all` is the declared length of the body, or 0; `ahead`
+    /// is the memory that its frames read ahead already take. Both are in bytes.
     fn has_room(&self, all: u64, ahead: usize) -> bool {
         let limits = **self.limits.load();
         let memory = self.used.load(Relaxed) < limits.memory.as_u64();

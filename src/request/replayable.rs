@@ -1,4 +1,4 @@
-//! A client's request as it passed the guard. Each attempt to send it is made of it anew.
+//! A client's request after it passed the guard. Each attempt to send it is built from it anew.
 
 use std::sync::Arc;
 
@@ -13,43 +13,43 @@ use crate::request::headers;
 use crate::request::pending_create::{ClientLeft, PendingCreate};
 use crate::request::replay_body::{ReplayBody, ReplayBudget};
 
-/// A request that can be sent again. Clones share one head, so that they cost next to nothing: most
-/// requests are answered at the first attempt.
+/// A request that can be sent again. Clones share one head, so a clone costs almost nothing. Most requests
+/// need only one attempt, and their clone is never used.
 #[derive(Clone)]
 pub struct ReplayableRequest {
     head: Arc<request::Parts>,
     effect: Effect,
     context: RequestContext,
-    /// For a create that runs on its own.
+    /// State of a create, which each attempt consults before it sends.
     create: Option<Arc<PendingCreate>>,
     body: ReplayBody,
 }
 
 /// One attempt to send a request.
 pub struct Attempt {
-    /// What is sent.
+    /// The request to send, once it has a token.
     pub request: Request,
-    /// For a create: asked before its first byte is sent.
+    /// Permission check before the first byte of a create is sent; `None` for a read.
     pub create: Option<AttemptedCreate>,
-    /// The correction of the clock that its token was minted by, if it has one.
+    /// Clock correction that was in use when the token was minted; `None` without a minted token.
     pub minted_by: Option<Correction>,
 }
 
-/// A create that is about to be sent.
+/// A create request that is about to be sent.
 pub struct AttemptedCreate {
     pending: Arc<PendingCreate>,
     body: ReplayBody,
 }
 
-/// Turns of the event loop in which nothing more of a request has come before all of it that was sent
-/// counts as read: one for its rest, and one for the end of its connection.
+/// Turns of the event loop without new data after which all that a client sent counts as read: one turn for
+/// the rest of the data, and one for the end of the connection.
 const QUIET_TURNS: u32 = 2;
 
 // === impl ReplayableRequest ===
 
 impl ReplayableRequest {
-    /// Keeps of a request what may reach upstream; of its body what is read, for as long as `budget`
-    /// lets it. The guard has marked the request for an upstream on this machine.
+    /// Keeps the headers of a request that may reach upstream, and the bytes of its body that are read while
+    /// `budget` has room. If `is_marked`, the guard has added its id for an upstream on this machine.
     pub fn new(inbound: ProxyRequest, budget: &Arc<ReplayBudget>, is_marked: bool) -> Self {
         let ProxyRequest { request, context } = inbound;
         let effect = Effect::of(&request);
@@ -66,32 +66,32 @@ impl ReplayableRequest {
         }
     }
 
-    /// What sending it again could cost.
+    /// Returns the effect of the request, which decides if it may be sent again.
     pub fn effect(&self) -> Effect {
         self.effect
     }
 
-    /// Its target.
+    /// Returns the target of the request.
     pub fn uri(&self) -> &Uri {
         &self.head.uri
     }
 
-    /// What is known of it.
+    /// Returns the context of the request.
     pub fn context(&self) -> &RequestContext {
         &self.context
     }
 
-    /// Its body, as far as it is kept.
+    /// Returns the body, which can be sent again as far as it is kept.
     pub fn body(&self) -> &ReplayBody {
         &self.body
     }
 
-    /// Has each attempt ask whether it may be sent.
+    /// Makes each attempt ask `create` for permission before it sends.
     pub fn set_pending(&mut self, create: Arc<PendingCreate>) {
         self.create = Some(create);
     }
 
-    /// One attempt to send it, without a token.
+    /// Builds one attempt to send the request, without a token.
     pub fn attempt(self) -> Attempt {
         let create = self.create.map(|pending| AttemptedCreate {
             pending,
@@ -112,15 +112,15 @@ impl ReplayableRequest {
 // === impl AttemptedCreate ===
 
 impl AttemptedCreate {
-    /// Asks, right before the first byte, whether its client still waits for it.
+    /// Asks for permission to send, right before the first byte.
     ///
-    /// That the client has left is noticed behind all that it sent before. So this lets the event loop
-    /// turn for as long as more of the body comes, which is read meanwhile ([`ReplayBody::read_while`]). The
-    /// end of a connection to upstream is seen then, too.
+    /// The disconnection of a client is noticed only after all that it sent before has been read. So this
+    /// lets the event loop turn as long as more of the body arrives, which is read meanwhile
+    /// ([`ReplayBody::read_while`]). The end of a connection to upstream is noticed in these turns, too.
     ///
     /// # Errors
     ///
-    /// [`ClientLeft`]: nothing of it may be sent.
+    /// [`ClientLeft`] if the client has disconnected: nothing of the create may be sent.
     pub async fn begin_sending(&self) -> Result<(), ClientLeft> {
         let mut quiet = 0;
         while quiet < QUIET_TURNS {
@@ -135,7 +135,7 @@ impl AttemptedCreate {
         self.pending.begin_sending()
     }
 
-    /// There is no task of what was sent.
+    /// Records that upstream made no task from the bytes that were sent.
     pub fn not_created(&self) {
         self.pending.not_created();
     }
