@@ -119,8 +119,8 @@ fn is_of_client(name: &HeaderName) -> bool {
 }
 
 /// Returns true for a header that some servers obey in place of the method, target or host of a
-/// request. With such a header a request could pass `access.allowed_methods` and
-/// `access.allowed_paths` as one thing and be carried out as another.
+/// request. With such a header, a request could pass the checks of `access.allowed_methods` and
+/// `access.allowed_paths` with one method and path, and be carried out with others.
 fn is_override(name: &str) -> bool {
     let Some(rest) = name.strip_prefix("x-") else {
         return false;
