@@ -1,9 +1,11 @@
-//! Tells an answer from an error, by the status and by the service code in the body.
+//! Distinguishes a success from an error, by the status and by the service code in the body.
 //!
-//! A success passes as it came, held only until its `code` is known; an error's body is read, within
-//! bounds, so that what it says can be told in our form. An answer that breaks off before the first byte
-//! of its body becomes an error too, if that shows while its code is awaited; any other answer is not held
-//! for that, only what has come already is looked at.
+//! The body of a success passes unchanged, and is held only until its `code` is known. The body of an error
+//! is read, within limits, so that the proxy can report the error in its own form.
+//!
+//! A response that breaks off before the first byte of its body becomes an error too, if that shows while its
+//! code is awaited. Any other response is not held for this check: only data that has already arrived is
+//! read.
 
 use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
@@ -20,34 +22,34 @@ use crate::kling::envelope::{self, Envelope, Peek};
 use crate::kling::service_code;
 use crate::request::headers;
 
-/// As much of a body as is read to understand it, as sent and decoded, each.
+/// Most bytes of a body that are read to understand it. Encoded and decoded bytes are limited separately.
 const BOUND: usize = 64 << 10;
-/// Turns of the event loop in which the beginning of a body that has come shows: a connection of hyper's
-/// brings it in the turn after it is asked for.
+/// Turns of the event loop after which body data that has arrived can be read. A connection of hyper delivers
+/// data in the turn after it was asked for it.
 const TURNS: u32 = 2;
-/// A success whose code is not known by then passes.
+/// Longest time that a success is held. If its code is not known by then, it passes.
 const HOLD: Duration = Duration::from_millis(200);
-/// An error body that takes longer counts as cut off.
+/// Longest time for reading the body of an error. A body that takes longer counts as cut off.
 const ERROR_BODY: Duration = Duration::from_secs(10);
-/// As much of a body that is no envelope as a client is shown, in characters.
+/// Most characters that a client is shown of a body that is no envelope.
 const EXCERPT: usize = 512;
 
-/// What an answer is.
+/// Classification of a response, by its status and the beginning of its body.
 pub(super) enum Verdict {
-    /// Kling says that it did what was asked. It passes.
+    /// A success that its service code confirms. It passes.
     Done,
-    /// It passes.
+    /// No error is known, but no service code confirms the success. It passes.
     Success,
-    /// An error, whose body says this.
+    /// An error with a service code. Its body is this envelope.
     Service(Envelope),
-    /// An error whose body is no envelope, and how that begins where it is text.
+    /// An error whose body is no envelope, with the beginning of the body if that is text.
     Bare(Option<String>),
-    /// It broke off before the first byte of its body.
+    /// The response broke off before the first byte of its body.
     Broken(BoxError),
 }
 
-/// Strips an answer of what must not reach the client, and judges it by its status and by what is read
-/// ahead of its body.
+/// Removes the headers that must not reach the client, and judges a response by its status and by the
+/// beginning of its body, which is read ahead.
 pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
     let is_json = headers::strip_response(answer.headers_mut());
     let status = answer.status();
@@ -91,7 +93,7 @@ async fn judge_error(answer: &mut http::Response<Download>) -> Verdict {
     }
 }
 
-/// Reads ahead in a body.
+/// Reads the beginning of a body ahead, up to [`BOUND`].
 struct AheadReader<'a> {
     body: &'a mut Download,
     text: Text,
@@ -99,7 +101,7 @@ struct AheadReader<'a> {
     end: BodyEnd,
 }
 
-/// How a body ended.
+/// End of a body, as far as it was read.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum BodyEnd {
     NotYet,
@@ -126,12 +128,12 @@ impl<'a> AheadReader<'a> {
         }
     }
 
-    /// Reads until the code is known, or cannot be known from what is kept.
+    /// Reads until the code is known, or cannot become known from the bytes that are kept.
     async fn peek(&mut self) -> Peek {
         let mut worth_a_look = 1;
         loop {
             let seen = self.text.seen();
-            // Looking anew at each byte would take the square of the body's size.
+            // To parse again after each byte would take time in the square of the body's size.
             if seen.len() >= worth_a_look || self.is_over() {
                 worth_a_look = seen.len() + seen.len() / 4;
                 match envelope::peek(seen) {
@@ -143,7 +145,7 @@ impl<'a> AheadReader<'a> {
         }
     }
 
-    /// Reads what is there already, without waiting.
+    /// Reads the data that has already arrived, without waiting for more.
     async fn glance(&mut self) {
         for _ in 0..TURNS {
             if self.read().now_or_never().is_some() {
@@ -154,7 +156,7 @@ impl<'a> AheadReader<'a> {
         let _ = self.read().now_or_never();
     }
 
-    /// Reads an error's body as far as the bounds allow.
+    /// Reads the body of an error as far as the limits allow.
     async fn read_error(&mut self) {
         let read = async {
             while !self.is_over() {
@@ -191,7 +193,7 @@ impl<'a> AheadReader<'a> {
         self.end != BodyEnd::NotYet || self.size >= BOUND || self.text.is_full()
     }
 
-    /// What the body says; nothing if it was cut off.
+    /// Returns the envelope in the body; `None` if there is none, or if the body was cut off.
     fn envelope(&self) -> Option<Envelope> {
         match self.end {
             BodyEnd::Whole if !self.text.is_full() => envelope::read(self.text.seen()),
@@ -201,11 +203,11 @@ impl<'a> AheadReader<'a> {
     }
 }
 
-/// How a text begins; nothing of what is not text.
+/// Returns the beginning of a text; `None` if the bytes are not text.
 fn excerpt(bytes: &[u8]) -> Option<String> {
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text,
-        // A character that the bound cut through is no reason.
+        // The limit may have cut through the last character. The rest is text nevertheless.
         Err(error) if error.error_len().is_none() => {
             std::str::from_utf8(&bytes[..error.valid_up_to()]).ok()?
         }

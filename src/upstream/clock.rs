@@ -1,21 +1,23 @@
-//! What time it is at upstream, learned from the `Date` of its answers. Upstream judges tokens by
-//! its own clock, so that is the one they are made by.
+//! Upstream's time, learned from the `Date` of its responses. Upstream judges tokens by its own clock, so
+//! tokens are minted by that clock too.
 //!
-//! A `Date` proves nothing: a gateway may have written it that never sees a token. What proves a clock is
-//! that upstream accepts a token that was minted by it. So an offset of over 5 minutes from our clock is on
-//! trial until then. In the table "far" is over 5 minutes from where the state began.
+//! A `Date` proves nothing: it may come from a gateway that never sees a token. A clock is proven when
+//! upstream accepts a token that was minted by it. So an offset of over 5 minutes from our clock is on trial
+//! until then.
 //!
-//! | state, and what tokens are minted by | most answers say: far | one is accepted | one is refused for its time | another one is, before one is accepted |
+//! In the table, "far" means over 5 minutes from the offset with which the state began.
+//!
+//! | state, and clock that mints tokens | most responses are far | a token is accepted | a token is refused for its time | another token is refused before one is accepted |
 //! | --- | --- | --- | --- | --- |
-//! | `Start`: our clock, unproven | `Trial` of that | `Own` | what its `Date` says | `Own` |
-//! | `Own`: our clock | nothing changes | `Own` | what its `Date` says | `Own` |
-//! | `Trial`: an offset, unproven | `Trial` of that, or `Start` | `Confirmed` | what its `Date` says; `Own` if that is no news | `Own` |
-//! | `Confirmed`: an offset | nothing changes | `Confirmed` | what its `Date` says | `Own` |
+//! | `Start`: our clock, unproven | `Trial` of the new offset | `Own` | set by its `Date` | `Own` |
+//! | `Own`: our clock | nothing changes | `Own` | set by its `Date` | `Own` |
+//! | `Trial`: an offset, unproven | `Trial` of the new offset, or `Start` | `Confirmed` | set by its `Date`; `Own` if that is not far | `Own` |
+//! | `Confirmed`: an offset | nothing changes | `Confirmed` | set by its `Date` | `Own` |
 //!
-//! What a `Date` says is `Own` up to 5 minutes from our clock, else `Trial`. Where a refusal has none, the
-//! next answers decide: `Start` or `Trial`. So `Date` and our clock take turns while upstream refuses
-//! tokens, and other answers cannot keep either from its turn. What is not far counts at once, if most
-//! answers say it.
+//! "Set by its `Date`" means: `Own` if the `Date` is up to 5 minutes from our clock, else `Trial`. After a
+//! refusal without a `Date` the next responses decide, in `Start` or `Trial`. So `Date` and our clock take
+//! turns while upstream refuses tokens, and other responses cannot keep either from its turn. An offset that
+//! is not far takes effect at once, if most responses agree on it.
 
 use std::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU32, AtomicU64,
@@ -33,27 +35,28 @@ use super::origin::Origin;
 use crate::clock::{Clock, Correction};
 use crate::telemetry::metrics::Metrics;
 
-/// How many samples count: one or two that are wrong do not.
+/// Number of latest samples of which the median counts. One or two wrong ones cannot decide it.
 const SAMPLES: usize = 5;
-/// Between samples, so that they do not all come from one bad moment, and busy days cost nothing.
+/// Shortest time between samples, so that they do not all come from one bad moment, and busy days cost
+/// nothing.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A difference of more is on trial first.
+/// Offset in milliseconds above which a clock is on trial first.
 const FAR: i64 = 5 * 60 * 1_000;
-/// A difference of more is worth a line in the log: `token.not_before_leeway` will not cover much
-/// more of it.
+/// Offset in milliseconds above which the log gets a line: `token.not_before_leeway` will not cover much
+/// more.
 const NOTABLE: i64 = 3_000;
 
-/// The clock of upstream: this machine's, corrected by what was learned. Reading it takes no lock.
+/// The clock of upstream: this machine's clock plus the learned offset. Reading it takes no lock.
 pub struct UpstreamClock {
     machine: Arc<dyn Clock>,
-    /// How far upstream is ahead, in milliseconds.
+    /// Milliseconds by which upstream's clock is ahead of this machine's.
     offset: AtomicI64,
-    /// How often the clock was set anew.
+    /// Number of times that the clock was set.
     correction: AtomicU32,
-    /// Whether a token was accepted that was minted by this correction.
+    /// True if upstream has accepted a token that was minted by the current correction.
     is_proven: AtomicBool,
     history: Mutex<History>,
-    /// When the next sample is due, in milliseconds after `start`.
+    /// Time at which the next sample is due, in milliseconds after `start`.
     due: AtomicU64,
     start: Instant,
     metrics: Arc<Metrics>,
@@ -64,15 +67,15 @@ struct History {
     state: State,
     /// The offset with which the state began; 0 for our clock.
     base: i64,
-    /// The clock was set by the `Date` of a refusal. If it is refused too, our clock is next.
+    /// True after a refusal. If a token is refused again before one is accepted, our clock is next.
     own_is_next: bool,
     /// Offsets in milliseconds, the oldest first.
     samples: Vec<i64>,
-    /// What the log said last.
+    /// Offset that was logged last, in milliseconds; 0 before the first line.
     told: i64,
 }
 
-/// See the table above.
+/// State of the learned clock; see the table above.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
@@ -85,7 +88,7 @@ enum State {
 // === impl UpstreamClock ===
 
 impl UpstreamClock {
-    /// Starts as the clock of this machine.
+    /// Creates a clock that starts as the clock of this machine.
     pub fn new(machine: Arc<dyn Clock>, metrics: Arc<Metrics>) -> Self {
         Self {
             machine,
@@ -99,12 +102,13 @@ impl UpstreamClock {
         }
     }
 
-    /// Whether tokens for an origin are right although the machine's clock differs from its as much.
+    /// Returns true if tokens for `origin` are right although this machine's clock differs by `difference`
+    /// from that of the origin.
     pub fn corrects(origin: &Origin, difference: Duration) -> bool {
         origin.is_secure() && difference.as_millis() <= GREATEST.unsigned_abs().into()
     }
 
-    /// Learns from the head of an answer, if a sample is due. `asked` is when upstream had the
+    /// Learns from the head of a response, if a sample is due. `asked` is the time at which upstream had the
     /// request.
     pub(super) fn learn(&self, head: &HeaderMap, asked: Instant) {
         if self.takes_turn(asked)
@@ -114,7 +118,7 @@ impl UpstreamClock {
         }
     }
 
-    /// Upstream has accepted a token that was minted by this correction.
+    /// Records that upstream has accepted a token that was minted by this correction.
     pub(super) fn accepted(&self, correction: Correction) {
         if self.is_proven.load(Relaxed) {
             return;
@@ -132,15 +136,16 @@ impl UpstreamClock {
         history.tell(self.offset.load(Relaxed));
     }
 
-    /// Learns from an answer that refuses, for its time, a token that was minted by this correction:
-    /// what was learned is wrong, or a clock was set while we were running.
+    /// Learns from a response that refuses a token for its time. The token was minted by `correction`. Either
+    /// the learned offset is wrong, or a clock was set while the proxy was running.
     pub(super) fn refused(&self, correction: Correction, head: &HeaderMap, asked: Instant) {
         self.refuse(correction, self.read(head, asked).map(ClockReading::middle));
     }
 
-    /// What an answer that came between `asked` and now says of upstream's clock, if it does.
+    /// Returns the bounds of the offset that the `Date` of a response shows, if it shows any. The response
+    /// came between `asked` and now.
     fn read(&self, head: &HeaderMap, asked: Instant) -> Option<ClockReading> {
-        // A cache tells the time at which it stored the answer.
+        // The `Date` of a cached response is the time at which the cache stored it.
         if head.contains_key(AGE) {
             return None;
         }
@@ -150,10 +155,10 @@ impl UpstreamClock {
         Some(reading).filter(ClockReading::is_plausible)
     }
 
-    /// The same, where its `Date` says this offset.
+    /// Sets the clock after a refusal. `said` is the offset by the `Date` of the response, in milliseconds.
     fn refuse(&self, correction: Correction, said: Option<i64>) {
         let mut history = self.lock();
-        // Many may be refused together, of which the first has set the clock.
+        // Many tokens may be refused together. The first of these refusals has set the clock already.
         if correction != self.correction() {
             return;
         }
@@ -207,7 +212,7 @@ impl UpstreamClock {
         self.settle(&mut history);
     }
 
-    /// Enters a state. Tokens are minted anew.
+    /// Enters a state with this offset, in milliseconds. The new correction makes tokens be minted anew.
     fn set(&self, history: &mut History, state: State, offset: i64) {
         history.state = state;
         history.base = match state {
@@ -216,7 +221,7 @@ impl UpstreamClock {
         };
         self.store(offset);
         self.is_proven.store(false, Relaxed);
-        // Who sees it sees the offset too.
+        // A thread that sees the new correction also sees the new offset.
         self.correction.fetch_add(1, Release);
     }
 
@@ -225,15 +230,15 @@ impl UpstreamClock {
         self.metrics.clock_offset(seconds(offset));
     }
 
-    /// Whether an answer to what was `asked` then is the next sample. Mostly it is not, which is told
-    /// without a look at a clock.
+    /// Returns true if the response to a request that was sent at `asked` is the next sample. Usually it is
+    /// not, and then no clock is read.
     fn takes_turn(&self, asked: Instant) -> bool {
         let due = self.due.load(Relaxed);
         if whole_millis(asked - self.start) < due {
             return false;
         }
         let next = whole_millis(self.start.elapsed() + INTERVAL);
-        // Of several threads one takes the sample.
+        // If several threads compete, one takes the sample.
         self.due
             .compare_exchange(due, next, Relaxed, Relaxed)
             .is_ok()
@@ -269,14 +274,14 @@ impl Clock for UpstreamClock {
 
 impl History {
     fn median(&self) -> i64 {
-        // An even number has no middle: the newest waits for another one.
+        // An even number of samples has no middle one: the newest sample waits for the next.
         let odd = self.samples.len().saturating_sub(1) / 2 * 2 + 1;
         let mut samples: Vec<_> = self.samples.iter().take(odd).copied().collect();
         samples.sort_unstable();
         samples.get(odd / 2).copied().unwrap_or_default()
     }
 
-    /// Tells the log what is worth it.
+    /// Logs an offset if it differs by more than [`NOTABLE`] from the last one in the log.
     fn tell(&mut self, offset: i64) {
         if (offset - self.told).abs() <= NOTABLE {
             return;
@@ -313,7 +318,7 @@ mod tests {
     use super::*;
     use crate::clock::SystemClock;
 
-    /// A fast answer by a clock that is ahead by so many milliseconds.
+    /// Returns the reading of a fast response from a clock that is `ahead` by this many milliseconds.
     fn fast(ahead: i64) -> ClockReading {
         ClockReading {
             least: ahead - 600,
@@ -321,7 +326,7 @@ mod tests {
         }
     }
 
-    /// An answer that took ten seconds.
+    /// Returns the reading of a response that took ten seconds.
     fn slow(ahead: i64) -> ClockReading {
         ClockReading {
             least: ahead - 10_000,
@@ -329,7 +334,7 @@ mod tests {
         }
     }
 
-    /// What is known after these answers.
+    /// Returns the offset that is known after these readings, in milliseconds.
     fn learned(readings: impl IntoIterator<Item = ClockReading>) -> i64 {
         let metrics = Arc::new(Metrics::new().unwrap());
         let clock = UpstreamClock::new(Arc::new(SystemClock), metrics);
@@ -339,23 +344,23 @@ mod tests {
         clock.offset.load(Relaxed)
     }
 
-    /// What happens to a clock. Offsets in minutes.
+    /// An event that may change the clock. Offsets are in minutes.
     #[derive(Clone, Copy, Debug)]
     enum Event {
-        /// An answer says so.
+        /// A response came whose `Date` shows this offset.
         Said(i64),
-        /// A token was accepted.
+        /// A token of the current correction was accepted.
         Accepted,
-        /// A token was refused, by an answer that says so.
+        /// A token was refused, in a response whose `Date` shows this offset.
         Refused(i64),
-        /// The same, by an answer without a `Date`.
+        /// A token was refused, in a response without a `Date`.
         RefusedUndated,
-        /// A token from before the clock was set last was accepted, or refused.
+        /// A token from before the last correction was accepted, or refused.
         AcceptedLate,
         RefusedLate(i64),
     }
 
-    /// Where these events lead: a state, and an offset in minutes.
+    /// Returns the state, and the offset in minutes, after these events.
     fn after(events: &[Event]) -> (State, i64) {
         let minute = 60_000;
         let metrics = Arc::new(Metrics::new().unwrap());
@@ -376,14 +381,14 @@ mod tests {
         (state, clock.offset.load(Relaxed) / minute)
     }
 
-    /// R40.
+    /// R40. A `Date` alone must not set the clock far from ours.
     #[test]
     fn offset_of_over_five_minutes_is_on_trial_until_a_token_by_it_is_accepted() {
         use Event::{Accepted, AcceptedLate, Refused, RefusedLate, RefusedUndated, Said};
         use State::{Confirmed, Own, Start, Trial};
 
         for (events, expected) in [
-            // Our clock, which nobody has judged.
+            // Our clock, unproven.
             (&[][..], (Start, 0)),
             (&[Said(5)], (Start, 5)),
             (&[Said(60)], (Trial, 60)),
@@ -392,7 +397,7 @@ mod tests {
             (&[Refused(4)], (Own, 4)),
             (&[RefusedUndated], (Start, 0)),
             (&[RefusedUndated, RefusedUndated], (Own, 0)),
-            // Our clock, which upstream has judged: answers do not lead far away.
+            // Our clock, proven: responses do not move it far.
             (&[Accepted, Said(60), Said(60), Said(60)], (Own, 0)),
             (&[Accepted, Said(4), Said(4), Said(4)], (Own, 4)),
             (&[Accepted, Said(4), Said(8), Said(8), Said(8)], (Own, 4)),
@@ -411,20 +416,20 @@ mod tests {
             (&[Said(60), RefusedUndated, RefusedUndated], (Own, 0)),
             (&[Said(60), Said(0), Said(0)], (Start, 0)),
             (&[Said(60), Said(30), Said(30)], (Trial, 30)),
-            // After a second refusal our own clock has its turn, whatever is said meanwhile.
+            // After a second refusal our own clock has its turn, regardless of other responses.
             (&[Refused(60), Refused(30)], (Own, 0)),
             (&[Refused(60), Said(30), Said(30), Refused(20)], (Own, 0)),
             (&[Said(60), Refused(30), Refused(20)], (Own, 0)),
             (&[Said(60), Refused(60), Said(60), Said(60)], (Own, 0)),
             (&[Said(60), Refused(60), Accepted], (Own, 0)),
-            // And then `Date` again.
+            // After that, `Date` has its turn again.
             (&[Said(60), Refused(60), Refused(60)], (Trial, 60)),
             (&[Refused(60), Refused(60), Refused(60)], (Trial, 60)),
             (
                 &[Refused(60), Refused(60), Refused(60), Refused(60)],
                 (Own, 0),
             ),
-            // A proven offset: answers do not lead far away, nor far from it by small steps.
+            // A proven offset: responses do not move it far, not even in small steps.
             (
                 &[Said(60), Accepted, Said(0), Said(0), Said(0)],
                 (Confirmed, 60),
@@ -442,7 +447,7 @@ mod tests {
                 (Confirmed, -60),
             ),
             (&[Said(60), Accepted, RefusedUndated], (Trial, 60)),
-            // What became of earlier tokens says nothing of the present clock.
+            // The outcome of earlier tokens shows nothing about the present clock.
             (&[Said(60), AcceptedLate], (Trial, 60)),
             (
                 &[Refused(60), RefusedLate(60), RefusedLate(60)],
@@ -494,7 +499,7 @@ mod tests {
         }
         assert_eq!(clock.offset.load(Relaxed), 0);
         clock.refused(clock.correction(), &dated(9), asked);
-        // `Date` has no fractions.
+        // `Date` has no fractions of a second.
         let offset = clock.offset.load(Relaxed);
         assert!(
             (8_000..=10_000).contains(&offset),

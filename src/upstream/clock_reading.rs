@@ -1,14 +1,14 @@
-//! The difference between two clocks that the `Date` of one answer tells.
+//! Offset between the clocks of this machine and of upstream, by the `Date` of one response.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// `Date` has whole seconds (RFC 9110, section 5.6.7). In milliseconds.
+/// Resolution of `Date` in milliseconds: it has whole seconds (RFC 9110, section 5.6.7).
 const RESOLUTION: i64 = 1_000;
-/// A difference of more says nothing of clocks. In milliseconds.
+/// Largest offset that is believed, in milliseconds. A larger one is not the fault of a clock.
 pub(super) const GREATEST: i64 = 24 * 60 * 60 * 1_000;
 
-/// Bounds of the offset by one answer: its `Date` was written after the request was sent and before
-/// the answer came. In milliseconds by which upstream's clock is ahead of this machine's.
+/// Bounds of the offset by one response, in milliseconds by which upstream's clock is ahead of this
+/// machine's. The `Date` was written after the request was sent and before the response arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockReading {
     pub(super) least: i64,
@@ -29,19 +29,22 @@ impl ClockReading {
         }
     }
 
-    /// `Date` and half a second, less the time of receipt and half the round trip.
+    /// Returns the middle of the bounds: `Date` plus half a second, less this machine's time in the middle of
+    /// the round trip.
     pub(super) fn middle(self) -> i64 {
         i64::midpoint(self.least, self.most)
     }
 
-    /// Returns false if the difference is so great that something else than a clock is wrong.
+    /// Returns false if the offset is so large that something other than a clock must be wrong.
     pub(super) fn is_plausible(&self) -> bool {
         (-GREATEST..=GREATEST).contains(&self.middle())
     }
 
-    /// Returns the offset after this answer where `current` was known. An answer that took long says
-    /// little, and an offset that fits its bounds need not be wrong; clocks that agree are not set
-    /// against each other by a fraction of a second.
+    /// Returns the offset to use after this response, in milliseconds; `current` is the one in use.
+    ///
+    /// A slow response has wide bounds and shows little, so an offset within the bounds need not be wrong:
+    /// `current` stays if it is within them, else 0 is used if that is. So clocks that agree are not moved
+    /// apart by a fraction of a second.
     pub fn offset(self, current: i64) -> i64 {
         [current, 0]
             .into_iter()
@@ -50,7 +53,7 @@ impl ClockReading {
     }
 }
 
-/// Moves a time by an offset in milliseconds. A time that does not exist stays where it is.
+/// Moves a time by an offset in milliseconds. Returns the time unchanged if the result does not exist.
 pub fn shifted(time: SystemTime, offset: i64) -> SystemTime {
     let distance = Duration::from_millis(offset.unsigned_abs());
     let there = if offset < 0 {

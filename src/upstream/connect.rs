@@ -1,4 +1,4 @@
-//! Connections to the one upstream, of either version of HTTP, and what can be done with one.
+//! Connections to upstream over HTTP/1.1 or HTTP/2, and the operations on one connection.
 
 use std::future::ready;
 use std::pin::Pin;
@@ -26,40 +26,41 @@ use super::send_error::SendError;
 use super::upload::Progress;
 use crate::error::BoxError;
 
-/// What a connection of HTTP/1.1 holds at most of what it reads and of what it writes, in bytes, each. Less
-/// than that of a client, since answers are small, and each one that its client does not read holds some.
+/// Most bytes that an HTTP/1.1 connection buffers for reading, and most for writing. This is less than for
+/// the connection of a client, because responses are small, and each response that its client does not read
+/// occupies a buffer.
 const LARGEST_BUFFER: usize = 16 << 10;
 
-/// Makes connections.
+/// Makes connections to upstream, of either version of HTTP.
 #[derive(Clone)]
 pub(super) struct Connector {
     dial: Arc<dyn Dial>,
     origin: Arc<Origin>,
     ping_while_idle: bool,
-    /// Whether the last attempt failed in a way that asking again would not change.
+    /// True if the last attempt failed in a way that another attempt would not change.
     is_refused: Arc<AtomicBool>,
 }
 
-/// A new connection, before a request has it.
+/// A new connection that no request uses yet.
 pub(super) enum Connected {
     Http1(Http1),
     Http2(http2::Sender),
 }
 
-/// The sending side of a connection that one request has.
+/// The sending side of a connection, for one request.
 pub(super) enum Connection {
-    /// The whole connection.
+    /// The whole connection, which no other request uses.
     Http1(Http1),
-    /// One stream of it. Boxed, since most connections are of HTTP/1.1.
+    /// One stream of the connection. Boxed, because most connections are of HTTP/1.1.
     Http2(Box<Http2>),
 }
 
 /// A free stream of an HTTP/2 connection.
 pub(super) struct Http2 {
     connection: http2::Sender,
-    /// `None` once it is used.
+    /// The reserved stream; `None` once it is used.
     slot: Option<http2::Slot>,
-    /// Each request needs scheme and authority.
+    /// Scheme and authority, which each request over HTTP/2 needs.
     origin: Arc<Origin>,
 }
 
@@ -69,9 +70,9 @@ pub(super) struct Http1 {
     flushed: Flushed,
 }
 
-/// Waits for the answer to what was sent. Dropped before that, it closes the connection (HTTP/1.1) or
-/// resets the stream (HTTP/2), so that a body cut short never looks complete. Boxed, since it has room
-/// for the request, if that comes back.
+/// Waits for the response to a request that was sent. If it is dropped before, it closes the connection
+/// (HTTP/1.1) or resets the stream (HTTP/2), so that a body cut short never looks complete. Boxed, because it
+/// has room for the request, which may come back unsent.
 pub(super) enum Sent {
     Http1(PendingResponse<body::Incoming, TrySendError<Request>>),
     Http2(PendingResponse<http2::Body, SendError>),
@@ -91,14 +92,13 @@ impl Connector {
         }
     }
 
-    /// Makes HTTP/2 connections that ask upstream whether it is still there although nobody uses
-    /// them.
+    /// Makes HTTP/2 connections ping upstream even while no request uses them.
     pub(super) fn pinging(mut self) -> Self {
         self.ping_while_idle = true;
         self
     }
 
-    /// The origin as a `Host` value.
+    /// Returns the origin as a `Host` value.
     pub(super) fn host(&self) -> HeaderValue {
         self.origin.host()
     }
@@ -107,7 +107,7 @@ impl Connector {
         Arc::clone(&self.origin)
     }
 
-    /// A connection of whichever version upstream likes best.
+    /// Connects with the version of HTTP that upstream prefers.
     pub(super) async fn connect(&self) -> Result<Connected, BoxError> {
         let Transport { io, is_http2 } = self.dial(Versions::Any).await?;
         if is_http2 {
@@ -118,7 +118,7 @@ impl Connector {
         }
     }
 
-    /// A connection of HTTP/1.1; `None` where upstream does not speak that.
+    /// Connects over HTTP/1.1; returns `None` if upstream does not speak it.
     pub(super) async fn connect_http1(&self) -> Result<Option<Http1>, BoxError> {
         match self.dial(Versions::Http1).await {
             Ok(Transport { io, .. }) => Ok(Some(Http1::handshake(io).await?)),
@@ -127,8 +127,8 @@ impl Connector {
         }
     }
 
-    /// Returns true if the egress proxy refused the last connection, whoever asked for it, and would
-    /// refuse another one.
+    /// Returns true if the egress proxy refused the last connection of any thread, and would refuse another
+    /// one.
     pub(super) fn is_refused(&self) -> bool {
         self.is_refused.load(Relaxed)
     }
@@ -159,7 +159,7 @@ impl Http1 {
             *request.uri_mut() = Uri::from(path_and_query(&request));
         }
         if request.body().size_hint().exact().is_none() {
-            // hyper would send a GET without its body otherwise.
+            // Without this header, hyper would send a GET without its body.
             let chunked = HeaderValue::from_static("chunked");
             request.headers_mut().insert(TRANSFER_ENCODING, chunked);
         }
@@ -170,7 +170,7 @@ impl Http1 {
 // === impl Connection ===
 
 impl Connection {
-    /// A free stream of an HTTP/2 connection, if there is one.
+    /// Reserves a free stream of an HTTP/2 connection, if there is one.
     pub(super) fn stream_of(connection: &http2::Sender, origin: &Arc<Origin>) -> Option<Self> {
         let slot = connection.reserve()?;
         Some(Self::Http2(Box::new(Http2 {
@@ -180,7 +180,7 @@ impl Connection {
         })))
     }
 
-    /// Sends a request at once.
+    /// Sends a request at once, and returns the future of its response.
     pub(super) fn send(&mut self, mut request: Request, progress: &Arc<Progress>) -> Sent {
         let Http2 { slot, origin, .. } = match self {
             Self::Http1(connection) => return connection.send(request),
@@ -188,9 +188,9 @@ impl Connection {
         };
         *request.version_mut() = Version::HTTP_2;
         *request.uri_mut() = origin.uri(path_and_query(&request));
-        // `:authority` says it (RFC 9113, section 8.3.1).
+        // HTTP/2 sends `:authority` instead (RFC 9113, section 8.3.1).
         request.headers_mut().remove(HOST);
-        // An attempt by HTTP/1.1 may have left it.
+        // An earlier attempt over HTTP/1.1 may have added this header.
         request.headers_mut().remove(TRANSFER_ENCODING);
         let sent = match slot.take() {
             Some(slot) => slot.send(request, progress),
@@ -205,7 +205,7 @@ impl Connection {
         })
     }
 
-    /// Returns true if all that was sent so far has left this process.
+    /// Returns true if all data that was sent so far has left this process.
     pub(super) fn is_flushed(&self) -> bool {
         match self {
             Self::Http1(connection) => connection.flushed.is_complete(),
@@ -213,10 +213,10 @@ impl Connection {
         }
     }
 
-    /// Lets no further request use the connection: it gave no answer in time.
+    /// Stops further requests from using the connection, because it gave no response in time.
     pub(super) fn retire(&self) {
         match self {
-            // It goes back to nobody.
+            // This request has the whole connection, so no other can use it.
             Self::Http1(_) => {}
             Self::Http2(stream) => stream.connection.retire(),
         }
@@ -240,7 +240,7 @@ impl Future for Sent {
 }
 
 fn path_and_query(request: &Request) -> PathAndQuery {
-    // The guard has seen that there is a path.
+    // The guard has checked that there is a path.
     request
         .uri()
         .path_and_query()

@@ -15,13 +15,14 @@ use super::origin::Origin;
 use super::tcp;
 use crate::error::BoxError;
 
-/// Opens byte streams to upstream. [`Network`] is the real one; a simulation brings its own.
+/// Opens byte streams to upstream. [`Network`] uses the real network; a simulation has its own
+/// implementation.
 pub trait Dial: Send + Sync + 'static {
     /// Opens a stream on which upstream may choose one of these versions of HTTP.
     fn dial(&self, versions: Versions) -> Dialing<'_>;
 }
 
-/// Waits for a stream.
+/// Waits for a stream to open.
 ///
 /// Fails with [`NoHttp1`] if upstream does not speak HTTP/1.1 and nothing else was offered.
 pub type Dialing<'a> = Pin<Box<dyn Future<Output = Result<Transport, BoxError>> + Send + 'a>>;
@@ -29,42 +30,42 @@ pub type Dialing<'a> = Pin<Box<dyn Future<Output = Result<Transport, BoxError>> 
 /// The versions of HTTP that upstream may choose from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Versions {
-    /// HTTP/1.1.
+    /// HTTP/1.1 only, where each connection serves one request at a time.
     Http1,
-    /// HTTP/2 or HTTP/1.1, whichever upstream likes better.
+    /// HTTP/2 or HTTP/1.1, as upstream prefers.
     Any,
 }
 
 /// An open byte stream to upstream.
 pub struct Transport {
-    /// The stream, encrypted where the origin is https.
+    /// The stream, encrypted if the origin is https.
     pub io: Box<dyn Stream>,
-    /// Whether upstream chose HTTP/2.
+    /// True if upstream chose HTTP/2.
     pub is_http2: bool,
 }
 
 /// A byte stream in both directions.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
-/// Upstream refuses HTTP/1.1.
+/// Error of a handshake in which upstream refused HTTP/1.1.
 #[derive(Debug, thiserror::Error)]
 #[error("upstream does not speak HTTP/1.1")]
 pub struct NoHttp1(#[source] pub BoxError);
 
-/// Dials over the network.
+/// Opens byte streams over the real network.
 pub struct Network {
     origin: Origin,
     egress: Option<EgressProxy>,
-    /// Offers HTTP/1.1.
+    /// TLS connector that offers HTTP/1.1 only.
     http1: TlsConnector,
-    /// Offers HTTP/2 and HTTP/1.1.
+    /// TLS connector that offers HTTP/2 and HTTP/1.1.
     any: TlsConnector,
-    /// How long a peer may leave unacknowledged what was sent to it.
+    /// Longest time that the peer may leave sent data unacknowledged.
     idle: Duration,
 }
 
-/// As much of an upload as is encrypted for one system call, in bytes. It is rustls that would take
-/// no more than 64 KiB.
+/// Most bytes of an upload that are encrypted for one system call. By default rustls takes no more than 64
+/// KiB.
 const SEND_BUFFER: usize = 256 << 10;
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
@@ -72,7 +73,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 // === impl Network ===
 
 impl Network {
-    /// Dials `origin`, through `egress` if that is on the way.
+    /// Creates a dialler for `origin`, through `egress` if the origin is https.
     pub fn new(
         origin: &Origin,
         egress: Option<EgressProxy>,

@@ -1,4 +1,5 @@
-//! The answer's body on its way down: bounded silence, and its connection kept when it ends.
+//! The body of a response on its way to the client. It limits the silence of upstream, and gives its
+//! connection back when it ends.
 
 use std::collections::VecDeque;
 use std::error::Error as _;
@@ -18,9 +19,9 @@ use super::pool::Pool;
 use super::upload::Progress;
 use crate::error::{BoxError, Error};
 
-/// A body that passes as it comes.
+/// A response body that passes unchanged as it arrives.
 pub(super) struct Download {
-    /// What was read ahead, to be passed first.
+    /// Steps that were read ahead, to be passed on first.
     ahead: VecDeque<BodyStep>,
     body: Incoming,
     lease: Option<Lease>,
@@ -30,13 +31,13 @@ pub(super) struct Download {
     flushed: bool,
 }
 
-/// Nothing more of a body came for so long.
+/// Error for a body of which nothing more arrived for this long.
 #[derive(Debug, thiserror::Error)]
 #[error("upstream was silent for {0:?} inside a body")]
 struct Silence(Duration);
 
-/// The connection that a body comes over. It goes back to its pool when the exchange is over, and is
-/// closed when the exchange ends in any other way.
+/// The connection that a body arrives over. It goes back to its pool when the exchange is complete, and is
+/// closed if the exchange ends in any other way.
 pub(super) struct Lease {
     pool: Arc<Pool>,
     connection: Option<Connection>,
@@ -54,9 +55,9 @@ impl Lease {
         }
     }
 
-    /// The answer has ended.
+    /// Gives the connection back after the response has ended.
     fn end(mut self) {
-        // After an answer that came early the request's rest would still have to be sent.
+        // If the response came early, the rest of the request would still have to be sent on this connection.
         if self.upload.is_done()
             && let Some(connection) = self.connection.take()
         {
@@ -91,7 +92,7 @@ impl Download {
         this
     }
 
-    /// Reads ahead: the step passes in its turn all the same.
+    /// Reads one step ahead. The client still gets that step in its turn.
     pub(super) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Option<&BodyStep>> {
         Poll::Ready(match ready!(self.poll_step(cx)) {
             Some(step) => {
@@ -102,7 +103,7 @@ impl Download {
         })
     }
 
-    /// Takes what went wrong before anything of the body was read.
+    /// Takes the error that occurred before anything of the body was read, if there is one.
     pub(super) fn take_failure(&mut self) -> Option<BoxError> {
         match self.ahead.pop_front_if(|step| step.is_err()) {
             Some(Err(failure)) => Some(failure),
@@ -110,12 +111,13 @@ impl Download {
         }
     }
 
-    /// Whether all of it is known to be read, be it ahead: of one in chunks only its end says so.
+    /// Returns true if the whole body is known to be read, even if only ahead. The end of a chunked body is
+    /// known only after it was read.
     pub(super) fn is_read(&self) -> bool {
         self.body.is_end_stream()
     }
 
-    /// Gives the connection back if the body is over: of one in chunks only its `end` says so.
+    /// Gives the connection back if the body is over. For a chunked body only `end` shows that.
     fn end_lease(&mut self, end: bool) {
         if (end || self.body.is_end_stream())
             && let Some(lease) = self.lease.take()
@@ -127,7 +129,8 @@ impl Download {
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<BodyStep>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(step) => {
-                // What comes behind a body could not be told from headers that are dropped before it.
+                // Trailers are dropped: a client might take them for headers, even for those that were
+                // removed from the head.
                 let step = step.filter(|step| !step.as_ref().is_ok_and(Frame::is_trailers));
                 self.moved = true;
                 self.end_lease(step.is_none());
@@ -158,7 +161,7 @@ impl Body for Download {
         if let Some(Err(_)) = this.ahead.front()
             && !std::mem::replace(&mut this.flushed, true)
         {
-            // hyper writes what came before only when it has to wait.
+            // hyper writes the data before the error only if it has to wait, so it waits once.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -189,7 +192,7 @@ impl Body for Download {
     }
 }
 
-/// The error of a request whose answer broke off like this before the first byte of its body.
+/// Returns the error of a request whose response failed like this before the first byte of its body.
 pub(super) fn broken(failure: BoxError) -> Error {
     if let Some(Silence(limit)) = failure.downcast_ref() {
         return Error::upstream_timeout(*limit);

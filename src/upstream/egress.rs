@@ -1,4 +1,4 @@
-//! The way out through a proxy of the network (`upstream.proxy`).
+//! Tunnels through the HTTP proxy of a network (`upstream.proxy`).
 
 use std::fmt;
 use std::str::FromStr;
@@ -20,30 +20,31 @@ use crate::error::BoxError;
 
 /// An HTTP proxy that opens tunnels (`CONNECT`: RFC 9110, section 9.3.6).
 ///
-/// It learns the name and port of upstream and nothing else: what passes through is TLS. So an
-/// upstream of plain http, which is on this machine, is asked directly.
+/// The proxy learns the name and port of upstream and nothing else, because the tunnel carries TLS. An
+/// upstream of plain http, which can only be on this machine, is therefore connected to directly.
 #[derive(Clone)]
 pub struct EgressProxy {
     authority: Authority,
-    /// From `user:password@` of its URL; marked sensitive.
+    /// Credentials from `user:password@` in the URL, marked sensitive.
     authorization: Option<HeaderValue>,
 }
 
-/// A text is no URL of an egress proxy. It may hold a password, so nothing of it is said.
+/// Error for a text that is not the URL of an egress proxy. The text may hold a password, so the message
+/// shows nothing of it.
 #[derive(Debug, thiserror::Error)]
 #[error("want a URL such as http://proxy.example:3128 or http://user:password@proxy.example:3128")]
 pub struct NoEgressProxy;
 
-/// Why there is no tunnel.
+/// Reasons why the egress proxy opened no tunnel.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
-    /// There is no connection to the proxy.
+    /// No connection to the egress proxy could be made.
     #[error("cannot connect to the egress proxy")]
     Unreachable(#[source] BoxError),
-    /// The proxy does not want to, or cannot reach upstream.
+    /// The egress proxy refused, or cannot reach upstream. This is its status.
     #[error("the egress proxy answered {0}")]
     Refused(StatusCode),
-    /// What listens there is no HTTP proxy, or the connection broke.
+    /// The server at the address is no HTTP proxy, or the connection broke.
     #[error("the egress proxy did not open a tunnel")]
     Failed(#[source] BoxError),
 }
@@ -51,13 +52,13 @@ pub enum TunnelError {
 // === impl EgressProxy ===
 
 impl EgressProxy {
-    /// This proxy, if it is on the way to `origin`: plain http is for this machine itself, which no
-    /// other has to lead to.
+    /// Returns this proxy if connections to `origin` go through it. An origin of plain http is on this
+    /// machine itself, and needs no proxy.
     pub fn leading_to(self, origin: &Origin) -> Option<Self> {
         origin.is_secure().then_some(self)
     }
 
-    /// The name or address to connect to, without brackets, and the port.
+    /// Returns the name or address to connect to, without brackets, and the port.
     pub fn name_and_port(&self) -> (&str, u16) {
         let port = self.authority.port_u16().unwrap_or(80);
         (without_brackets(self.authority.host()), port)
@@ -73,7 +74,7 @@ impl EgressProxy {
         self.authorization.as_ref()
     }
 
-    /// Asks for a tunnel on a connection to the proxy; what comes back leads to `origin`.
+    /// Asks for a tunnel on a connection to the proxy, and returns the stream, which then leads to `origin`.
     ///
     /// # Errors
     ///
@@ -95,7 +96,7 @@ impl EgressProxy {
         }
         let tunnel = hyper::upgrade::on(answer).await.map_err(failed)?;
         match tunnel.downcast::<TokioIo<TcpStream>>() {
-            // In TLS the client speaks first.
+            // In TLS the client sends first, so nothing may follow the proxy's response.
             Ok(parts) if parts.read_buf.is_empty() => Ok(parts.io.into_inner()),
             _ => Err(TunnelError::Failed("it said more than its answer".into())),
         }
@@ -151,8 +152,8 @@ impl fmt::Debug for EgressProxy {
     }
 }
 
-/// The status of a refusal that asking again would not change, if that is why there is no connection. Each
-/// attempt may count against a user whose password is wrong.
+/// Returns the status with which the egress proxy refused, if it would refuse again. Each further attempt may
+/// count against a user whose password is wrong.
 pub(super) fn final_status(error: &BoxError) -> Option<StatusCode> {
     match error.downcast_ref()? {
         &TunnelError::Refused(
@@ -164,9 +165,9 @@ pub(super) fn final_status(error: &BoxError) -> Option<StatusCode> {
     }
 }
 
-/// Credentials of the Basic scheme (RFC 7617) from what stands before `@` in a URL.
+/// Builds credentials of the Basic scheme (RFC 7617) from the part of a URL before `@`.
 fn basic(user: &str) -> Result<HeaderValue, NoEgressProxy> {
-    // Without a password there is an empty one.
+    // If there is no password, an empty one is sent.
     let (user, password) = user.split_once(':').unwrap_or((user, ""));
     let mut credentials: Vec<u8> = percent_decode_str(user).collect();
     credentials.push(b':');

@@ -1,8 +1,9 @@
-//! Takes empty frames out of what upstream sends by HTTP/2.
+//! Removes empty frames from the data that upstream sends over HTTP/2.
 //!
-//! `h2` (0.4.20) ends a connection at its 101st empty DATA frame, however long it has lived, and has no
-//! setting for that. Some servers end each flush with one. Such a frame says nothing (RFC 9113, section
-//! 6.1), so it is dropped here. A flood of them is not: it reaches `h2`, which ends the connection.
+//! `h2` (0.4.20) closes a connection at its 101st empty DATA frame, even if the connection is old, and has no
+//! setting for that. Some servers end each flush with an empty frame. Such a frame carries nothing (RFC 9113,
+//! section 6.1), so it is dropped here. A flood of them is not dropped: it reaches `h2`, which closes the
+//! connection.
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -15,39 +16,39 @@ use tokio::time::Instant;
 
 use super::dial::Stream;
 
-/// A stream of HTTP/2 frames without empty ones.
+/// A stream of HTTP/2 frames without empty DATA frames.
 pub(super) struct EmptyFrameFilter {
     stream: Box<dyn Stream>,
     frames: Frames,
 }
 
-/// Frames on their way to `h2`.
+/// Buffer for the frames on their way to `h2`.
 struct Frames {
     buffer: Box<[u8]>,
-    /// What passes next.
+    /// Range of the buffer that passes next.
     ready: Range<usize>,
-    /// The beginning of a head behind that, whose rest has not come.
+    /// Size of the incomplete frame head behind `ready`, in bytes.
     begun: usize,
-    /// What is left of a frame whose head has passed, in bytes.
+    /// Bytes of the current frame that have not passed yet.
     rest: usize,
-    /// When the current second began.
+    /// Start of the second in which empty frames are counted.
     second: Instant,
-    /// How many were dropped in it.
+    /// Number of empty frames in that second.
     dropped: u32,
 }
 
-/// As much as is read at once, in bytes: a record of TLS.
+/// Most bytes that are read at once: one TLS record.
 const BUFFER: usize = 16 << 10;
-/// The head of a frame (RFC 9113, section 4.1), in bytes.
+/// Size of a frame head (RFC 9113, section 4.1), in bytes.
 const HEAD: usize = 9;
-/// Most empty frames that are dropped in a second: one for each of more answers than a connection
-/// brings in that time. To drop so many takes a hundredth of it.
+/// Most empty frames that are dropped in a second. A connection brings fewer responses than that in a second,
+/// and each may end with one empty frame. To drop this many takes a hundredth of a second.
 const MOST_IN_A_SECOND: u32 = 10_000;
 
 // === impl EmptyFrameFilter ===
 
 impl EmptyFrameFilter {
-    /// Expects frames from their first byte on.
+    /// Wraps a stream whose next byte begins a frame.
     pub(super) fn new(stream: Box<dyn Stream>) -> Self {
         let frames = Frames {
             buffer: vec![0; BUFFER].into(),
@@ -115,7 +116,7 @@ impl AsyncWrite for EmptyFrameFilter {
 // === impl Frames ===
 
 impl Frames {
-    /// Room to read into, behind a head that has begun. Nothing is ready.
+    /// Returns the free part of the buffer, behind the incomplete head. Call it only if nothing is ready.
     fn free(&mut self) -> &mut [u8] {
         let begun = self.ready.end..self.ready.end + self.begun;
         self.buffer.copy_within(begun, 0);
@@ -123,8 +124,8 @@ impl Frames {
         &mut self.buffer[self.begun..]
     }
 
-    /// Takes the empty frames out of what has begun and of `count` more bytes. At the end of the stream,
-    /// which is told by 0, what has begun passes as it is.
+    /// Removes the empty frames from the incomplete head and `count` new bytes. If `count` is 0, the stream
+    /// has ended, and an incomplete head passes unchanged.
     fn sift(&mut self, count: usize) {
         let end = self.begun + count;
         let (mut from, mut to) = (0, 0);
@@ -163,7 +164,7 @@ impl Frames {
         self.ready.start += count;
     }
 
-    /// Counts one. Returns false in a flood.
+    /// Counts one empty frame. Returns false in a flood.
     fn may_drop(&mut self) -> bool {
         let now = Instant::now();
         if now - self.second >= Duration::from_secs(1) {
@@ -174,12 +175,12 @@ impl Frames {
     }
 }
 
-/// The size of a frame without its head.
+/// Returns the size of a frame without its head, in bytes.
 fn size([a, b, c, ..]: &[u8; HEAD]) -> usize {
     usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c)
 }
 
-/// Returns true for DATA of no length without a flag: it does not end its stream.
+/// Returns true for a DATA frame without content and without flags: it does not end its stream.
 fn is_empty_data(head: &[u8; HEAD]) -> bool {
     head[..5] == [0; 5]
 }
@@ -190,13 +191,14 @@ mod tests {
 
     use super::*;
 
-    /// DATA on stream 1 with these flags.
+    /// Builds a DATA frame on stream 1 with these flags.
     fn data(content: &[u8], flags: u8) -> Vec<u8> {
         let size = u8::try_from(content.len()).unwrap();
         [&[0, 0, size, 0, flags, 0, 0, 0, 1], content].concat()
     }
 
-    /// What passes of a stream that comes in pieces of so many bytes, read in parts of so many.
+    /// Returns the bytes that pass the filter. They arrive in chunks of `piece` bytes, and are read `part`
+    /// bytes at a time.
     async fn passing(stream: &[u8], piece: usize, part: usize) -> Vec<u8> {
         let (near, mut far) = tokio::io::duplex(piece);
         let stream = stream.to_vec();
@@ -216,7 +218,7 @@ mod tests {
     #[tokio::test]
     async fn empty_frames_are_dropped_wherever_they_come_and_all_else_passes() {
         let empty = data(b"", 0);
-        // A head inside of a payload is none.
+        // The payload of the first frame looks like the head of an empty frame, but must pass.
         let kept = [
             data(&data(b"", 0), 0),
             data(b"", 1),

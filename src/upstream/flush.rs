@@ -1,4 +1,4 @@
-//! Knows whether what was written to a stream has left this process.
+//! Tracks if all data that was written to a stream has left this process.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -10,13 +10,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::dial::Stream;
 
-/// A stream that notes each write and each completed flush.
+/// A stream that records each write and each completed flush.
 pub(super) struct FlushTracker {
     stream: Box<dyn Stream>,
     flushed: Flushed,
 }
 
-/// Whether the last write was followed by a completed flush. Clones tell the same.
+/// Flag that is true if the last write was followed by a completed flush. All clones share it.
 #[derive(Clone)]
 pub(super) struct Flushed(Arc<AtomicBool>);
 
@@ -85,7 +85,7 @@ impl AsyncWrite for FlushTracker {
 // === impl Flushed ===
 
 impl Flushed {
-    /// Returns true if nothing waits to be written.
+    /// Returns true if no data waits to be written.
     pub(super) fn is_complete(&self) -> bool {
         self.0.load(Relaxed)
     }

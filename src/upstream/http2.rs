@@ -1,9 +1,9 @@
 //! HTTP/2 connections to upstream, on the `h2` crate.
 //!
-//! hyper's client queues: a request that finds no free stream, and what a closed window does not let
-//! through. A create in such a queue would be sent after its client was told that it failed. Here a
-//! request finds a free stream or another connection, and no more of a body is handed over than the
-//! window has room for, so that a reset takes back what was not sent.
+//! hyper's client has queues: for requests that find no free stream, and for data that a closed window holds
+//! back. A create in such a queue would be sent after its client had got an error. Here a request finds a
+//! free stream or goes to another connection, and no more of a body is handed to `h2` than the window has
+//! room for. So a reset discards everything that was not sent.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -30,20 +30,21 @@ use super::send_error::SendError;
 use super::upload::Progress;
 use crate::error::BoxError;
 
-/// How often a silent peer is asked whether it is still there, and how long it has to answer.
+/// Time between pings, and time that the peer has to answer one.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
-/// As much of an answer as upstream may send before its client takes it, in bytes. At 200 ms from here
-/// to upstream and back that lets 640 KB a second pass. While few requests are on their way they go by
-/// HTTP/1.1, which has no such window.
+/// Most bytes of a response that upstream may send before the client takes them. At a round trip of 200 ms to
+/// upstream, this lets 640 KB a second pass. A few requests at a time go over HTTP/1.1, which has no such
+/// window.
 const STREAM_WINDOW: u32 = 128 << 10;
-/// Most streams of a connection at once: what most servers allow. More requests go over another one.
+/// Most streams of a connection at once, which is the number that most servers allow. Further requests go
+/// over another connection.
 const MOST_STREAMS: u32 = 128;
-/// All streams have their whole window at once. So clients that do not read take nothing from others, and
-/// what waits for them is at most 16 MiB a connection, and `limits.in_flight` times [`STREAM_WINDOW`]
-/// in all.
+/// Window of a connection, with room for the whole window of each stream. So clients that do not read take
+/// nothing from others. At most 16 MiB a connection wait for such clients, and at most `limits.in_flight`
+/// times [`STREAM_WINDOW`] in all.
 const CONNECTION_WINDOW: u32 = MOST_STREAMS * STREAM_WINDOW;
-/// As much of the connection's window as one upload asks for at a time, in bytes. What is asked for is
-/// kept from the others.
+/// Most bytes of the connection's window that one upload asks for at a time. Other uploads cannot use the
+/// bytes that it asked for.
 const RESERVATION: usize = 64 << 10;
 
 /// The sending side of a connection. It closes when the last clone and the last stream are dropped.
@@ -52,66 +53,66 @@ pub(super) struct Sender {
     h2: client::SendRequest<Bytes>,
     state: Arc<ConnectionState>,
     flushed: Flushed,
-    /// Tells the connection's task that somebody uses it.
+    /// Shows the connection's task that the connection is in use.
     _user: mpsc::Sender<Infallible>,
 }
 
-/// What the connection's task and its users share.
+/// State that the connection's task and its users share.
 struct ConnectionState {
-    /// How many streams there may be at once; 0 until upstream has said how many it allows.
+    /// Most streams at once; 0 until upstream has sent its limit.
     limit: AtomicUsize,
     /// Notified when the limit changes, and at the end.
     changed: Notify,
-    /// Streams that are open.
+    /// Number of streams that are open or reserved.
     streams: AtomicUsize,
-    /// Set when the connection has ended, or a request on it got no answer in time.
+    /// True once the connection has ended, or a request on it got no response in time.
     unusable: AtomicBool,
 }
 
-/// A free stream of a connection, until it is dropped.
+/// A free stream of a connection, reserved until this is dropped.
 pub(super) struct Slot {
     sender: Sender,
 }
 
-/// Waits for the answer on a stream, and sends the request's body meanwhile.
+/// Waits for the response on a stream, and sends the request's body meanwhile.
 struct StreamExchange {
     response: ResponseFuture,
     upload: Option<StreamUpload>,
     answer_has_body: bool,
 }
 
-/// Sends a body as far as the windows allow. Dropped early, it resets the stream.
+/// Sends a body as far as the windows allow. Its owner resets the stream if it is dropped early.
 struct StreamUpload {
     stream: SendStream<Bytes>,
     body: axum::body::Body,
-    /// Taken from the body and not sent yet.
+    /// Data that was taken from the body and not sent yet.
     chunk: Bytes,
-    /// Whether the body has nothing behind the chunk.
+    /// True if the body has no more data behind the chunk.
     ended: bool,
-    /// Whether everything was sent, or sending was given up.
+    /// True if everything was sent, or sending was given up.
     finished: bool,
     progress: Arc<Progress>,
     _slot: Slot,
 }
 
-/// The body of an answer. While it is read, the rest of the request's body is sent.
+/// The body of a response. While it is read, the rest of the request's body is sent.
 pub(super) struct Body {
     stream: RecvStream,
     upload: StreamUpload,
-    /// What is left of a declared length.
+    /// Bytes that are left of a declared length; `None` if no length was declared.
     length: Option<u64>,
 }
 
 // === impl Sender ===
 
 impl Sender {
-    /// Opens a connection and waits until upstream has said how many streams it allows.
+    /// Opens a connection and waits until upstream has sent its limit of streams.
     ///
-    /// An idle connection is asked whether it is still there if `ping_while_idle`.
+    /// If `ping_while_idle`, the connection is pinged even while no request uses it.
     ///
     /// # Errors
     ///
-    /// What answers does not speak HTTP/2, or the connection ended.
+    /// The peer does not speak HTTP/2, or the connection ended.
     pub(super) async fn handshake(
         io: Box<dyn Stream>,
         ping_while_idle: bool,
@@ -122,7 +123,7 @@ impl Sender {
             .enable_push(false)
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            // Until upstream's settings are there.
+            // No stream may open before upstream's settings have arrived.
             .initial_max_send_streams(0)
             .handshake(io)
             .await?;
@@ -168,7 +169,7 @@ impl Sender {
         self.flushed.is_complete()
     }
 
-    /// How many streams there may be at once.
+    /// Returns the most streams that may be open at once.
     pub(super) fn limit(&self) -> usize {
         self.state.limit.load(Relaxed)
     }
@@ -187,15 +188,15 @@ impl Sender {
 // === impl Slot ===
 
 impl Slot {
-    /// Sends a request on this stream. A create is not complete before the last byte of its body, or
-    /// an empty frame in its place: given up before, it was not sent.
+    /// Sends a request on this stream. A create is complete only with the last byte of its body, or with an
+    /// empty frame in its place. If it is given up before, it was not sent.
     pub(super) fn send(
         mut self,
         request: Request,
         progress: &Arc<Progress>,
     ) -> Result<impl Future<Output = Result<Response<Body>, SendError>> + Send + use<>, SendError>
     {
-        // A connection that upstream ends takes nothing more, and then the head would be lost.
+        // A connection that upstream is ending takes no more requests, and the head would be lost.
         let mut cx = Context::from_waker(Waker::noop());
         if let Poll::Ready(Err(error)) = self.sender.h2.poll_ready(&mut cx) {
             self.sender.retire();
@@ -211,7 +212,7 @@ impl Slot {
         let ends = !may_create && body.is_end_stream();
         let head = http::Request::from_parts(head, ());
         let sent = self.sender.h2.send_request(head, ends);
-        // The error is the connection's: the head did not leave.
+        // An error here is one of the connection: the head was not sent.
         let (response, stream) = sent.map_err(|error| SendError::Unprocessed(error.into()))?;
         progress.follows_windows();
         let upload = StreamUpload {
@@ -249,7 +250,7 @@ impl Future for StreamExchange {
         }
         let response = ready!(Pin::new(&mut this.response).poll(cx)).map_err(SendError::from)?;
         let Some(upload) = this.upload.take() else {
-            return Poll::Pending; // It was answered before.
+            return Poll::Pending; // The response was returned before.
         };
         let length = response.headers().get(CONTENT_LENGTH);
         let length = length.and_then(|length| length.to_str().ok()?.parse().ok());
@@ -269,7 +270,7 @@ impl Future for StreamExchange {
 impl Drop for StreamExchange {
     fn drop(&mut self) {
         if let Some(upload) = &mut self.upload {
-            // Nobody waits for the answer: what was not sent is taken back.
+            // Nobody waits for the response: the reset discards the data that was not sent.
             upload.stream.send_reset(Reason::CANCEL);
         }
     }
@@ -278,12 +279,13 @@ impl Drop for StreamExchange {
 // === impl StreamUpload ===
 
 impl StreamUpload {
-    /// Sends what the body has and the windows allow. Ready when there is no more to do.
+    /// Sends data while the body has some and the windows allow it. Returns `Ready` if there is nothing more
+    /// to do.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while !self.finished {
             if !self.chunk.is_empty() {
                 let Some(capacity) = ready!(self.poll_capacity(cx)) else {
-                    // The stream has ended: the response says how.
+                    // The stream has ended, and the response shows the cause.
                     self.finish();
                     break;
                 };
@@ -293,7 +295,7 @@ impl StreamUpload {
                 self.send(Bytes::new());
             } else {
                 match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                    // Trailers are dropped.
+                    // A frame of trailers is dropped.
                     Some(Ok(frame)) => self.chunk = frame.into_data().unwrap_or_default(),
                     Some(Err(_)) => {
                         self.stream.send_reset(Reason::CANCEL);
@@ -308,7 +310,7 @@ impl StreamUpload {
         Poll::Ready(())
     }
 
-    /// Waits until some of the chunk may be sent; `None` once the stream takes nothing more.
+    /// Waits until some of the chunk may be sent; returns `None` once the stream takes nothing more.
     fn poll_capacity(&mut self, cx: &mut Context<'_>) -> Poll<Option<usize>> {
         self.stream
             .reserve_capacity(self.chunk.len().min(RESERVATION));
@@ -333,7 +335,8 @@ impl StreamUpload {
         }
     }
 
-    /// Lets go of the body: what is kept of it to be sent again counts in the memory of all requests.
+    /// Ends the upload and drops the body. Bytes that are kept of it for another attempt count in the memory
+    /// of all requests.
     fn finish(&mut self) {
         self.finished = true;
         self.body = axum::body::Body::empty();
@@ -380,14 +383,14 @@ impl http_body::Body for Body {
 
 impl Drop for Body {
     fn drop(&mut self) {
-        // An answer that came early: the stream must not stay open for the rest of the request.
+        // The response came early. The stream must not stay open for the rest of the request.
         if !self.upload.finished {
             self.upload.stream.send_reset(Reason::CANCEL);
         }
     }
 }
 
-/// Runs a connection until it ends, does not answer a ping, or has no user any more.
+/// Runs a connection until it ends, does not answer a ping in time, or has no more users.
 async fn drive(
     mut connection: client::Connection<FlushTracker, Bytes>,
     state: Arc<ConnectionState>,
@@ -416,7 +419,7 @@ async fn drive(
     state.changed.notify_one();
 }
 
-/// Ends when upstream does not answer a ping in time.
+/// Pings upstream at intervals, and returns once a ping is not answered in time.
 async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, while_idle: bool) {
     let Some(mut pings) = pings else { return };
     loop {
@@ -434,7 +437,7 @@ async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, while_idle
 // === impl ConnectionState ===
 
 impl ConnectionState {
-    /// Upstream allows so many streams.
+    /// Sets the number of streams that upstream allows, at most [`MOST_STREAMS`].
     fn set_limit(&self, limit: usize) {
         let limit = limit.min(MOST_STREAMS as usize);
         if self.limit.swap(limit, Relaxed) != limit {
@@ -446,8 +449,9 @@ impl ConnectionState {
 // === impl SendError ===
 
 impl From<h2::Error> for SendError {
-    /// Upstream has not processed a stream that it refuses, or that is beyond the last one of its
-    /// GOAWAY (RFC 9113, section 8.7): `h2` ends the latter streams, and only them, with that error.
+    /// Classifies the error of a stream. Upstream has not processed a stream that it refused, or one beyond
+    /// the last stream of its GOAWAY (RFC 9113, section 8.7). `h2` ends the latter streams, and no others,
+    /// with a GOAWAY error.
     fn from(error: h2::Error) -> Self {
         let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
         if error.is_remote() && (refused || error.is_go_away()) {

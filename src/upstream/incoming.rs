@@ -1,4 +1,4 @@
-//! The body of a response, as either version of HTTP delivers it.
+//! The body of a response, as a connection of either version of HTTP delivers it.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -10,13 +10,13 @@ use hyper::body;
 use super::http2;
 use crate::error::BoxError;
 
-/// One step of reading a body.
+/// Result of one step of reading a body.
 pub(super) type BodyStep = Result<Frame<Bytes>, BoxError>;
 
-/// A body as a connection brings it.
+/// A body as its connection delivers it.
 pub(super) enum Incoming {
     Http1(body::Incoming),
-    /// Boxed, since it is large, and answers are moved.
+    /// Boxed, because it is large and responses are moved.
     Http2(Box<http2::Body>),
 }
 

@@ -1,10 +1,11 @@
-//! The inner to Kling: sends a request over a kept or new connection, and answers with a response
-//! that passes as it came, or with a typed error.
+//! The client for Kling. It sends a request over a kept or a new connection, and returns a response whose
+//! body passes unchanged, or a typed error.
 //!
-//! One [`Upstream`] belongs to one thread, so that connections are neither shared nor woken across
-//! threads; but for one connection, which is ready for all. hyper's connections are used directly
-//! rather than through a pooling client: those hand a request back when, and only when, nothing of
-//! it was sent, which is what decides whether a create may be sent again.
+//! Each thread has an [`Upstream`] of its own, so that connections are neither shared nor woken across
+//! threads. The one exception is the warm connection, which is ready for all threads.
+//!
+//! hyper's connections are used directly, without a pooling client. Such a connection hands a request back
+//! if, and only if, nothing of it was sent. This decides if a create request may be sent again.
 
 mod answer;
 mod clock;
@@ -66,20 +67,21 @@ use crate::kling::service_code::Class;
 use crate::request::replayable::{Attempt, AttemptedCreate};
 use crate::telemetry::metrics::Metrics;
 
-/// A request that comes at once goes first: two handshakes at a time would slow it down.
+/// Delay of the warm-up request. A client's request that comes at once goes first, because two handshakes at
+/// a time would slow it down.
 const HEAD_START: Duration = Duration::from_millis(100);
 
 /// Sends requests to the one upstream.
 #[derive(Clone)]
 pub struct Upstream(Arc<UpstreamInner>);
 
-/// What sends them.
+/// State that all requests of one [`Upstream`] share.
 #[derive(Clone)]
 struct UpstreamInner {
     pool: Arc<Pool>,
     warm: Arc<WarmConnection>,
     timeouts: Timeouts,
-    /// Where answers teach the time. Nobody vouches for what comes without TLS.
+    /// Clock that learns from responses. `None` without TLS, because such responses are not authenticated.
     learner: Option<Arc<UpstreamClock>>,
     metrics: Arc<Metrics>,
 }
@@ -89,18 +91,19 @@ struct Exchange {
     inner: Arc<UpstreamInner>,
     class: RequestClass,
     progress: Arc<Progress>,
-    /// For a create. Boxed, since a read has no use for its room.
+    /// The create that is sent; `None` for a read. Boxed, so that a read does not reserve room for it.
     create: Option<Box<AttemptedCreate>>,
 }
 
-/// What came of a request on one connection: an answer; or, if nothing of it was sent, the request
-/// again and why.
+/// Outcome of a request on one connection: a response; or, if nothing of the request was sent, the request
+/// itself and the cause.
 type Sending = Result<http::Response<Download>, (Box<Request>, BoxError)>;
 
 // === impl Upstream ===
 
 impl Upstream {
-    /// The one that keeps the connection for all. It starts without one. `dial` leads to `origin`.
+    /// Creates the instance that keeps the warm connection for all threads. It starts without a connection.
+    /// `dial` must lead to `origin`.
     pub fn new(
         origin: &Origin,
         dial: Arc<dyn Dial>,
@@ -120,7 +123,7 @@ impl Upstream {
         }))
     }
 
-    /// One for another thread, with connections of its own.
+    /// Creates an instance for another thread, with connections of its own.
     #[must_use]
     pub fn for_thread(&self) -> Self {
         Self(Arc::new(UpstreamInner {
@@ -129,11 +132,11 @@ impl Upstream {
         }))
     }
 
-    /// Asks upstream for nothing, without a credential: to learn its clock, and to be connected
-    /// when the first request comes. Tells the log what came of it.
+    /// Sends a `HEAD` request without a credential, to learn upstream's clock, and to be connected when the
+    /// first request comes. Logs the outcome.
     ///
-    /// A request that comes meanwhile does not wait for this: should its token be wrong, it is sent
-    /// again.
+    /// A client's request that comes meanwhile does not wait for this. If its token is wrong because
+    /// upstream's clock is not known yet, it is sent again.
     pub async fn warm_up(&self) {
         sleep(HEAD_START).await;
         let mut request = Request::new(Body::empty());
@@ -150,12 +153,12 @@ impl Upstream {
             Err(error) if error.answer().is_none() => {
                 tracing::info!(error = chain(&error), "upstream does not answer yet");
             }
-            // Whatever it was: upstream is there.
+            // Any response, also an error, shows that upstream is there.
             Ok(_) | Err(_) => tracing::debug!("connected to upstream"),
         }
     }
 
-    /// Keeps a connection ready until nobody has asked for this long, and again once somebody does.
+    /// Keeps a connection ready until no request has come for `warm`, and again after the next request.
     pub async fn keep_warm(&self, warm: Duration) {
         self.0.warm.keep(warm).await;
     }
@@ -164,10 +167,11 @@ impl Upstream {
 // === impl UpstreamInner ===
 
 impl UpstreamInner {
-    /// Sends a request and judges its answer.
+    /// Sends a request and judges its response.
     ///
-    /// Mostly there is a connection, and a read leaves on it at once: what waits for the answer has no
-    /// room for a request. Of 32 at a time each byte counts, for a core's first cache to hold them.
+    /// Usually a connection is ready, and a read is sent before this function returns. So the returned future
+    /// need not hold the request. Its size matters: the first-level cache of a core should hold the futures
+    /// of 32 requests at a time.
     fn forward(
         self: Arc<Self>,
         attempt: Attempt,
@@ -207,7 +211,7 @@ impl UpstreamInner {
                     exchange.learn(&outcome, is_done, minted_by);
                     outcome
                 }
-                // The client's fault is the cause; what upstream made of it only follows from that.
+                // If the client's body failed, that is the cause. Upstream's error only follows from it.
                 Err(error) => Err(exchange.progress.take_fault().unwrap_or(error)),
             };
             if let (Some(create), Err(error)) = (&exchange.create, &outcome)
@@ -219,7 +223,8 @@ impl UpstreamInner {
         }
     }
 
-    /// A kept connection, and where it goes back to: our own, or else the warm one.
+    /// Returns a kept connection, and the pool that it goes back to: this thread's pool, or else the warm
+    /// one.
     async fn checkout(&self, class: RequestClass) -> Option<(Connection, &Arc<Pool>)> {
         if let Some(connection) = self.pool.checkout(class) {
             return Some((connection, &self.pool));
@@ -233,7 +238,7 @@ impl UpstreamInner {
 // === impl Exchange ===
 
 impl Exchange {
-    /// The answer on the first connection, if there was one, or on the next.
+    /// Returns the response on the first connection, if there was one, else on the next.
     async fn answer(
         &self,
         first: Result<(Connection, Sent), Box<Request>>,
@@ -250,8 +255,7 @@ impl Exchange {
         Box::pin(self.send(request)).await
     }
 
-    /// Sends on kept connections for as long as they hand the request back unsent, then on a new
-    /// one.
+    /// Sends on kept connections as long as they hand the request back unsent, and then on a new one.
     async fn send(&self, mut request: Box<Request>) -> Result<http::Response<Download>, Error> {
         loop {
             let checkout = self.inner.checkout(self.class).await;
@@ -262,7 +266,7 @@ impl Exchange {
                 let connected = self.inner.pool.connect(self.class).await;
                 (connected.map_err(unreachable)?, &self.inner.pool)
             };
-            // HTTP/2 takes it away, and the next connection may speak HTTP/1.1.
+            // An attempt over HTTP/2 removes this header, and the next connection may be one of HTTP/1.1.
             request.headers_mut().insert(HOST, self.inner.pool.host());
             if let Some(create) = &self.create {
                 let begun = create.begin_sending().await;
@@ -278,8 +282,8 @@ impl Exchange {
         }
     }
 
-    /// Has the clock learn from what upstream answered to a token that was minted by this correction, if
-    /// it was shown one.
+    /// Lets the clock learn from a response. `minted_by` is the clock correction by which the token of the
+    /// request was minted, if it had such a token.
     fn learn(
         &self,
         answer: &Result<Response, Error>,
@@ -310,7 +314,8 @@ impl Exchange {
         }
     }
 
-    /// Waits for the answer to what was sent on a connection, which goes back to where it comes from.
+    /// Waits for the response to a request that was sent on a connection. The connection then goes back to
+    /// `home`, the pool that it came from.
     async fn wait(
         &self,
         mut sent: Sent,
@@ -336,8 +341,8 @@ impl Exchange {
         }
     }
 
-    /// Ends an exchange that took too long. Nothing more of the request is sent. If all of a create was
-    /// sent, its answer may still come.
+    /// Ends an exchange that took too long. Nothing more of the request is sent. If all of a create was sent,
+    /// its response may still come.
     fn give_up(&self, error: Error, sent: Sent, connection: Connection, home: &Arc<Pool>) -> Error {
         let Error::UpstreamTimeout { limit, .. } = error else {
             self.progress.abandon();
@@ -394,12 +399,12 @@ impl Service<Attempt> for Upstream {
     }
 }
 
-/// The outcome of an answer.
+/// Turns a judged response into the outcome of the request.
 fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Response, Error> {
     if answer.status().is_informational() {
         return Err(Error::NotHttp("upstream switched protocols unasked".into()));
     }
-    // What upstream speaks is no concern of the client.
+    // The HTTP version that upstream speaks does not concern the client.
     *answer.version_mut() = Version::HTTP_11;
     let answer = answer.map(Body::new);
     match verdict {
@@ -416,7 +421,7 @@ fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Respon
     }
 }
 
-/// The error of a request for which there is no connection.
+/// Returns the error of a request for which no connection could be made.
 fn unreachable(cause: BoxError) -> Error {
     match egress::final_status(&cause) {
         Some(status) => Error::EgressRefused(status),

@@ -1,14 +1,14 @@
-//! Where requests go.
+//! The origin of upstream, which all requests are sent to.
 
 use std::fmt;
 
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Uri};
 
-/// The proxy's own `User-Agent`, for requests that it sends for itself.
+/// `User-Agent` of the requests that the proxy sends for itself.
 pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
 
-/// Where requests go: scheme and authority of `upstream.url`, and nothing a request says.
+/// Scheme and authority of `upstream.url`. All requests go there, and nothing in a request can change that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {
     scheme: Scheme,
@@ -16,16 +16,16 @@ pub struct Origin {
     host: HeaderValue,
 }
 
-/// Why a URL is no [`Origin`].
+/// Reasons why a URL is no [`Origin`].
 #[derive(Debug, thiserror::Error)]
 pub enum OriginError {
-    /// It is not a URL, or not one of `http` or `https`.
+    /// The text is not a URL with a host and the scheme `http` or `https`.
     #[error("want a URL such as https://api-singapore.klingai.com")]
     NotAUrl,
-    /// It says more than an origin may.
+    /// The URL has more parts than an origin: a path, a query, a fragment or a user.
     #[error("want scheme and host only: no path, query or user")]
     MoreThanOrigin,
-    /// The key would travel in the clear.
+    /// The URL is plain http to another machine: the key would travel in the clear.
     #[error("want https: plain http is accepted for loopback only")]
     Insecure,
 }
@@ -38,36 +38,36 @@ impl Origin {
         self.scheme == Scheme::HTTPS
     }
 
-    /// The origin as a `Host` value.
+    /// Returns the origin as a `Host` value.
     pub fn host(&self) -> HeaderValue {
         self.host.clone()
     }
 
-    /// The name or address to connect to, without brackets, and the port.
+    /// Returns the name or address to connect to, without brackets, and the port.
     pub fn name_and_port(&self) -> (&str, u16) {
         let default = if self.is_secure() { 443 } else { 80 };
         let port = self.authority.port_u16().unwrap_or(default);
         (without_brackets(self.authority.host()), port)
     }
 
-    /// The name or address to connect to, as it stands before a port.
+    /// Returns the name or address to connect to, with the brackets that an IPv6 address needs before a port.
     pub(super) fn bracketed_name(&self) -> &str {
         self.authority.host()
     }
 
-    /// The port to connect to, where that is of this machine itself.
+    /// Returns the port to connect to, if the origin is on this machine.
     pub fn loopback_port(&self) -> Option<u16> {
         let (name, port) = self.name_and_port();
         is_loopback(name).then_some(port)
     }
 
-    /// The absolute URI of a path and query there.
+    /// Returns the absolute URI of a path and query on this origin.
     pub(super) fn uri(&self, path_and_query: PathAndQuery) -> Uri {
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(self.scheme.clone());
         parts.authority = Some(self.authority.clone());
         parts.path_and_query = Some(path_and_query);
-        // All three are there, which is what makes a URI absolute.
+        // A URI with a scheme, an authority and a path is absolute, so this does not fail.
         Uri::from_parts(parts).unwrap_or_default()
     }
 }
@@ -116,7 +116,7 @@ fn is_loopback(host: &str) -> bool {
             .is_ok_and(|address| address.is_loopback())
 }
 
-/// An IPv6 address stands in brackets where a port may follow.
+/// Removes the brackets around an IPv6 address, which stand there if a port may follow.
 pub(super) fn without_brackets(host: &str) -> &str {
     host.trim_start_matches('[').trim_end_matches(']')
 }

@@ -1,7 +1,7 @@
-//! Connections kept for the next request.
+//! Connections that are kept for later requests.
 //!
-//! hyper-util's composable pools were looked at first: their types cannot be named, and they give
-//! an idle connection to a waiting request without asking how long it was idle, which this needs.
+//! hyper-util's composable pools were considered first. Their types cannot be named, and they give an idle
+//! connection to a waiting request without checking its idle time. This proxy needs that check.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -16,53 +16,55 @@ use super::request_class::{FEW, InFlightCount, RequestClass};
 use crate::clock::Clock;
 use crate::error::BoxError;
 
-/// An idle connection is not used again after this. Routers forget a silent connection without a
-/// word, mostly after minutes; a create sent into one would be lost until the timeout.
+/// Longest idle time after which a connection is still used. Routers forget a silent connection without
+/// notice, usually after minutes; a create sent into one would be lost until the timeout.
 const LONGEST_IDLE: Duration = Duration::from_mins(1);
-/// One that is to stay ready is replaced after this.
+/// Idle time after which a connection that must stay ready is replaced.
 const RENEWAL: Duration = Duration::from_secs(40);
-/// That upstream refuses HTTP/1.1 is forgotten after this: one of its servers may have been wrong, or
-/// somebody on the way, since nobody vouches for an alert of TLS.
+/// Time after which a refusal of HTTP/1.1 is forgotten. One of upstream's servers may have been wrong, or
+/// somebody on the network path may have forged it, because a TLS alert is not authenticated.
 const REFUSAL: Duration = Duration::from_mins(10);
-/// What a connection of another thread may take to get ready: that thread's turn.
+/// Longest wait for a connection of another thread to become ready, which takes one turn of the event loop of
+/// that thread.
 const TURN: Duration = Duration::from_millis(10);
 /// Most idle connections that a thread keeps.
 const MOST_IDLE: usize = 256;
 
-/// The connections of one thread, whose lock is never contended, or the spare one.
+/// The connections of one thread, whose lock is never contended; or the warm connection.
 ///
-/// Where upstream speaks both, few requests at a time go by HTTP/1.1, and of many those beyond the
-/// first few share a connection of HTTP/2: a request costs less on the former, ours and upstream's
-/// work taken together; many at once cost less on the latter, in handshakes and in system calls. What
-/// has a large body goes by HTTP/1.1: there the window of TCP bounds it, not the smaller one of a
-/// stream.
+/// If upstream speaks both versions of HTTP, a few requests at a time go over HTTP/1.1. If there are more at
+/// a time, those beyond the first few share a connection of HTTP/2. One request costs less over HTTP/1.1,
+/// counting the work of the proxy and of upstream. Many at once cost less over HTTP/2, in handshakes and in
+/// system calls. A request with a large body goes over HTTP/1.1, where the window of TCP limits it and not
+/// the smaller window of a stream.
 pub(super) struct Pool {
     connector: Connector,
     timeout: Duration,
     most_idle: usize,
     kept: Mutex<Kept>,
     in_flight: InFlightCount,
-    /// Held while connecting, until upstream is known to want a connection for each request.
+    /// Held while connecting, until it is known that upstream wants a connection for each request.
     turn: tokio::sync::Mutex<()>,
 }
 
 struct Kept {
-    /// Read with the lock held: to a thread that had read it before, what another did meanwhile would
-    /// lie in the future.
+    /// Read only with the lock held. Otherwise, times that another thread stores between the reading and the
+    /// lock would lie in the future.
     clock: Arc<dyn Clock>,
-    /// The one used last is used next, so that a burst's connections age. Sorted by time of use.
+    /// Idle connections of HTTP/1.1, sorted by time of last use. The last one is used next, so that
+    /// surplus connections of a burst grow old.
     idle: Vec<(Http1, SystemTime)>,
     /// Connections of HTTP/2, which several requests share, with the time of their last use.
     shared: Vec<(http2::Sender, SystemTime)>,
-    /// Each request on a connection of HTTP/2 needs it.
+    /// Scheme and authority, which each request over HTTP/2 needs.
     origin: Arc<Origin>,
-    /// Whether the last connection took too few requests for others to wait for it.
+    /// True if the last connection allows too few requests for others to wait for it.
     one_at_a_time: bool,
-    /// When upstream refused HTTP/1.1.
+    /// Time at which upstream refused HTTP/1.1, if it did.
     http1_refused: Option<SystemTime>,
-    /// When there was no connection last, but a spare one.
+    /// Time at which this thread last had to use the warm connection.
     missed: Option<SystemTime>,
-    /// Whether one is being made for later.
+    /// True while a connection is being made for later requests.
     preparing: bool,
 }
 
@@ -80,7 +82,7 @@ impl Pool {
         }
     }
 
-    /// Another one to the same upstream, for one connection that is to stay ready.
+    /// Creates a pool to the same upstream, for one connection that stays ready.
     pub(super) fn warm(&self) -> Self {
         Self {
             most_idle: 1,
@@ -92,7 +94,7 @@ impl Pool {
         }
     }
 
-    /// Another one to the same upstream, for another thread.
+    /// Creates a pool to the same upstream, for another thread.
     pub(super) fn for_thread(&self) -> Self {
         Self::new(
             self.connector.clone(),
@@ -101,17 +103,17 @@ impl Pool {
         )
     }
 
-    /// The requests that this pool's thread has in flight.
+    /// Returns the count of requests that this pool's thread has in flight.
     pub(super) fn in_flight(&self) -> &InFlightCount {
         &self.in_flight
     }
 
-    /// What upstream is called.
+    /// Returns the `Host` value of upstream's origin.
     pub(super) fn host(&self) -> HeaderValue {
         self.connector.host()
     }
 
-    /// A connection that was open a moment ago.
+    /// Returns a kept connection that was open a moment ago, if there is one.
     pub(super) fn checkout(&self, class: RequestClass) -> Option<Connection> {
         let mut kept = self.lock();
         match class {
@@ -120,7 +122,8 @@ impl Pool {
         }
     }
 
-    /// The same for another thread. What that has seen the end of may still be busy here.
+    /// Does the same for another thread. An exchange whose end the other thread has seen may still occupy the
+    /// connection here, so this waits up to [`TURN`] for each connection.
     pub(super) async fn checkout_shared(&self, class: RequestClass) -> Option<Connection> {
         if let Some(shared) = self.lock().shared(class) {
             return Some(shared);
@@ -133,7 +136,7 @@ impl Pool {
         }
     }
 
-    /// A new connection, or a stream of one that came to be meanwhile.
+    /// Makes a connection, or returns a stream of one that was made meanwhile.
     ///
     /// # Errors
     ///
@@ -151,7 +154,7 @@ impl Pool {
         }
     }
 
-    /// One of HTTP/1.1, where that is better, and possible.
+    /// Connects over HTTP/1.1 if that is better for this class and upstream speaks it; else returns `None`.
     async fn connect_http1(&self, class: RequestClass) -> Result<Option<Http1>, BoxError> {
         if class == RequestClass::Many || self.lock().is_http2_only() {
             return Ok(None);
@@ -169,9 +172,9 @@ impl Pool {
         } else {
             Some(self.turn.lock().await)
         };
-        // Whoever had the turn before may have learned that all can connect at once,
+        // The request that had the turn before may have learned that all can connect at once.
         let turn = turn.filter(|_| !self.lock().one_at_a_time);
-        // or have brought a connection for all.
+        // It may instead have made a connection that all can share.
         if let Some(shared) = self.lock().shared(RequestClass::Many) {
             return Ok(shared);
         }
@@ -195,7 +198,7 @@ impl Pool {
         Ok(connection)
     }
 
-    /// Takes a connection back whose exchange is over.
+    /// Takes back a connection whose exchange is over.
     pub(super) fn checkin(&self, connection: Connection) {
         let Connection::Http1(connection) = connection else {
             return;
@@ -212,8 +215,8 @@ impl Pool {
         kept.idle.push((connection, now));
     }
 
-    /// Sees to it that a connection is ready, and will be for some time. Returns false if that is of no use
-    /// before a request has found a way to upstream.
+    /// Makes sure that a connection is ready, and will be for some time. Returns false if the egress proxy
+    /// refuses: then a further attempt is of no use before a request has reached upstream.
     pub(super) async fn renew(&self) -> bool {
         if self.connector.is_refused() {
             return false;
@@ -221,7 +224,7 @@ impl Pool {
         if self.lock().is_ready() {
             return true;
         }
-        // One of HTTP/2 serves several threads.
+        // A connection of HTTP/2 serves several threads.
         match self.connect(RequestClass::Many).await {
             Ok(connection) => {
                 self.checkin(connection);
@@ -232,15 +235,16 @@ impl Pool {
         !self.connector.is_refused()
     }
 
-    /// Closes all that nobody uses.
+    /// Closes all connections that no request uses.
     pub(super) fn clear(&self) {
         let mut kept = self.lock();
         kept.idle.clear();
         kept.shared.clear();
     }
 
-    /// Had to borrow a connection. Who does so again before one of its own would have aged gets
-    /// one: requests that follow one another are not to go through another thread.
+    /// Records that this thread had to use the warm connection. The second time within [`LONGEST_IDLE`] it
+    /// makes a connection of its own in the background, so that requests that follow one another need not go
+    /// through another thread.
     pub(super) fn note_miss(self: &Arc<Self>, class: RequestClass) {
         let mut kept = self.lock();
         let now = kept.clock.now();
@@ -282,14 +286,14 @@ impl Kept {
         }
     }
 
-    /// Whether upstream refuses HTTP/1.1.
+    /// Returns true if upstream refused HTTP/1.1 less than [`REFUSAL`] ago.
     fn is_http2_only(&self) -> bool {
         let now = self.clock.now();
         self.http1_refused
             .is_some_and(|since| is_within(REFUSAL, since, now))
     }
 
-    /// A free stream of a connection of HTTP/2.
+    /// Reserves a free stream of an HTTP/2 connection, if there is one.
     fn shared(&mut self, class: RequestClass) -> Option<Connection> {
         if class == RequestClass::Large && !self.is_http2_only() {
             return None;
@@ -305,13 +309,13 @@ impl Kept {
     }
 
     fn idle(&mut self) -> Option<Connection> {
-        // One that is not ready is closed, or has not written all of its last request.
+        // A connection that is not ready is closed, or has not written all of its last request.
         let mut youngest = std::iter::from_fn(|| self.youngest());
         let ready = youngest.find(|connection| connection.sender.is_ready())?;
         Some(Connection::Http1(ready))
     }
 
-    /// The one used last, unless that was too long ago.
+    /// Takes the connection that was used last, unless that was too long ago.
     fn youngest(&mut self) -> Option<Http1> {
         let now = self.clock.now();
         std::iter::from_fn(|| self.idle.pop())
@@ -319,11 +323,11 @@ impl Kept {
             .map(|(connection, _)| connection)
     }
 
-    /// Whether there is a connection that stays good until the next look.
+    /// Returns true if a connection is ready and stays so until the next check.
     fn is_ready(&mut self) -> bool {
         let now = self.clock.now();
-        // Asking for the shared one makes it young again, and rightly: upstream has answered a ping,
-        // or the connection would be closed.
+        // This renews the time of last use of a shared connection, and rightly: upstream has answered a
+        // ping, or the connection would be closed.
         self.shared(RequestClass::Many).is_some()
             || self.idle.iter().any(|(connection, since)| {
                 let age = now.duration_since(*since);
@@ -336,7 +340,8 @@ fn is_young(since: SystemTime, now: SystemTime) -> bool {
     is_within(LONGEST_IDLE, since, now)
 }
 
-/// By the wall clock: others stand still while a laptop sleeps. One that went back says nothing.
+/// Returns true if `since` is less than `limit` ago, by the wall clock: other clocks stand still while a
+/// laptop sleeps. Returns false if the wall clock went back.
 fn is_within(limit: Duration, since: SystemTime, now: SystemTime) -> bool {
     now.duration_since(since).is_ok_and(|ago| ago < limit)
 }
@@ -354,7 +359,7 @@ mod tests {
     use crate::upstream::dial::{Dial, Dialing, NoHttp1, Transport, Versions};
     use crate::upstream::{Network, client_config};
 
-    /// A clock that shows so many seconds.
+    /// A clock that shows this number of seconds since the epoch.
     #[derive(Default)]
     struct Hand(AtomicU64);
 
@@ -364,7 +369,7 @@ mod tests {
         }
     }
 
-    /// A spare pool, and the connections that come to its upstream.
+    /// Creates a warm pool, and a receiver of the connections that its upstream accepts.
     async fn warm(clock: &Arc<Hand>) -> (Pool, mpsc::UnboundedReceiver<TcpStream>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let origin = format!("http://{}", listener.local_addr().unwrap());
@@ -409,14 +414,15 @@ mod tests {
         }
         pool.renew().await;
         assert!(accepted.recv().await.is_some());
-        // Asking for one that is not ready yet would drop it.
+        // A checkout would drop a connection that is not ready yet.
         while !pool.lock().is_ready() {
             tokio::task::yield_now().await;
         }
         assert!(pool.checkout(RequestClass::Few).is_some());
     }
 
-    /// Refuses HTTP/1.1, and chooses it all the same where it may choose. Counts the refusals.
+    /// Refuses HTTP/1.1 if nothing else is offered, but chooses it if HTTP/2 is offered too. Counts the
+    /// refusals.
     #[derive(Default)]
     struct Moody(AtomicU64);
 
@@ -447,7 +453,7 @@ mod tests {
         (clock, upstream, pool)
     }
 
-    /// R39.
+    /// R39. A refusal may be forged, so it does not count for ever.
     #[tokio::test]
     async fn refusal_of_http_1_is_forgotten_after_ten_minutes() {
         let (clock, upstream, pool) = moody();
@@ -471,7 +477,7 @@ mod tests {
         }
     }
 
-    /// R39.
+    /// R39. A choice of HTTP/1.1 shows that an earlier refusal was wrong.
     #[tokio::test]
     async fn refusal_of_http_1_is_forgotten_when_upstream_chooses_it() {
         let (_, upstream, pool) = moody();

@@ -1,18 +1,18 @@
-//! Failures to send a request, by what upstream may have done.
+//! Failures of sending a request, classified by the effect that the request may have had.
 
 use axum::extract::Request;
 use hyper::client::conn::TrySendError;
 
 use crate::error::{BoxError, Error};
 
-/// Why there is no answer.
+/// Reasons why there is no response.
 #[derive(Debug)]
 pub(super) enum SendError {
-    /// Nothing was sent. This is the request.
+    /// Nothing was sent. The request comes back in this variant.
     Unsent(Box<Request>, BoxError),
-    /// Upstream says that it has not processed the request, of which some was sent.
+    /// Some of the request was sent, but upstream has stated that it did not process it.
     Unprocessed(BoxError),
-    /// What came is not HTTP.
+    /// The data that came back is not HTTP.
     NotHttp(BoxError),
     /// The connection or the stream ended. The request may have been carried out.
     Disconnected(BoxError),
@@ -21,7 +21,8 @@ pub(super) enum SendError {
 // === impl SendError ===
 
 impl SendError {
-    /// The error of the request, unless it is [`Unsent`](Self::Unsent) and can go on.
+    /// Returns the error of the request. If it is [`Unsent`](Self::Unsent), call this only if no other
+    /// connection can send it.
     pub(super) fn into_error(self) -> Error {
         match self {
             Self::Unsent(_, cause) | Self::Unprocessed(cause) => Error::Unreachable(cause),

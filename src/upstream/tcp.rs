@@ -9,18 +9,18 @@ use tokio::net::{TcpStream, lookup_host};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-/// How long an address has before the next one is tried beside it: the "Connection Attempt Delay" that
-/// RFC 8305, section 8, recommends.
+/// Time that an address has before the next one is tried beside it: the "Connection Attempt Delay" that RFC
+/// 8305, section 8, recommends.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// How often TCP asks a silent peer whether it is still there.
+/// Silence after which TCP begins to probe the peer.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 
-/// Connects to a name or an address. `idle` bounds how long the peer may leave unacknowledged what was
-/// sent to it.
+/// Connects to a name or an address. On Linux, `idle` limits the time that the peer may leave sent data
+/// unacknowledged.
 ///
 /// # Errors
 ///
-/// The name has no address, or none of its addresses can be connected to: then the error of the last
+/// The name has no address, or none of its addresses can be connected to: then this is the error of the last
 /// one. There is no timeout here.
 pub(super) async fn connect((name, port): (&str, u16), idle: Duration) -> io::Result<TcpStream> {
     let addresses = lookup_host((name, port)).await?;
@@ -29,14 +29,14 @@ pub(super) async fn connect((name, port): (&str, u16), idle: Duration) -> io::Re
     socket.set_tcp_nodelay(true)?;
     let keep_alive = TcpKeepalive::new().with_time(KEEP_ALIVE);
     socket.set_tcp_keepalive(&keep_alive)?;
-    // Nothing else notices that upstream has answered and reads no further.
+    // Nothing else notices an upstream that has responded and then stops reading.
     #[cfg(target_os = "linux")]
     socket.set_tcp_user_timeout(Some(idle))?;
     Ok(stream)
 }
 
-/// Connects to the address that answers first. One that is silent delays the next, but does not use up
-/// its time (RFC 8305, section 5).
+/// Connects to the address that responds first. A silent address delays the next one, but does not use up its
+/// time (RFC 8305, section 5).
 async fn connect_to_first(
     mut addresses: impl Iterator<Item = SocketAddr>,
 ) -> io::Result<TcpStream> {
@@ -74,7 +74,7 @@ mod tests {
         (listener, address)
     }
 
-    /// An address at which nobody listens.
+    /// Returns an address at which no program listens.
     async fn closed() -> SocketAddr {
         listener().await.1
     }

@@ -1,4 +1,4 @@
-//! Reads the text inside an encoded body. What passes is never decoded.
+//! Decodes a copy of an encoded body, to read its text. The body that passes to the client is never decoded.
 
 use std::io::{self, Write};
 
@@ -6,23 +6,23 @@ use flate2::write::{GzDecoder, ZlibDecoder};
 use http::HeaderMap;
 use http::header::CONTENT_ENCODING;
 
-/// Decodes a body as it comes, and writes its text to `W`. Decoders are boxed: most bodies are not
+/// Decodes a body as it arrives, and writes its text to `W`. Decoders are boxed, because most bodies are not
 /// compressed.
 pub enum Decoder<W: Write> {
-    /// It is not compressed.
+    /// The body is not compressed.
     Plain(W),
-    /// `gzip`.
+    /// The body is compressed with `gzip`.
     Gzip(Box<GzDecoder<W>>),
-    /// `deflate`.
+    /// The body is compressed with `deflate`.
     Deflate(Box<ZlibDecoder<W>>),
-    /// It is in an encoding that is not read here.
+    /// The body is in an encoding that is not read here.
     Opaque,
 }
 
-/// The beginning of a body's text, within a bound.
+/// Decoder that keeps the beginning of a body's text, up to a limit.
 pub(super) type Text = Decoder<Bounded>;
 
-/// Takes bytes up to a bound and refuses those beyond, which stops a decoder at a bomb.
+/// Takes bytes up to a limit and refuses the rest, which stops a decoder at a decompression bomb.
 pub(super) struct Bounded {
     bytes: Vec<u8>,
     bound: usize,
@@ -31,7 +31,7 @@ pub(super) struct Bounded {
 // === impl Decoder ===
 
 impl<W: Write> Decoder<W> {
-    /// Writes the text of a body with these headers to `text`.
+    /// Creates a decoder that writes the text of a body with these headers to `text`.
     pub fn to(text: W, headers: &HeaderMap) -> Self {
         let mut encodings = headers.get_all(CONTENT_ENCODING).into_iter();
         match (
@@ -51,8 +51,8 @@ impl<W: Write> Decoder<W> {
         }
     }
 
-    /// Takes the next bytes of the body. What is not in the encoding that the headers name, or what
-    /// `W` refuses, is left out.
+    /// Takes the next bytes of the body. Bytes that are not in the declared encoding, or that `W` refuses,
+    /// are left out.
     pub fn push(&mut self, encoded: &[u8]) {
         let _ = match self {
             Self::Plain(text) => text.write_all(encoded),
@@ -62,7 +62,7 @@ impl<W: Write> Decoder<W> {
         };
     }
 
-    /// What the text is written to; `None` if it cannot be read.
+    /// Returns the writer that gets the text; `None` if the encoding is not read here.
     pub fn get_ref(&self) -> Option<&W> {
         match self {
             Self::Plain(text) => Some(text),
@@ -79,12 +79,12 @@ impl Text {
         Self::to(Bounded { bytes, bound }, headers)
     }
 
-    /// The text so far.
+    /// Returns the text that was decoded so far.
     pub(super) fn seen(&self) -> &[u8] {
         self.get_ref().map_or(&[], |text| &text.bytes)
     }
 
-    /// Returns true if no more of it will be kept.
+    /// Returns true if no more of the text will be kept.
     pub(super) fn is_full(&self) -> bool {
         self.get_ref().is_none_or(Bounded::is_full)
     }
@@ -102,7 +102,7 @@ impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let taken = bytes.len().min(self.bound - self.bytes.len());
         self.bytes.extend_from_slice(&bytes[..taken]);
-        // Nothing taken is how a writer says that it is full.
+        // A writer that takes no bytes reports that it is full.
         Ok(taken)
     }
 

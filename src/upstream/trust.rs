@@ -1,4 +1,4 @@
-//! Whom to believe that they are upstream.
+//! Trust roots: the certificates by which the proxy checks that a server is upstream.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -12,47 +12,46 @@ use rustls::{CipherSuite, ClientConfig, RootCertStore};
 use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::error::BoxError;
 
-/// Names a file of roots that replace those of the platform, as for OpenSSL (`openssl-env(7)`).
+/// Variable that names a file of roots. They replace those of the platform, as in OpenSSL (`openssl-env(7)`).
 const FILE: &str = "SSL_CERT_FILE";
-/// The same for folders, with `:` between them.
+/// Variable that names folders of such roots, with `:` between them.
 const FOLDERS: &str = "SSL_CERT_DIR";
 
-/// The roots, and where they come from.
+/// The trust roots and their sources.
 #[derive(Clone, Debug)]
 pub struct TrustRoots {
-    /// The roots.
     pub store: Arc<RootCertStore>,
-    /// How many come from where, for people.
+    /// Number of roots from each source, as text for people.
     pub sources: Vec<String>,
-    /// Whether variables have replaced those of the platform.
+    /// True if environment variables have replaced the roots of the platform.
     pub is_of_environment: bool,
 }
 
-/// What is wrong with the trust roots.
+/// Problems with the trust roots or with the set-up of TLS.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// `upstream.ca_file` cannot be used.
+    /// The file of `upstream.ca_file` cannot be used.
     #[error("`upstream.ca_file`: cannot use {}", .0.display())]
     CaFile(PathBuf, #[source] BoxError),
-    /// What a variable names cannot be used.
+    /// The file or folders that a variable names cannot be used.
     #[error("`{variable}`: cannot use {}", .path.display())]
     Environment {
-        /// The variable.
         variable: &'static str,
-        /// What it names.
+        /// Value of the variable, as a path.
         path: PathBuf,
-        /// Why.
         #[source]
         cause: BoxError,
     },
-    /// The TLS library does not take our settings.
+    /// The TLS library does not accept these settings.
     #[error("cannot set up TLS")]
     Setup(#[from] rustls::Error),
 }
 
-/// Trusts what the platform trusts, and `ca_file`; where the platform has no roots at all, as in
-/// an empty container, Mozilla's, which are bundled. `SSL_CERT_FILE` and `SSL_CERT_DIR` replace those of
-/// the platform: where those are in no usual place, as with Nix and conda, everybody relies on that.
+/// Collects the roots of the platform and of `ca_file`.
+///
+/// If the platform has no roots at all, as in an empty container, the bundled roots of Mozilla are used
+/// instead. `SSL_CERT_FILE` and `SSL_CERT_DIR` replace the roots of the platform. If those are in no usual
+/// place, as with Nix and conda, all programs rely on these variables.
 ///
 /// # Errors
 ///
@@ -87,7 +86,7 @@ pub fn trust_roots(ca_file: Option<&Path>) -> Result<TrustRoots, TlsError> {
     })
 }
 
-/// Adds what the platform trusts, or else the bundled roots, and says so.
+/// Adds the roots of the platform, or else the bundled ones, and returns their number and source for people.
 fn of_platform(store: &mut RootCertStore) -> String {
     let platform = rustls_native_certs::load_native_certs();
     for error in &platform.errors {
@@ -101,7 +100,8 @@ fn of_platform(store: &mut RootCertStore) -> String {
     format!("{} bundled with this program", store.len())
 }
 
-/// Adds the roots that variables name, and says where they are. Without such variables there are none.
+/// Adds the roots that the environment variables name, and returns their numbers and sources for people.
+/// Returns an empty list if no such variable is set.
 fn of_environment(store: &mut RootCertStore) -> Result<Vec<String>, TlsError> {
     let mut sources = Vec::new();
     for (variable, read) in [
@@ -117,7 +117,8 @@ fn of_environment(store: &mut RootCertStore) -> Result<Vec<String>, TlsError> {
             cause,
         };
         match (variable, value.is_empty()) {
-            // The library that reads the platform's roots would find none, and we take the bundled ones.
+            // With an empty value, the library that reads the platform's roots would find none, and the
+            // bundled ones would be used.
             (FILE, true) => return Err(unusable("it is empty: unset it".into())),
             (_, true) => continue,
             (_, false) => {}
@@ -136,12 +137,12 @@ fn of_file(path: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError> {
     Ok(certificates(Path::new(path))?)
 }
 
-/// The certificates in folders, each of them once: `openssl rehash` adds links to the files.
+/// Returns the certificates in folders, each of them once, because `openssl rehash` adds links to the files.
 fn of_folders(folders: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError> {
     let (mut found, mut left_out) = (Vec::new(), None);
     for folder in env::split_paths(folders) {
         let entries = match fs::read_dir(&folder) {
-            // Lists name the usual places of several systems.
+            // Such lists name the usual folders of several systems, which do not all exist.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             entries => entries?,
         };
@@ -152,7 +153,7 @@ fn of_folders(folders: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError>
             }
             match certificates(&path) {
                 Ok(certificates) => found.extend(certificates),
-                // What cannot be read decides nothing.
+                // A file that cannot be read adds no roots, and is no reason to fail.
                 Err(TrustedFileError::Io(error)) => {
                     tracing::debug!(%error, path = %path.display(), "trust root");
                 }
@@ -172,18 +173,18 @@ fn of_folders(folders: &OsStr) -> Result<Vec<CertificateDer<'static>>, BoxError>
     Ok(found)
 }
 
-/// The certificates of a file, which may hold other things too.
+/// Returns the certificates of a file, which may hold other things too.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TrustedFileError> {
     let file = trusted_file::read(path)?;
     let sections = CertificateDer::pem_slice_iter(&file.bytes);
     Ok(sections.filter_map(Result::ok).collect())
 }
 
-/// Trusts the [`trust_roots`].
+/// Creates TLS settings that trust the [`trust_roots`].
 ///
 /// # Errors
 ///
-/// [`TlsError`].
+/// Any [`TlsError`].
 pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
     let roots = trust_roots(ca_file)?;
     let sources = roots.sources.join(", ");
@@ -193,7 +194,8 @@ pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
         tracing::debug!(sources, "trust roots");
     }
     let mut provider = rustls::crypto::ring::default_provider();
-    // What browsers like best too: with 256 bits both ends spend a tenth more on an upload.
+    // AES-128 comes first, which browsers prefer too. With 256 bits, both ends spend a tenth more on an
+    // upload.
     provider
         .cipher_suites
         .sort_by_key(|suite| !is_aes_128(suite.suite()));

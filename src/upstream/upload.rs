@@ -1,4 +1,5 @@
-//! The request body on its way up: who keeps whom waiting, and what went wrong with it.
+//! The request body on its way to upstream. It records which side keeps the other waiting, and errors of the
+//! client.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,51 +17,51 @@ use super::timeouts::Timeouts;
 use crate::error::Error;
 use crate::request::pace::Pace;
 
-/// A body that records its progress.
+/// A request body that records its progress.
 pub(super) struct Upload {
     body: Body,
     progress: Arc<Progress>,
 }
 
-/// How far a body is.
+/// Progress of a request body, which the body and the exchange that sends it share.
 pub(super) struct Progress {
     state: Mutex<UploadState>,
-    /// Told when nothing is left to send: another limit counts from then on.
+    /// Notified when nothing is left to send, because another timeout applies from then on.
     done: Notify,
-    /// Counts the request as in flight.
+    /// Keeps the request counted as in flight.
     _in_flight: InFlightCount,
 }
 
 struct UploadState {
     turn: Turn,
     since: Instant,
-    /// How well the client keeps up.
+    /// Backlog of the client, which decides how long the proxy waits for it.
     pace: Pace,
     fault: Option<Error>,
-    /// Nobody waits for the rest any more.
+    /// True once nobody waits for the rest of the request any more.
     abandoned: bool,
-    /// Whether the connection hands over less than it takes from the body: HTTP/2 has windows.
+    /// True if the connection takes data from the body before it can send it: HTTP/2 has windows.
     windowed: bool,
-    /// Who waits for the client to send.
+    /// Waker of the task that waits for data of the client.
     waiting: Option<Waker>,
 }
 
-/// Who has to do something next.
+/// The side that has to act next.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
     /// The client has to send more.
     Client,
     /// Upstream has to take what was sent.
     Upstream,
-    /// All was handed over: upstream has to answer.
+    /// All data was handed over: upstream has to respond.
     Done,
 }
 
 // === impl Upload ===
 
 impl Upload {
-    /// Makes the body of a request, if it has one, record its progress from `now` on. The request counts
-    /// as in flight until it is over.
+    /// Makes the body of a request, if it has one, record its progress from `now` on. The request counts as
+    /// in flight until the returned progress is dropped.
     pub(super) fn record(
         request: Request,
         now: Instant,
@@ -141,27 +142,28 @@ impl http_body::Body for Upload {
 // === impl Progress ===
 
 impl Progress {
-    /// Runs the exchange that sends this body, for as long as somebody makes progress.
+    /// Runs the exchange that sends this body, as long as one side makes progress.
     ///
     /// # Errors
     ///
-    /// [`Error::ClientTooSlow`] and [`Error::UpstreamTimeout`], by whose turn it was.
+    /// [`Error::ClientTooSlow`] or [`Error::UpstreamTimeout`], by the side that had to act.
     pub(super) async fn supervise<F: Future + Unpin>(
         &self,
         mut exchange: F,
         timeouts: Timeouts,
     ) -> Result<F::Output, Error> {
         loop {
-            // In this order: what is done in between is noticed by the one or by the other.
+            // Read in this order: if the last data is handed over between the two, the notification below
+            // still comes.
             let done = self.is_done();
             let (deadline, _) = self.deadline(timeouts);
             tokio::select! {
                 biased;
                 output = &mut exchange => return Ok(output),
-                // Who has nothing left to send is not waited for.
+                // If `done` has fired already, do not wait for it again.
                 () = self.done.notified(), if !done => {}
                 () = sleep_until(deadline) => {
-                    // Unless there was progress meanwhile.
+                    // Progress that was made meanwhile has moved the deadline.
                     let (next, overdue) = self.deadline(timeouts);
                     if next <= deadline {
                         return Err(overdue);
@@ -171,12 +173,13 @@ impl Progress {
         }
     }
 
-    /// The connection tells with [`finish`](Self::finish) that all was handed over.
+    /// Records that the connection has windows, and calls [`finish`](Self::finish) after all data was handed
+    /// over.
     pub(super) fn follows_windows(&self) {
         self.lock().windowed = true;
     }
 
-    /// The client has sent so many bytes.
+    /// Records that the client has sent this many bytes.
     fn received(&self, bytes: usize) {
         let mut state = self.lock();
         if state.turn == Turn::Client {
@@ -186,12 +189,12 @@ impl Progress {
         state.pace.moved(bytes);
     }
 
-    /// Some was handed over, or taken to be.
+    /// Records that some data was handed over, or counts as handed over.
     pub(super) fn moved(&self) {
         self.enter(Turn::Upstream);
     }
 
-    /// All was handed over.
+    /// Records that all data was handed over.
     pub(super) fn finish(&self) {
         self.enter(Turn::Done);
     }
@@ -201,20 +204,20 @@ impl Progress {
         self.enter(if windowed { Turn::Upstream } else { Turn::Done });
     }
 
-    /// Counts anew: so far nothing was sent.
+    /// Restarts the time limits for a new attempt, of which nothing was sent yet.
     pub(super) fn restart(&self) {
         let mut state = self.lock();
         state.since = Instant::now();
         state.windowed = false;
     }
 
-    /// What the client did wrong, if it did.
+    /// Takes the error that the client caused, if there is one.
     pub(super) fn take_fault(&self) -> Option<Error> {
         self.lock().fault.take()
     }
 
-    /// Ends the body: upstream has answered, or nobody waits for that. Otherwise a client that stalls
-    /// would keep both connections, and a connection could go on sending.
+    /// Ends the body, because upstream has responded, or nobody waits for the response. Otherwise a client
+    /// that stalls would keep both connections, and a connection could go on sending.
     pub(super) fn abandon(&self) {
         let mut state = self.lock();
         state.abandoned = true;
@@ -223,19 +226,20 @@ impl Progress {
         }
     }
 
-    /// Asks to be woken when the body is abandoned; tells whether it is already.
+    /// Registers to be woken when the body is abandoned. Returns true if it is abandoned already.
     fn wait(&self, cx: &Context<'_>) -> bool {
         let mut state = self.lock();
         state.waiting = Some(cx.waker().clone());
         state.abandoned
     }
 
-    /// When the last of it was handed over, as far as it went; without a body, when it began.
+    /// Returns the time at which data was last handed over; without a body, the time at which the request
+    /// began.
     pub(super) fn since(&self) -> Instant {
         self.lock().since
     }
 
-    /// Whether nothing is left to send.
+    /// Returns true if nothing is left to send.
     pub(super) fn is_done(&self) -> bool {
         self.lock().turn == Turn::Done
     }
@@ -258,7 +262,7 @@ impl Progress {
 
     fn enter(&self, turn: Turn) {
         let mut state = self.lock();
-        // Asking again for what is still missing is no progress.
+        // A repeated poll for data that is still missing is no progress.
         if state.turn != turn || turn == Turn::Upstream {
             (state.turn, state.since) = (turn, Instant::now());
             if turn == Turn::Done {

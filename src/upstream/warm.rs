@@ -1,8 +1,8 @@
-//! One connection that stays ready for whichever thread has none, so that a client that calls now
-//! and then pays one round trip and not the three or four of a new connection.
+//! One connection that stays ready for any thread that has none. A client that sends a request now and then
+//! waits for one round trip, and not for the three or four of a new connection.
 //!
-//! It belongs to the thread that serves no requests, which outlives the others: what they send over
-//! it is not cut when one of them ends.
+//! The connection belongs to the thread that serves no requests. That thread outlives the others, so a
+//! request over the connection is not cut when one of them ends.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,18 +13,18 @@ use tokio::time::{Instant, sleep, timeout};
 use super::pool::Pool;
 use crate::clock::last_seen::LastSeen;
 
-/// How often to look whether it is still ready. With [`MOMENT`] and the age at which a pool renews
-/// a connection it stays below the age at which one is not used any more.
+/// Time between checks of the connection. Together with [`MOMENT`] and the age at which a pool renews a
+/// connection, it stays below the age at which a connection is not used any more.
 const INTERVAL: Duration = Duration::from_secs(10);
-/// How long to wait for it to come back before another one is made.
+/// Time that the connection has to come back before another one is made.
 const MOMENT: Duration = Duration::from_secs(1);
 
-/// Knows when a connection is worth keeping.
+/// The pool of the warm connection. The time of the last request decides if the connection is worth keeping.
 pub(super) struct WarmConnection {
     pool: Arc<Pool>,
-    /// Upstream was asked.
+    /// Time of the last request to upstream.
     asked: LastSeen,
-    /// Told once in a second in which it was.
+    /// Notified once in each second in which a request was sent.
     news: Notify,
 }
 
@@ -39,27 +39,28 @@ impl WarmConnection {
         }
     }
 
-    /// Where the connection is.
+    /// Returns the pool of the warm connection.
     pub(super) fn pool(&self) -> &Arc<Pool> {
         &self.pool
     }
 
-    /// Upstream is being asked.
+    /// Records that a request is being sent to upstream.
     pub(super) fn note(&self, now: Instant) {
         if self.asked.note(now) {
             self.news.notify_one();
         }
     }
 
-    /// Keeps a connection ready until nobody has asked for this long, and again once somebody does. Where
-    /// an egress proxy refuses it waits for that: each attempt may count against its user.
+    /// Keeps a connection ready until no request has come for `warm`, and again after the next request. If an
+    /// egress proxy refuses the connection, this waits for the next request, because each attempt may count
+    /// against the user of the egress proxy.
     pub(super) async fn keep(&self, warm: Duration) {
         let mut left = Duration::ZERO;
         loop {
             if left.is_zero() {
                 self.news.notified().await;
             } else {
-                // Both are reasons to look.
+                // A request and the end of the interval are both reasons to check.
                 let _ = timeout(left.min(INTERVAL), self.news.notified()).await;
             }
             sleep(MOMENT).await;
@@ -72,7 +73,7 @@ impl WarmConnection {
         }
     }
 
-    /// How much longer a connection is worth keeping.
+    /// Returns how much longer a connection is worth keeping.
     fn left(&self, warm: Duration) -> Duration {
         let ago = self.asked.ago();
         ago.map_or(Duration::ZERO, |ago| warm.saturating_sub(ago))
@@ -91,7 +92,7 @@ mod tests {
     use crate::upstream::connect::Connector;
     use crate::upstream::{Dial, Dialing, TunnelError, Versions};
 
-    /// An egress proxy that refuses to lead to upstream, with a status, and counts how often.
+    /// An egress proxy that refuses each tunnel with a status, and counts the attempts.
     struct Refusing(StatusCode, AtomicUsize);
 
     impl Dial for Refusing {
