@@ -23,6 +23,9 @@ struct LineMembers<'a> {
     span: Option<&'a RawValue>,
 }
 
+/// Size that most lines stay below, in bytes.
+const USUAL_SIZE: usize = 1 << 10;
+
 // === impl JsonLine ===
 
 impl<S> FormatEvent<S, JsonFields> for JsonLine
@@ -42,8 +45,10 @@ where
             .as_ref()
             .and_then(|all| all.get::<FormattedFields<JsonFields>>());
         let span = fields.and_then(|fields| serde_json::from_str(fields).ok());
-        let line = serde_json::to_string(&LineMembers { event, span }).map_err(|_| fmt::Error)?;
-        writeln!(writer, "{line}")
+        let mut line = Vec::with_capacity(USUAL_SIZE);
+        serde_json::to_writer(&mut line, &LineMembers { event, span }).map_err(|_| fmt::Error)?;
+        line.push(b'\n');
+        writer.write_str(str::from_utf8(&line).map_err(|_| fmt::Error)?)
     }
 }
 

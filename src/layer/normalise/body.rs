@@ -39,6 +39,9 @@ struct Detail<'a> {
     excerpt: Option<&'a str>,
 }
 
+/// Size that most bodies stay below, in bytes.
+const USUAL_SIZE: usize = 2 << 10;
+
 // === impl ErrorBody ===
 
 impl<'a> ErrorBody<'a> {
@@ -62,8 +65,10 @@ impl<'a> ErrorBody<'a> {
 
     /// Renders the body as JSON.
     pub(super) fn render(&self) -> Vec<u8> {
-        // No member can fail to serialize.
-        serde_json::to_vec(self).unwrap_or_default()
+        let mut json = Vec::with_capacity(USUAL_SIZE);
+        // No member can fail to serialize, and a vector takes all that is written to it.
+        let _ = serde_json::to_writer(&mut json, self);
+        json
     }
 }
 
