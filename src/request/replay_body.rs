@@ -415,7 +415,7 @@ impl ReplayBudget {
 
 #[cfg(test)]
 mod tests {
-    use futures_util::stream;
+    use futures_util::{FutureExt, StreamExt, stream};
     use http_body_util::BodyExt;
 
     use super::*;
@@ -504,5 +504,58 @@ mod tests {
         let unknown = ReplayBody::new(chunks(&["a"]), &budget(10, 10), None);
         assert_eq!(unknown.size_hint().exact(), None);
         assert!(ReplayBody::new(Body::empty(), &budget(0, 0), None).is_end_stream());
+    }
+
+    /// A body that declares its length, whatever it has.
+    struct Declared(Body, u64);
+
+    impl http_body::Body for Declared {
+        type Data = Bytes;
+        type Error = axum::Error;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+            Pin::new(&mut self.0).poll_frame(cx)
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            SizeHint::with_exact(self.1)
+        }
+    }
+
+    #[tokio::test]
+    async fn body_that_ends_before_its_declared_end_is_an_error() {
+        for (declared, expected) in [(5, Err(())), (4, Ok("abcd".to_owned()))] {
+            let body = Body::new(Declared(chunks(&["ab", "cd"]), declared));
+            let first = ReplayBody::new(body, &budget(10, 10), None);
+            let second = first.clone();
+            assert_eq!(rest(first).await.map_err(drop), expected);
+            assert_eq!(second.is_whole(), expected.is_ok());
+        }
+    }
+
+    #[tokio::test]
+    async fn body_is_read_ahead_only_while_nobody_sends_it_and_its_frames_count() {
+        let frame = size_of::<Frame<Bytes>>() as u64;
+        let budget = budget(10_000, 10_000);
+        let sent = stream::iter(["abc", "de"].map(Ok::<_, BoxError>)).chain(stream::pending());
+        let body = ReplayBody::new(Body::from_stream(sent), &budget, None);
+        let read = |nobody_sends| {
+            let failed = body.read_while(move || nobody_sends).now_or_never();
+            assert!(failed.is_none());
+            (body.arrived(), budget.used.load(Relaxed))
+        };
+        assert_eq!(read(false), (0, 0));
+        assert_eq!(read(true), (2, 2 * frame + 5));
+        let mut attempt = body.clone().into_body();
+        for (text, used) in [("abc", frame + 2 + 3), ("de", 3 + 2)] {
+            let chunk = attempt.frame().await.unwrap().unwrap();
+            assert_eq!(chunk.into_data().unwrap(), text);
+            assert_eq!(budget.used.load(Relaxed), used);
+        }
+        drop((attempt, body));
+        assert_eq!(budget.used.load(Relaxed), 0);
     }
 }
