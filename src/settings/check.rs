@@ -1,4 +1,4 @@
-//! What is wrong with settings although each value is well formed.
+//! Checks of settings beyond the form of each value: ranges, and values that do not go together.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -7,20 +7,21 @@ use super::{AccessSettings, ListenSettings, SettingProblem, Settings};
 use crate::auth::token::Validity;
 use crate::layer::normalise::{ErrorBodyFormat, StatusMapping};
 
-/// Kling documents 30 minutes ("General Information", read 2026-11-22); shorter is of no use.
+/// Allowed lifetimes of a token. Kling documents 30 minutes ("General Information", read 2026-11-22); less
+/// than a minute is of no use.
 const LIFETIMES: std::ops::RangeInclusive<Duration> =
     Duration::from_mins(1)..=Duration::from_mins(30);
 
-/// More would not be patience but an attack.
+/// Allowed numbers of attempts for one request. More would be an attack on upstream.
 const ATTEMPTS: std::ops::RangeInclusive<u64> = 1..=10;
 
-/// Longer is a mistake, and would overflow a deadline in the end.
+/// Longest duration. A longer one is a mistake, and a very long one would overflow a deadline.
 const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
 // === impl Settings ===
 
 impl Settings {
-    /// What is wrong although each value is well formed.
+    /// Finds problems in settings whose values are all well formed.
     pub(super) fn problems(&self) -> Vec<SettingProblem> {
         let addresses = self.listen.addresses.iter();
         let exposed = addresses.filter_map(|address| self.exposure("listen.address", *address));
@@ -63,7 +64,7 @@ impl Settings {
         problems
     }
 
-    /// Finds durations that are no use, or too long.
+    /// Finds durations that are too long, and timeouts of zero.
     fn check_durations(&self, require: &mut impl FnMut(bool, &str, String)) {
         for (key, duration) in [
             ("upstream.connect_timeout", self.upstream.timeouts.connect),
@@ -86,7 +87,8 @@ impl Settings {
         }
     }
 
-    /// What is wrong with an address to listen on that stands at `place`, if anything.
+    /// Returns a problem with `place` if other machines can reach `address`, and neither client tokens nor
+    /// `listen.unsafe_allow_remote` are set.
     pub fn exposure(&self, place: &str, address: SocketAddr) -> Option<SettingProblem> {
         let protected = self.access.client_tokens_file.is_some() || self.listen.unsafe_allow_remote;
         let exposed = !protected && !address.ip().is_loopback();
@@ -104,7 +106,7 @@ impl Settings {
 // === impl ListenSettings ===
 
 impl ListenSettings {
-    /// Finds a certificate without its key, or the other way round.
+    /// Finds a certificate without its key, or a key without its certificate.
     fn check(&self, require: &mut impl FnMut(bool, &str, String)) {
         let certificate = ("listen.tls.certificate_file", &self.certificate_file);
         let key = ("listen.tls.key_file", &self.key_file);
@@ -121,7 +123,7 @@ impl ListenSettings {
 // === impl AccessSettings ===
 
 impl AccessSettings {
-    /// Finds entries that could never match a request.
+    /// Finds entries that can never match a request, and an empty list of hosts.
     fn check(&self, require: &mut impl FnMut(bool, &str, String)) {
         require(
             !self.allowed_hosts.is_empty(),
@@ -159,7 +161,7 @@ impl AccessSettings {
     }
 }
 
-/// Finds token times that Kling would not take, or that leave no time between two tokens.
+/// Finds a lifetime that Kling would not accept, and a `refresh_before` that is not less than the lifetime.
 fn check_validity(token: Validity, require: &mut impl FnMut(bool, &str, String)) {
     let lifetime = humantime::format_duration(token.lifetime);
     require(
@@ -174,7 +176,7 @@ fn check_validity(token: Validity, require: &mut impl FnMut(bool, &str, String))
     );
 }
 
-/// A name or an address, as a `Host` header has it before the port.
+/// Returns true for a host name or an address, in the form of a `Host` header without port.
 fn is_host(host: &str) -> bool {
     let port = host
         .rsplit_once(':')
@@ -183,8 +185,8 @@ fn is_host(host: &str) -> bool {
     !host.is_empty() && !port && host.bytes().all(plain)
 }
 
-/// Scheme, host and port as browsers send them, and nothing else. `null` is the origin of files and
-/// sandboxed frames, which anyone can be.
+/// Returns true for scheme, host and port as browsers send them, and nothing else. Refuses `null`: it is the
+/// origin of files and sandboxed frames, and any page can have one.
 fn is_web_origin(origin: &str) -> bool {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-._[]:".contains(&b);
     origin.split_once("://").is_some_and(|(scheme, host)| {

@@ -1,4 +1,5 @@
-//! Where values come from: layers of keys, merged by figment, each value with its source.
+//! Layers of settings: defaults, file, variables and flags. figment merges them by key, and keeps the source
+//! of each value.
 
 use std::path::{Path, PathBuf};
 
@@ -11,33 +12,33 @@ use crate::environment::Environment;
 
 /// The lowest layer, and the list of known keys.
 const DEFAULTS: &str = include_str!("../../config/default.toml");
-/// Where the values of the lowest layer come from.
+/// Source of the values of the lowest layer.
 pub(super) const DEFAULT: &str = "default";
-/// What variables of settings begin with.
+/// Prefix of the environment variables that hold settings.
 const PREFIX: &str = "KLING_PROXY_";
-/// Names the configuration file.
+/// Environment variable with the path of the configuration file.
 const CONFIG: &str = "KLING_PROXY_CONFIG";
-/// What Kubernetes sets for a Service called `kling-proxy` begins with one of these.
+/// Prefixes of variables that Kubernetes sets for a Service called `kling-proxy`. They hold no settings.
 const KUBERNETES: [&str; 2] = ["KLING_PROXY_PORT", "KLING_PROXY_SERVICE_"];
 
-/// What the command line sets.
+/// Settings from the command line.
 #[derive(Clone, Debug, Default)]
 pub struct Flags {
-    /// `--config`.
+    /// Path from `--config` of the configuration file.
     pub config: Option<PathBuf>,
-    /// Keys with their flag and value.
+    /// Key, flag and value of each setting.
     pub values: Vec<(&'static str, &'static str, String)>,
 }
 
-/// The merged layers.
+/// The settings of all layers, merged by key.
 pub(super) struct Layers {
     figment: Figment,
     defaults: Figment,
-    /// All keys, in the order of their names.
+    /// All known keys, sorted by name.
     pub(super) keys: Vec<String>,
 }
 
-/// Values that come from one place.
+/// Values from one source: the defaults, the file, a variable or a flag.
 struct Layer {
     source: String,
     values: Dict,
@@ -46,7 +47,8 @@ struct Layer {
 // === impl Layers ===
 
 impl Layers {
-    /// Reads all layers. What cannot be read or is not known is a problem and left out.
+    /// Reads all layers. Leaves out each value that cannot be read and each key that is not known, and adds a
+    /// problem for it.
     pub(super) fn read(
         flags: &Flags,
         environment: &Environment,
@@ -82,7 +84,7 @@ impl Layers {
         }
     }
 
-    /// The value of a key and where it comes from.
+    /// Returns the value of a key, and its source.
     pub(super) fn find(&self, key: &str) -> Option<(Value, String)> {
         let value = self.figment.find_value(key).ok()?;
         let source = self
@@ -94,7 +96,7 @@ impl Layers {
         Some((value, source))
     }
 
-    /// The default of a key.
+    /// Returns the default of a key.
     pub(super) fn default(&self, key: &str) -> Option<Value> {
         self.defaults.find_value(key).ok()
     }
@@ -120,11 +122,12 @@ impl Provider for Layer {
 }
 
 fn default_values() -> Dict {
-    // Constant, and parsed by every test that loads settings.
+    // The constant is valid: every test that loads settings parses it.
     parse(DEFAULTS).unwrap_or_default()
 }
 
-/// Reads the settings file: the one that is named, else the usual one if there is one.
+/// Reads the settings file: the one that a flag or a variable names, else the one in the configuration
+/// folder, if it exists.
 fn file(
     flags: &Flags,
     environment: &Environment,
@@ -174,7 +177,7 @@ fn parse(text: &str) -> Result<Dict, String> {
     })
 }
 
-/// One layer a variable, so that each value knows the variable it comes from.
+/// Makes one layer per variable, so that the source of each value is the name of its variable.
 fn variables(environment: &Environment, problems: &mut Vec<SettingProblem>) -> Vec<Layer> {
     let mut layers = Vec::new();
     for (name, value) in environment.variables() {
@@ -201,7 +204,8 @@ fn variables(environment: &Environment, problems: &mut Vec<SettingProblem>) -> V
     layers
 }
 
-/// `["a","b"]` is a list; everything else stays a text, a key of digits too.
+/// Reads the value of a variable. `["a","b"]` is a list; any other value stays a text, also a key that has
+/// digits only.
 fn list_or_text(value: &str) -> Value {
     #[derive(serde::Deserialize)]
     struct One {
@@ -224,7 +228,8 @@ fn nested(key: &str, value: Value) -> Dict {
     }
 }
 
-/// All values below a dictionary with their dotted keys, quoted as in TOML where a name has a dot.
+/// Lists all values of a nested dictionary with their dotted keys. A name that contains a dot is quoted, as
+/// in TOML.
 fn leaves(values: &Dict) -> Vec<(String, &Value)> {
     let mut leaves = Vec::new();
     for (name, value) in values {
@@ -259,7 +264,7 @@ fn forget(values: &mut Dict, key: &str) {
 }
 
 fn unknown(source: &str, key: &str, keys: &[String]) -> SettingProblem {
-    // `_` and `.` look alike to who forgot the second `_` of a variable.
+    // Compares `_` and `.` as equal, since a user may forget the second `_` between two levels of a variable.
     let flat = |key: &str| key.replace('.', "_");
     let nearest = keys
         .iter()

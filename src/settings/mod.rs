@@ -1,7 +1,7 @@
-//! Settings: layers of text become typed values, and every problem is told in one run.
+//! Settings: reads layers of text into typed values, and reports all problems in one run.
 //!
-//! `config/default.toml` is the one place of keys and defaults. Reading opens no socket and no
-//! file but that of the settings.
+//! `config/default.toml` is the only list of keys and defaults. Reading settings opens no socket, and no
+//! file except the settings file.
 
 mod check;
 mod layers;
@@ -31,160 +31,154 @@ use crate::sandbox;
 use crate::telemetry;
 use crate::upstream::{EgressProxy, Origin, Timeouts};
 
-/// All settings. Keys and units stand in `config/default.toml`.
+/// All settings. `config/default.toml` documents their keys and units.
 #[derive(Debug)]
 pub struct Settings {
-    /// `listen.*`
+    /// Sockets for clients, from `listen.*`.
     pub listen: ListenSettings,
-    /// `admin.*`
+    /// The admin listener, from `admin.*`.
     pub admin: Admin,
-    /// `upstream.*`
+    /// The API and the connections to it, from `upstream.*`.
     pub upstream: UpstreamSettings,
-    /// `credentials.*`
+    /// Places of the credential, from `credentials.*`.
     pub credentials: Configured,
-    /// `token.*`
+    /// Times of the tokens for upstream, from `token.*`.
     pub token: Validity,
-    /// `access.*`
+    /// Accepted clients and requests, from `access.*`.
     pub access: AccessSettings,
-    /// `limits.*`
+    /// Limits of connections and requests, from `limits.*`.
     pub limits: LimitSettings,
-    /// `retry.attempts` and `.total_time`
+    /// Limits of retries (`retry.attempts`, `retry.total_time`).
     pub retry: retry::RetryLimits,
-    /// `retry.replay_*`
+    /// Limits of request bodies that are kept for a retry (`retry.replay_*`).
     pub replay: replay_body::ReplayLimits,
-    /// `errors.*`
+    /// Format of error responses, from `errors.*`.
     pub errors: ErrorFormat,
-    /// `sandbox.*`
+    /// Behaviour of the embedded sandbox, from `sandbox.*`.
     pub sandbox: sandbox::Options,
-    /// `shutdown.*`
+    /// Time limits of a shutdown, from `shutdown.*`.
     pub shutdown: Shutdown,
-    /// `log.*`
+    /// Format and choice of log lines, from `log.*`.
     pub log: Log,
 }
 
 /// The settings that a reload applies to a running proxy. All others take effect at the next start.
 ///
-/// The reload names each field, so that none is left out.
+/// The reload takes this struct apart field by field, so the compiler reports a field that it leaves out.
 #[derive(Clone, Copy, Debug)]
 pub struct LiveSettings<'a> {
-    /// `credentials.*`
     pub credentials: &'a Configured,
-    /// `token.*`
     pub token: Validity,
-    /// `access.*`
     pub access: &'a AccessSettings,
-    /// `limits.request_body`
+    /// Largest request body, in bytes (`limits.request_body`).
     pub request_body: ByteSize,
-    /// `limits.in_flight`
+    /// Most requests in flight at once (`limits.in_flight`).
     pub in_flight: u64,
-    /// `retry.attempts` and `.total_time`
+    /// Limits of retries (`retry.attempts`, `retry.total_time`).
     pub retry: retry::RetryLimits,
-    /// `retry.replay_*`
+    /// Limits of request bodies that are kept for a retry (`retry.replay_*`).
     pub replay: replay_body::ReplayLimits,
-    /// `errors.*`
     pub errors: ErrorFormat,
-    /// `log.filter`
+    /// Levels and targets of the lines to log (`log.filter`).
     pub filter: &'a Targets,
 }
 
-/// Where clients connect.
+/// Sockets that clients connect to (`listen.*`).
 #[derive(Debug)]
 pub struct ListenSettings {
-    /// By TCP.
+    /// TCP addresses to listen on. May be empty if there is a Unix socket.
     pub addresses: Vec<SocketAddr>,
-    /// By a Unix socket.
+    /// Path of a Unix socket to listen on as well; `None` for no Unix socket.
     pub unix_socket: Option<PathBuf>,
-    /// The certificate of HTTPS (`listen.tls.certificate_file`).
+    /// Certificate for HTTPS (`listen.tls.certificate_file`); `None` for plain HTTP.
     pub certificate_file: Option<PathBuf>,
-    /// Its private key (`listen.tls.key_file`).
+    /// Private key of that certificate (`listen.tls.key_file`).
     pub key_file: Option<PathBuf>,
-    /// Whether anyone beyond this machine may call.
+    /// True if other machines may connect although clients need no token.
     pub unsafe_allow_remote: bool,
 }
 
-/// What the admin listener is and does.
+/// The admin listener, for health and metrics (`admin.*`).
 #[derive(Debug)]
 pub struct Admin {
-    /// `None` for no admin listener.
+    /// Address to listen on; `None` for no admin listener.
     pub address: Option<SocketAddr>,
-    /// Whether it may end the proxy.
+    /// True if `POST /quit` ends the proxy.
     pub quit: bool,
 }
 
-/// Where requests go.
+/// The API, and the connections to it (`upstream.*`).
 #[derive(Debug)]
 pub struct UpstreamSettings {
-    /// `upstream.url`.
+    /// Origin of the API (`upstream.url`).
     pub origin: Origin,
-    /// A further trust root.
+    /// File with a further trust root, for a network that inspects TLS.
     pub ca_file: Option<PathBuf>,
-    /// The only way out of this network.
+    /// HTTP proxy that is the only way out of this network; `None` to connect directly.
     pub proxy: Option<EgressProxy>,
-    /// How long to wait.
     pub timeouts: Timeouts,
-    /// How ready to be.
     pub warmth: WarmUp,
 }
 
-/// What is done so that requests need not wait for a connection.
+/// Connections that are opened ahead, so that requests need not wait for one.
 #[derive(Clone, Copy, Debug)]
 pub struct WarmUp {
-    /// Whether to ask upstream at start.
+    /// True to send one request to upstream at start (`upstream.warm_up`).
     pub probe: bool,
-    /// How long after the last request to keep a connection ready; zero for not at all.
+    /// Time after the last request during which one connection is kept ready (`upstream.keep_warm`); zero to
+    /// keep none.
     pub keep: Duration,
 }
 
-/// Who may call.
+/// Clients and requests that the proxy accepts (`access.*`).
 #[derive(Debug)]
 pub struct AccessSettings {
-    /// Host names without port.
+    /// Accepted values of the `Host` header, without port.
     pub allowed_hosts: Vec<String>,
-    /// Web origins that may call.
+    /// Web origins whose pages may send requests.
     pub allowed_origins: Vec<HeaderValue>,
     /// Methods that are forwarded; all if empty.
     pub allowed_methods: Vec<Method>,
     /// Path prefixes that are forwarded; all if empty.
     pub allowed_paths: Vec<String>,
-    /// The tokens of clients.
+    /// File of client tokens; `None` if clients need no token.
     pub client_tokens_file: Option<PathBuf>,
 }
 
-/// What fits.
+/// Limits of connections and requests (`limits.*`).
 #[derive(Debug)]
 pub struct LimitSettings {
-    /// Largest request body.
+    /// Largest request body, in bytes.
     pub request_body: ByteSize,
-    /// Most connections.
+    /// Most client connections open at once. New ones wait.
     pub connections: u64,
-    /// To receive a head.
+    /// Longest time to receive the head of a request.
     pub header_timeout: Duration,
-    /// Most requests at once.
+    /// Most requests in flight at once.
     pub in_flight: u64,
 }
 
-/// How to end.
+/// Time limits of an orderly shutdown (`shutdown.*`).
 #[derive(Debug)]
 pub struct Shutdown {
-    /// Serving on, not ready.
+    /// Time to keep serving, as not ready, after the request to stop.
     pub delay: Duration,
-    /// For what is in flight.
+    /// Time after that for the requests in flight to complete.
     pub drain: Duration,
 }
 
-/// What to log.
+/// Format and choice of log lines (`log.*`).
 #[derive(Debug)]
 pub struct Log {
-    /// How lines look.
     pub format: telemetry::LogFormat,
-    /// Which lines.
+    /// Levels and targets of the lines to log.
     pub filter: Targets,
 }
 
-/// Something to correct. It never shows the value of a secret.
+/// A problem with settings that the user has to correct. It never shows the value of a secret.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SettingProblem {
-    /// The key, file or variable.
+    /// Key, file or variable to correct.
     place: String,
     reason: String,
 }
@@ -192,23 +186,23 @@ pub struct SettingProblem {
 /// One setting as `kling-proxy settings` shows it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SettingRow {
-    /// Its key.
+    /// Key with dots, such as `listen.address`.
     pub key: String,
-    /// Its value in TOML, redacted if it is a secret.
+    /// Value in TOML, redacted if it is or may hold a secret.
     pub value: String,
-    /// Where it comes from.
+    /// Source of the value: `default`, or the name of a file, a variable or a flag.
     pub source: String,
-    /// A reload applies it. Without this it takes effect at the next start.
+    /// True if a reload applies the setting. Otherwise it takes effect at the next start.
     pub is_live: bool,
 }
 
 /// Keys whose value is never shown.
 const SECRETS: [&str; 2] = ["credentials.access_key", "credentials.secret_key"];
 
-/// Keys whose value is not shown where it may hold a password.
+/// Keys whose value is not shown if it may hold a password: if it contains `@` or `?`.
 const URLS: [&str; 2] = ["upstream.url", "upstream.proxy"];
 
-/// What is shown instead.
+/// Text that is shown instead of a secret.
 const REDACTED: &str = "[redacted]";
 
 // === impl Settings ===
@@ -218,7 +212,7 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// Every [`SettingProblem`], so that one run is enough to correct them all.
+    /// Returns every [`SettingProblem`], so that one run is enough to correct them all.
     pub fn load(
         flags: &Flags,
         environment: &Environment,
@@ -240,7 +234,7 @@ impl Settings {
         }
     }
 
-    /// Reads all keys: by `live` those that a reload applies, by `get` those of the next start.
+    /// Reads all keys: with [`Reader::live`] those that a reload applies, with [`Reader::get`] the others.
     fn read(from: &mut Reader<'_>) -> Self {
         Self {
             listen: ListenSettings {
@@ -327,7 +321,7 @@ impl Settings {
         }
     }
 
-    /// The settings that a reload applies to a running proxy.
+    /// Returns the settings that a reload applies to a running proxy.
     pub fn live(&self) -> LiveSettings<'_> {
         LiveSettings {
             credentials: &self.credentials,
@@ -343,24 +337,25 @@ impl Settings {
     }
 }
 
-/// Reads one key after the other.
+/// Reads keys one by one, and collects the problems.
 struct Reader<'a> {
     layers: &'a Layers,
     problems: &'a mut Vec<SettingProblem>,
-    /// Keys of [`LiveSettings`].
+    /// Keys that were read for [`LiveSettings`].
     live: Vec<&'static str>,
 }
 
 // === impl Reader ===
 
 impl Reader<'_> {
-    /// The value of a key of [`LiveSettings`].
+    /// Reads the value of a key of [`LiveSettings`].
     fn live<T: Setting>(&mut self, key: &'static str) -> T {
         self.live.push(key);
         self.get(key)
     }
 
-    /// The value of a key; after a problem, its default, so that reading goes on.
+    /// Reads the value of a key. If the value is wrong, notes the problem and returns the default, so that
+    /// reading goes on.
     fn get<T: Setting>(&mut self, key: &str) -> T {
         if let Some((value, source)) = self.layers.find(key) {
             match T::read(&value) {
@@ -388,12 +383,12 @@ impl Reader<'_> {
 // === impl SettingRow ===
 
 impl SettingRow {
-    /// Whether its value is a secret.
+    /// Returns true if the value is redacted.
     pub fn is_secret(&self) -> bool {
         self.value == REDACTED
     }
 
-    /// Whether nobody has set it.
+    /// Returns true if no file, variable or flag sets the key.
     pub fn is_default(&self) -> bool {
         self.source == DEFAULT
     }
@@ -402,7 +397,7 @@ impl SettingRow {
 // === impl SettingProblem ===
 
 impl SettingProblem {
-    /// Says that something at `place` has to be corrected.
+    /// Creates a problem with the key, file or variable `place`.
     pub fn new(place: impl fmt::Display, reason: impl Into<String>) -> Self {
         Self {
             place: place.to_string(),
@@ -430,7 +425,7 @@ fn rows(layers: &Layers, live: &[&str]) -> Vec<SettingRow> {
     layers.keys.iter().filter_map(row).collect()
 }
 
-/// A value as TOML writes it.
+/// Formats a value as TOML, or redacts it if it is or may hold a secret.
 fn shown(key: &str, value: &Value) -> String {
     let shown = serde_json::to_string(value).unwrap_or_default();
     let secret = SECRETS.contains(&key) && value.as_str() != Some("");
@@ -468,7 +463,7 @@ mod tests {
     fn a_setting_is_called_live_if_and_only_if_a_reload_applies_it() {
         let variable = |key: &str| format!("KLING_PROXY_{}", key.to_uppercase().replace('.', "__"));
         let live = |key: &str, value: &str| {
-            // A certificate needs its key, and the other way round.
+            // A certificate needs its key, and a key needs its certificate.
             let mut variables = vec![(variable(key), value)];
             if let Some(file) = key.strip_prefix("listen.tls.") {
                 let other = match file {

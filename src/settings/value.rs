@@ -1,4 +1,4 @@
-//! How a value of each type is written.
+//! The text form of each type of setting.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,10 +17,10 @@ use crate::upstream::{EgressProxy, NoEgressProxy, Origin};
 
 /// A type that a setting can have.
 pub(super) trait Setting: Sized {
-    /// What a reader is told to write.
+    /// Describes a valid value, for the message about a wrong one.
     fn want() -> String;
 
-    /// Reads a value; the error says what is wrong where [`want`](Self::want) does not suffice.
+    /// Reads a value. The error holds a reason if [`want`](Self::want) does not suffice.
     fn read(value: &Value) -> Result<Self, Option<String>>;
 }
 
@@ -28,12 +28,12 @@ pub(super) trait Setting: Sized {
 #[derive(Clone, Copy)]
 pub(super) struct Offset(pub(super) i64);
 
-/// An address, or `off`.
+/// An address, or `None` for the text `off`.
 pub(super) struct OrOff(pub(super) Option<SocketAddr>);
 
 // === impl Setting ===
 
-/// A type that is written as a text.
+/// Implements [`Setting`] for types that are written as a text.
 macro_rules! texts {
     ($($type:ty, $want:expr, $read:expr;)*) => {$(
         impl Setting for $type {
@@ -120,7 +120,7 @@ impl Setting for u64 {
     }
 }
 
-/// An empty text stands for none.
+/// Reads an empty text as `None`.
 impl<T: Setting> Setting for Option<T> {
     fn want() -> String {
         T::want()
@@ -135,7 +135,7 @@ impl<T: Setting> Setting for Option<T> {
     }
 }
 
-/// One may stand for a list of one.
+/// Reads a list, or a single value as a list of one.
 impl<T: Setting> Setting for Vec<T> {
     fn want() -> String {
         format!("{}, or a list of such", T::want())
