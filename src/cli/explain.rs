@@ -138,7 +138,7 @@ fn columns(row: &Row) -> Vec<(&'static str, String)> {
     columns.push(("retryable", retryable(row.resend).1.to_owned()));
     columns.push(("resent", resent(row.resend).1.to_owned()));
     columns.extend(retry_after(row).map(|seconds| {
-        let text = format!("{seconds} s, if Kling does not say another time");
+        let text = format!("{seconds} s, unless Kling names another time");
         ("retry-after", text)
     }));
     if row.actionable_status != row.status {
@@ -166,7 +166,7 @@ fn retryable(resend: Resend) -> (&'static str, &'static str) {
         [_, true] => ("yes", "yes: nothing was done, send it again later"),
         [true, false] => (
             "reads",
-            "a read, yes; a create, no: its task may exist, look it up first",
+            "yes for reads; no for creates: a task may exist, look it up first",
         ),
         [false, false] => ("no", "no: something has to change first"),
     }

@@ -22,19 +22,19 @@ pub(super) struct SettingsArgs {
     /// Configuration file instead of the one in the configuration folder
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where clients connect [default: 127.0.0.1:5546]
+    /// Address to listen on for clients [default: 127.0.0.1:5546]
     #[arg(long, global = true, value_name = "ADDRESS")]
     listen: Option<String>,
-    /// Where health and metrics are, or "off" [default: 127.0.0.1:5547]
+    /// Address to listen on for health and metrics, or "off" [default: 127.0.0.1:5547]
     #[arg(long, global = true, value_name = "ADDRESS")]
     admin: Option<String>,
-    /// The API [default: api-singapore.klingai.com]
+    /// URL of the API [default: api-singapore.klingai.com]
     #[arg(long, global = true, value_name = "URL")]
     upstream: Option<String>,
     /// Log lines: auto, pretty or json
     #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
-    /// Levels and targets of what is logged, as in RUST_LOG
+    /// Levels and targets of the lines to log, as in RUST_LOG
     #[arg(long, global = true, value_name = "FILTER")]
     log_filter: Option<String>,
 }

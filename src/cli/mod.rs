@@ -39,7 +39,7 @@ use crate::telemetry;
 /// Local authenticating reverse proxy for the Kling AI API.
 ///
 /// Point a tool at `http://127.0.0.1:5546` instead of the API and drop its keys: the proxy adds a
-/// valid token to each request and turns whatever goes wrong into one kind of error.
+/// valid token to each request and reports all failures in one error format.
 #[derive(Parser)]
 #[command(
     version,
@@ -59,38 +59,39 @@ struct CommandLine {
 enum Command {
     /// Run the proxy (the default)
     Serve(WithSandbox),
-    /// Run a command with a proxy of its own, and end as it ends
+    /// Run a command with its own proxy, and exit with the command's exit code
     ///
-    /// The proxy listens on a free port and serves this command alone. The command finds it in
-    /// KLING_BASE_URL, KLING_API_BASE_URL, KLING_API_BASE and KLINGAI_BASE_URL, and in
-    /// KLING_API_KEY, KLING_ACCESS_KEY, KLING_SECRET_KEY and their KLINGAI_ twins keys that are good
-    /// for this proxy only. The real ones are not in its environment.
+    /// The proxy listens on a free port and serves this command alone. The command's environment
+    /// holds the proxy's address in KLING_BASE_URL, KLING_API_BASE_URL, KLING_API_BASE and
+    /// KLINGAI_BASE_URL. KLING_API_KEY, KLING_ACCESS_KEY, KLING_SECRET_KEY, KLINGAI_API_KEY,
+    /// KLINGAI_ACCESS_KEY and KLINGAI_SECRET_KEY hold keys that only this proxy accepts. The real
+    /// keys are not in the environment.
     #[command(after_help = RUN_EXAMPLES)]
     Run {
         #[command(flatten)]
         with: WithSandbox,
-        /// What to run, with its arguments
+        /// Command to run, with its arguments
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
     /// Run the embedded Kling API alone, for tests
     Sandbox {
-        /// Where to listen
+        /// Address for the sandbox to listen on
         #[arg(long, default_value = "127.0.0.1:5548")]
         address: SocketAddr,
     },
     /// Find out what is wrong: settings, files, credential, network, account
     Check {
-        /// Stop where the network begins
+        /// Skip all steps that need the network
         #[arg(long)]
         offline: bool,
-        /// How to print
+        /// Format of the command's output
         #[arg(long, value_enum, default_value_t)]
         output: Output,
     },
-    /// Print a fresh token, or what it says
+    /// Print a fresh token, or its claims
     Token {
-        /// Say what the token claims instead of printing it
+        /// Print the claims of the token instead of the token
         #[arg(long)]
         decode: bool,
     },
@@ -99,27 +100,27 @@ enum Command {
         /// The code, such as 1303
         #[arg(allow_negative_numbers = true)]
         code: Option<i64>,
-        /// How to print
+        /// Format of the command's output
         #[arg(long, value_enum, default_value_t)]
         output: Output,
     },
-    /// Show the effective settings and where each comes from
+    /// Show the effective settings and the source of each
     Settings,
     /// Ask a running proxy whether it is ready; exit 0 if so
     Health,
     /// Wait until a proxy is ready; exit 1 if that takes too long
     Wait {
-        /// How long to wait at most
+        /// Longest time to wait for the proxy
         #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
         timeout: Duration,
     },
     /// Print the completions of a shell
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions {
-        /// Which shell
+        /// Shell to print the completions for
         shell: Shell,
     },
-    /// Write the manual pages, one a command
+    /// Write the manual pages, one per command
     #[command(hide = true)] // for packages, once a release
     Man {
         /// The folder to write to
@@ -141,8 +142,8 @@ Credentials come from variables, never from the command line:
 Examples:
   kling-proxy --sandbox      try it without an account
   kling-proxy                http://127.0.0.1:5546 -> https://api-singapore.klingai.com
-  kling-proxy run -- make    a command with a proxy of its own, and without your keys
-  kling-proxy check          what is wrong, and what to do about it
+  kling-proxy run -- make    run a command with its own proxy and without your keys
+  kling-proxy check          find problems and how to correct them
   kling-proxy explain 1303   what a code means and what to do";
 
 const EXIT_CODES: &str = "\
@@ -153,15 +154,16 @@ Exit codes:
   69   upstream cannot be reached (check)
   77   upstream refuses the credential (check)
   78   wrong settings, or no or half a credential
-  126  the command cannot be run, 127 there is none (run)";
+  126  the command cannot be run (run)
+  127  the command does not exist (run)";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
   kling-proxy run -- python make_video.py
   kling-proxy run --sandbox -- npm test
 
-The exit code is that of the command, or 128 and the number of the signal that ended it; 126 if it
-cannot be run, 127 if there is none, 78 for wrong settings or no credential.";
+The exit code is that of the command, or 128 plus the number of the signal that ended it; 126 if the
+command cannot be run, 127 if it does not exist, 78 for wrong settings or no credential.";
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:

@@ -74,7 +74,7 @@ fn refuse_exposed(address: SocketAddr, settings: &Settings) -> Result<(), Failur
     }
     let reason = format!(
         "{address} can be reached from other machines, and the sandbox's keys are known to all: \
-         set listen.unsafe_allow_remote = true if whoever can connect may use it"
+         set listen.unsafe_allow_remote = true to let everyone who can connect use the sandbox"
     );
     let problem = SettingProblem::new("--address", reason);
     Err(Failure::new(Exit::Settings, problem.to_string()))

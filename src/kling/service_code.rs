@@ -455,7 +455,7 @@ impl Class {
             ),
             Self::Account => (
                 "account",
-                "Kling knows the credential; its account may not have this",
+                "Kling accepts the credential, but refuses the request because of its account",
             ),
             Self::Parameters => ("parameters", "the request is wrong"),
             Self::Policy => ("policy", "a policy of Kling forbids the request"),

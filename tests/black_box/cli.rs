@@ -95,7 +95,7 @@ fn explain_shows_how_a_code_is_treated() {
         (
             "1102",
             "class",
-            "account: Kling knows the credential; its account may not have this",
+            "account: Kling accepts the credential, but refuses the request because of its account",
         ),
         ("1102", "resent", "no"),
         (
@@ -117,12 +117,12 @@ fn explain_shows_how_a_code_is_treated() {
         (
             "1302",
             "retry-after",
-            "1 s, if Kling does not say another time",
+            "1 s, unless Kling names another time",
         ),
         (
             "5001",
             "retry-after",
-            "5 s, if Kling does not say another time",
+            "5 s, unless Kling names another time",
         ),
         (
             "1000",

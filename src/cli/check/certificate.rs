@@ -55,7 +55,7 @@ pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) 
             Exit::Settings,
             "certificate_unusable",
             chain(&error),
-            "want the chain and its key in PEM, which belong together; the key with mode 600",
+            "want a certificate chain and the private key of its certificate, both in PEM; chmod 600 the key",
         )
     })?;
     let shown = certificate.chain();

@@ -116,14 +116,14 @@ fn missing(error: &credentials::Error) -> Fault {
             TrustedFileError::Writable(_) => (
                 "file_writable_by_others",
                 format!(
-                    "chmod 600 {}, and look whether it is still yours",
+                    "chmod 600 {}, and check that nobody has changed or replaced it",
                     path.display()
                 ),
             ),
             TrustedFileError::WritableFolder { folder, .. } => (
                 "file_writable_by_others",
                 format!(
-                    "chmod go-w {}, and look whether {} is still yours",
+                    "chmod go-w {}, and check that nobody has changed or replaced {}",
                     folder.display(),
                     path.display()
                 ),
