@@ -1,5 +1,5 @@
-//! `kling-proxy completions` and `kling-proxy man`: what the command line says of itself, for shells
-//! and for packages.
+//! `kling-proxy completions` and `kling-proxy man`: scripts for shells and manual pages for packages,
+//! generated from the definition of the command line.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -8,17 +8,17 @@ use clap_complete::{Shell, generate};
 
 use super::{Exit, Failure, command_line};
 
-/// Prints the script that teaches a shell our commands and flags.
+/// Prints the script with which a shell completes our commands and flags.
 pub(super) fn completions(shell: Shell) {
     let mut command = command_line();
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
     generate(shell, &mut command, name, &mut script);
-    // A reader that has gone, such as `head`, is no failure.
+    // A pipe that its reader has closed, such as `head`, is no failure.
     let _ = io::stdout().write_all(&script);
 }
 
-/// Writes a manual page a command.
+/// Writes one manual page per command into a folder.
 pub(super) fn man(folder: &Path) -> Result<(), Failure> {
     clap_mangen::generate_to(command_line(), folder).map_err(|error| {
         let folder = folder.display();

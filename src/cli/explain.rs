@@ -1,4 +1,4 @@
-//! `kling-proxy explain`: what the codes mean and how the proxy treats them.
+//! `kling-proxy explain`: the meaning of service codes, and their treatment by the proxy.
 
 use serde::Serialize;
 
@@ -6,7 +6,7 @@ use super::{Exit, Failure, Output, say};
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::{self, Needs, Phrase, Resend, Row, TABLE, WITH_RETRY_AFTER};
 
-/// A row as JSON shows it.
+/// A row of the table, in the form of the JSON output.
 #[derive(Serialize)]
 struct ShownCode {
     code: u16,
@@ -26,7 +26,7 @@ struct ShownCode {
     phrases: Vec<ShownPhrase>,
 }
 
-/// A phrase as JSON shows it.
+/// A phrase of a message, in the form of the JSON output.
 #[derive(Serialize)]
 struct ShownPhrase {
     text: &'static str,
@@ -115,7 +115,7 @@ fn json(value: &impl Serialize) -> String {
     serde_json::to_string_pretty(value).unwrap_or_default()
 }
 
-/// Lists the columns of a row in words, without those that say nothing for it.
+/// Lists the columns of a row as text, without those that have no value for it.
 fn columns(row: &Row) -> Vec<(&'static str, String)> {
     let sender = match row.source() {
         "proxy" => "the proxy",

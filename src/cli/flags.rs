@@ -1,4 +1,4 @@
-//! The flags that commands share, and which of them a command heeds.
+//! The flags that commands share, and the commands that each flag has an effect on.
 
 use std::path::PathBuf;
 
@@ -39,8 +39,8 @@ pub(super) struct SettingsArgs {
     log_filter: Option<String>,
 }
 
-/// What clap takes. Flags of settings may stand before and after a command; its help shows those that
-/// it heeds.
+/// Builds the command line for clap. Flags of settings may stand before and after a command. The help of a
+/// command shows only the flags that have an effect on it.
 pub(super) fn command_line() -> clap::Command {
     let command = CommandLine::command();
     let shared = command.get_arguments().filter(|flag| flag.is_global_set());
@@ -48,13 +48,13 @@ pub(super) fn command_line() -> clap::Command {
     command.mut_subcommands(|command| {
         let name = command.get_name().to_owned();
         let idle = shared.iter().filter(|flag| !heeds(&name, flag.get_id()));
-        // Else clap would add them as they are.
+        // Otherwise clap would add them without hiding them.
         let hidden: Vec<_> = idle.map(|flag| flag.clone().hide(true)).collect();
         command.args(hidden)
     })
 }
 
-/// Whether a flag that commands share changes what this one does.
+/// Returns true if a flag that commands share has an effect on this command.
 fn heeds(command: &str, flag: &Id) -> bool {
     let flag = flag.as_str();
     match command {
@@ -68,7 +68,7 @@ fn heeds(command: &str, flag: &Id) -> bool {
     }
 }
 
-/// A flag without effect would be taken for one that has some.
+/// Refuses flags that have no effect on the command, since the user expects one.
 pub(super) fn refuse_idle(matches: &ArgMatches) -> Result<(), Failure> {
     let command = matches.subcommand_name().unwrap_or("serve");
     let given = |flag: &&Id| matches.value_source(flag.as_str()) == Some(ValueSource::CommandLine);

@@ -1,4 +1,4 @@
-//! The command line: what it takes, what it prints, and the code it ends with.
+//! The command line: its commands, their output, and the exit codes.
 
 #![expect(
     clippy::doc_markdown,
@@ -121,7 +121,7 @@ enum Command {
         shell: Shell,
     },
     /// Write the manual pages, one per command
-    #[command(hide = true)] // for packages, once a release
+    #[command(hide = true)] // for builders of packages, once per release
     Man {
         /// The folder to write to
         folder: PathBuf,
@@ -171,33 +171,33 @@ Examples:
   kling-proxy completions fish > ~/.config/fish/completions/kling-proxy.fish
   kling-proxy completions zsh > ~/.zfunc/_kling-proxy    with ~/.zfunc in $fpath, before compinit";
 
-/// A command that did not do what it should.
+/// Failure of a command: its exit code, and the lines for standard error.
 #[derive(Debug)]
 struct Failure {
     exit: Exit,
     lines: Vec<String>,
 }
 
-/// The exit codes, as the README lists them.
+/// Exit codes. The README lists them too.
 #[derive(Clone, Copy, Debug)]
 enum Exit {
-    /// Failed while running.
+    /// A command failed while it was running.
     Failed = 1,
-    /// Wrong command line; clap uses it too.
+    /// Wrong command line. clap exits with this code too.
     Usage = 2,
-    /// Upstream cannot be reached.
+    /// Upstream cannot be reached, as found by `check`.
     Unavailable = 69,
-    /// Upstream refuses the credential.
+    /// Upstream refuses the credential, as found by `check`.
     Refused = 77,
     /// Wrong settings, or no or half a credential.
     Settings = 78,
-    /// The command of `run` cannot be run; so do shells say it, and env(1).
+    /// The command of `run` cannot be run. Shells and env(1) use the same code.
     NotExecutable = 126,
-    /// There is no such command.
+    /// The command of `run` does not exist.
     NotFound = 127,
 }
 
-/// Runs the command of this process.
+/// Runs the command that the arguments of this process name, and returns the exit code.
 pub fn run() -> ExitCode {
     let matches = command_line().get_matches();
     let done = match CommandLine::from_arg_matches(&matches) {
@@ -271,7 +271,7 @@ impl From<credentials::Error> for Failure {
     }
 }
 
-/// Looks everywhere, and runs the command if there is one and nothing else.
+/// Finds a credential. Runs `credentials.command`, if it is set, only if no other place has a credential.
 fn find_credential(places: &Places) -> Result<Found, credentials::Error> {
     match (places.find(), places.command()) {
         (Err(credentials::Error::Missing), Some(command)) => {
@@ -282,20 +282,20 @@ fn find_credential(places: &Places) -> Result<Found, credentials::Error> {
     }
 }
 
-/// A runtime for one thread: each thread here has its own.
+/// Builds a runtime for one thread. Each thread of the proxy has its own.
 fn runtime() -> io::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
 }
 
-/// Prints a line. A reader that has gone, such as `head`, is no failure.
+/// Prints a line to standard output. A pipe that its reader has closed, such as `head`, is no failure.
 fn say(line: impl fmt::Display) {
     let mut out = io::stdout();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
-/// Tells the person at the terminal what goes wrong.
+/// Prints a problem to standard error, for the person at the terminal.
 fn complain(line: impl fmt::Display) {
     telemetry::print(&format!("kling-proxy: {line}\n"));
 }

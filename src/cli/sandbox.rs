@@ -32,7 +32,7 @@ pub(super) fn run(
     })?;
     let address = listener.local_addr().map_err(failed)?;
     let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
-    // All but hosts and pages is the sandbox's own to judge, as it is Kling's.
+    // The rules check host, web origin and body size. The sandbox checks everything else, as Kling does.
     let rules = Rules::of_hosts(
         settings.access.allowed_hosts,
         settings.access.allowed_origins,
@@ -59,15 +59,15 @@ pub(super) fn run(
         let (_stop, stopped) = watch::channel(Stop::Never);
         tokio::select! {
             ended = server::run(vec![Listener::Tcp(listener)], Worker::alone(), sandbox, limits, stopped) => { ended.map_err(failed)?; }
-            // Nothing that it does is worth waiting for.
+            // No request of the sandbox is worth waiting for.
             () = signals.next() => {}
         }
         Ok(())
     })
 }
 
-/// A listener beyond this machine is asked for in words, as those of the proxy are. Client tokens do not
-/// stand in for that: the sandbox asks for none.
+/// Refuses an address that other machines can reach, unless `listen.unsafe_allow_remote` is set. For the
+/// proxy, client tokens suffice as well; the sandbox does not ask for them.
 fn refuse_exposed(address: SocketAddr, settings: &Settings) -> Result<(), Failure> {
     if address.ip().is_loopback() || settings.listen.unsafe_allow_remote {
         return Ok(());

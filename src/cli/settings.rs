@@ -1,5 +1,5 @@
-//! `kling-proxy settings`: the effective settings, as a configuration file that says where each
-//! value comes from.
+//! `kling-proxy settings`: prints the effective settings as a configuration file, with the source of each
+//! value in a comment.
 
 use super::{Failure, SettingsArgs, say};
 use crate::auth::credentials::{Error, Places};

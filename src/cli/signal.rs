@@ -1,4 +1,4 @@
-//! The signals that end the process.
+//! Signals to the process: SIGINT and SIGTERM end it, and SIGHUP reloads its settings.
 
 use std::io;
 use std::time::Duration;
@@ -6,19 +6,19 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
-/// SIGINT and SIGTERM.
+/// Streams of the signals that end the process, SIGINT and SIGTERM.
 pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
 }
 
-/// Signals that come within this time are one.
+/// Signals count as one if they arrive within this time after the first.
 const MOMENT: Duration = Duration::from_millis(500);
 
 // === impl Signals ===
 
 impl Signals {
-    /// Takes the signals over from now on.
+    /// Receives the signals from now on, so that they do not end the process at once.
     pub(super) fn new() -> io::Result<Self> {
         let interrupt = signal(SignalKind::interrupt())?;
         let terminate = signal(SignalKind::terminate())?;
@@ -28,8 +28,9 @@ impl Signals {
         })
     }
 
-    /// Waits for a further one, after the `first` if there was one. Those that come in the same moment
-    /// count as one: a terminal signals a group, and a supervisor the process too.
+    /// Waits for a further signal after the `first`; for the second one if `first` is `None`. Signals
+    /// within [`MOMENT`] count as one: a terminal signals the whole group, and a supervisor may signal
+    /// the process too.
     pub(super) async fn again(&mut self, mut first: Option<Instant>) {
         loop {
             self.next().await;
@@ -41,7 +42,7 @@ impl Signals {
         }
     }
 
-    /// Waits for the next one.
+    /// Waits for the next SIGINT or SIGTERM.
     pub(super) async fn next(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
@@ -50,7 +51,7 @@ impl Signals {
     }
 }
 
-/// SIGHUP, which would end the process if nobody took it.
+/// Returns a stream of SIGHUP. The signal would end the process if it were not received.
 pub(super) fn hang_up() -> io::Result<Signal> {
     signal(SignalKind::hangup())
 }

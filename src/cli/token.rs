@@ -1,4 +1,4 @@
-//! `kling-proxy token`: a fresh token for other tools, or what it claims.
+//! `kling-proxy token`: prints a fresh token for other tools, or its claims.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use crate::auth::token::{self, Claims, Credential};
 use crate::clock::{Clock, SystemClock};
 use crate::environment::Environment;
 
-/// As much of an access key as is shown.
+/// Number of characters of an access key that are shown.
 const SHOWN: usize = 4;
 
 pub(super) fn run(

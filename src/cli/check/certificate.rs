@@ -1,4 +1,4 @@
-//! Certificates: what is shown to our clients (`listen.tls.*`), and what upstream shows us.
+//! Certificates: the one that our clients get (`listen.tls.*`), and the one that we get from upstream.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -20,21 +20,21 @@ use crate::telemetry::printable;
 /// A certificate with less time left than this should be renewed now.
 const SOON: Duration = Duration::from_hours(14 * 24);
 
-/// What a certificate says of itself.
+/// Issuer and validity period of a certificate.
 #[derive(Clone, Debug)]
 pub(super) struct CertificateFacts {
-    /// Who vouches for it, as its distinguished name.
+    /// Distinguished name of the issuer, with special characters escaped.
     pub(super) issuer: String,
-    /// When it begins to be good.
+    /// Start of the validity period (`notBefore`).
     pub(super) begins: SystemTime,
-    /// Until when it is good.
+    /// End of the validity period (`notAfter`).
     pub(super) ends: SystemTime,
 }
 
 // === impl CertificateFacts ===
 
 impl CertificateFacts {
-    /// `None` for what is no certificate.
+    /// Reads a certificate. Returns `None` if it cannot be parsed.
     pub(super) fn read(certificate: &CertificateDer<'_>) -> Option<Self> {
         let certificate = Certificate::from_der(certificate).ok()?;
         let certificate = certificate.tbs_certificate();
@@ -47,7 +47,7 @@ impl CertificateFacts {
     }
 }
 
-/// The certificate of HTTPS: whether it can be used, until when, and by which names.
+/// Checks the certificate for HTTPS: its files, its validity period, and the hosts that it is good for.
 pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) -> StepResult {
     let key = files.key.clone();
     let certificate = server::Certificate::load(files).map_err(|error| {
@@ -60,7 +60,7 @@ pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) 
     })?;
     let shown = certificate.chain();
     let facts: Option<Vec<_>> = shown.iter().map(CertificateFacts::read).collect();
-    // A chain is as good as what ends first.
+    // A chain is valid until the first of its certificates expires.
     let facts = facts.and_then(|facts| facts.into_iter().min_by_key(|facts| facts.ends));
     let covered = |host: &&String| shown.first().is_some_and(|own| covers(own, host));
     let (covered, others): (Vec<_>, Vec<_>) = hosts.iter().partition(covered);
@@ -113,12 +113,12 @@ pub(super) fn judge(files: CertificateFiles, hosts: &[String], now: SystemTime) 
     Ok(found)
 }
 
-/// A time for people.
+/// Formats a time for people (RFC 3339, UTC, to the second).
 pub(super) fn time(time: SystemTime) -> impl std::fmt::Display {
     humantime::format_rfc3339_seconds(time)
 }
 
-/// Whether a client that calls a host takes the certificate for the host's.
+/// Returns true if the certificate is good for the name of a host, as a client checks it.
 fn covers(certificate: &CertificateDer<'_>, host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let name = ServerName::try_from(host);
@@ -128,7 +128,7 @@ fn covers(certificate: &CertificateDer<'_>, host: &str) -> bool {
     }
 }
 
-/// How far away the end is.
+/// Formats the time that is left until `ends`, or has passed since then.
 fn left(ends: SystemTime, now: SystemTime) -> String {
     let days = |time: Duration| match time.as_secs() / (24 * 60 * 60) {
         0 => "less than a day".to_owned(),

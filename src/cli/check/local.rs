@@ -1,4 +1,4 @@
-//! The steps that need no network: settings, files and their modes, the credential.
+//! The steps of `check` that need no network: settings, files and their modes, the credential.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::upstream::{TlsError, trust_roots};
 /// The type of a warning about a file that every user can read.
 pub(super) const EXPOSED: &str = "file_readable_by_others";
 
-/// Where settings come from, and whether others can read a secret there.
+/// Lists the sources of the settings, and warns if others can read a settings file that holds a secret.
 pub(super) fn settings(settings: &Settings, rows: &[SettingRow]) -> Finding {
     let set = rows.iter().filter(|row| !row.is_default());
     let mut sources: Vec<_> = set.map(|row| row.source.as_str()).collect();
@@ -33,7 +33,7 @@ pub(super) fn settings(settings: &Settings, rows: &[SettingRow]) -> Finding {
         format!("upstream is {origin}; set by {}", sources.join(", "))
     };
     let mut found = Finding::new((), text);
-    // Of the sources only the settings file is a file.
+    // The settings file is the only source that is a file.
     for source in sources {
         let path = Path::new(source);
         let holds_secret = rows
@@ -49,7 +49,7 @@ pub(super) fn settings(settings: &Settings, rows: &[SettingRow]) -> Finding {
     found
 }
 
-/// The file of `access.client_tokens_file`.
+/// Checks that the client tokens of `access.client_tokens_file` can be used.
 pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> StepResult {
     let tokens = ClientTokens::read(path, Arc::clone(clock)).map_err(|error| {
         Fault::new(
@@ -66,7 +66,7 @@ pub(super) fn client_tokens(path: &Path, clock: &Arc<dyn Clock>) -> StepResult {
     Ok(found)
 }
 
-/// The access key and secret key, or the API key.
+/// Finds the credential: an access key and a secret key, or an API key.
 pub(super) fn credential(places: &Places) -> StepResult<Credential> {
     let found = find_credential(places).map_err(|error| missing(&error))?;
     let text = format!("{} from {}", found.credential.kind(), found.source);
@@ -85,18 +85,18 @@ pub(super) fn credential(places: &Places) -> StepResult<Credential> {
     Ok(outcome)
 }
 
-/// Whether it has the form of a JWT, whose three parts are JSON or a signature.
+/// Returns true if a key has the form of a JWT: three parts, of which the first is JSON in base64.
 fn is_token(key: &Secret) -> bool {
     let key = key.expose();
     key.starts_with("eyJ") && key.matches('.').count() == 2
 }
 
-/// What is wrong with the places of credentials.
+/// Describes the reason why no place has a usable credential, with advice.
 fn missing(error: &credentials::Error) -> Fault {
     use credentials::Error::{Command, Half, Malformed, Missing, Unreadable};
     let text = chain(error);
     let (r#type, advice) = match error {
-        // It says both itself.
+        // The message of this error holds the advice too.
         Missing => {
             let (text, advice) = text.split_once(": ").unwrap_or((&text, ""));
             return Fault::new(Exit::Settings, "no_credential", text, advice);
@@ -148,7 +148,7 @@ fn missing(error: &credentials::Error) -> Fault {
     Fault::new(Exit::Settings, r#type, text, advice)
 }
 
-/// Whom to believe that upstream is upstream.
+/// Collects the root certificates to check upstream's certificate against.
 pub(super) fn trust(ca_file: Option<&Path>) -> StepResult<Arc<RootCertStore>> {
     let roots = trust_roots(ca_file).map_err(|error| {
         let (r#type, advice) = match &error {

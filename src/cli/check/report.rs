@@ -1,4 +1,4 @@
-//! What the steps came to, told as text while they run or as one JSON object at the end.
+//! The results of the steps, printed as text while they run, or as one JSON object at the end.
 
 use std::time::Duration;
 
@@ -7,18 +7,18 @@ use tokio::time::Instant;
 
 use crate::cli::{Exit, Failure, Output, say};
 
-/// What a step came to.
+/// Result of a step: a finding, or the fault that made the step fail.
 pub(super) type StepResult<T = ()> = Result<Finding<T>, Fault>;
 
-/// What was found by a step that did not fail.
+/// Result of a step that did not fail.
 pub(super) struct Finding<T = ()> {
-    /// For the steps that follow.
+    /// Value that later steps use.
     pub(super) value: T,
     text: String,
     warnings: Vec<Problem>,
 }
 
-/// Why a step failed.
+/// Reason why a step failed, and the problems to correct.
 #[derive(Clone, Debug)]
 pub(super) struct Fault {
     exit: Exit,
@@ -26,21 +26,21 @@ pub(super) struct Fault {
     problems: Vec<Problem>,
 }
 
-/// Something to correct.
+/// A problem that the user has to correct.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Problem {
-    /// A stable name, for scripts.
+    /// Stable name of the problem, for scripts.
     r#type: &'static str,
-    /// The next thing to do.
+    /// Next thing for the user to do.
     advice: String,
 }
 
-/// All steps so far.
+/// The results of all steps that have run.
 pub(super) struct Report {
     /// `None` to tell nothing.
     output: Output,
     steps: Vec<Step>,
-    /// That of the first step that failed.
+    /// Exit code of the first step that failed.
     exit: Option<Exit>,
 }
 
@@ -62,7 +62,7 @@ enum Status {
     Failure,
 }
 
-/// The whole report as JSON shows it.
+/// The whole report, in the form of the JSON output.
 #[derive(Serialize)]
 struct ShownReport<'a> {
     status: Status,
@@ -81,7 +81,7 @@ impl<T> Finding<T> {
         }
     }
 
-    /// Adds something that should be corrected, although the proxy works.
+    /// Adds a problem that should be corrected, although the proxy works.
     pub(super) fn warn(&mut self, r#type: &'static str, advice: impl Into<String>) {
         self.warnings.push(Problem::new(r#type, advice));
     }
@@ -103,7 +103,7 @@ impl Fault {
         }
     }
 
-    /// One problem for each thing that is wrong with the settings.
+    /// Creates a fault with one problem for each wrong setting.
     pub(super) fn of_settings(problems: &[String]) -> Self {
         let problem = |advice: &String| Problem::new("wrong_settings", advice);
         Self {
@@ -136,7 +136,7 @@ impl Report {
         }
     }
 
-    /// Takes a step and hands on what it found.
+    /// Runs a step and adds its result. Returns the value of the finding, or `None` if the step failed.
     pub(super) fn take<T>(
         &mut self,
         name: &'static str,
@@ -147,7 +147,7 @@ impl Report {
         self.add(name, start.elapsed(), outcome).ok()
     }
 
-    /// Waits for a step and hands on what it found, or why it failed.
+    /// Waits for a step and adds its result. Returns the value of the finding, or the fault.
     pub(super) async fn wait<T>(
         &mut self,
         name: &'static str,
@@ -162,7 +162,7 @@ impl Report {
         self.exit.is_some()
     }
 
-    /// Tells the end: what scripts read, and the exit code.
+    /// Prints the report if the output is JSON. Returns an error with the exit code if a step failed.
     pub(super) fn end(self) -> Result<(), Failure> {
         if let Output::Json = self.output {
             let worst = match self.exit {

@@ -1,4 +1,4 @@
-//! What the command sees.
+//! The environment variables of the command.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -7,14 +7,14 @@ use crate::auth::credentials::without_secrets;
 use crate::auth::secret::Secret;
 use crate::environment::Environment;
 
-/// Names by which tools ask for the API's address.
+/// Variables from which tools read the address of the API.
 const URLS: [&str; 4] = [
     "KLING_BASE_URL",
     "KLING_API_BASE_URL",
     "KLING_API_BASE",
     "KLINGAI_BASE_URL",
 ];
-/// Names by which they ask for keys.
+/// Variables from which tools read their keys.
 const KEYS: [&str; 6] = [
     "KLING_API_KEY",
     "KLING_ACCESS_KEY",
@@ -24,14 +24,14 @@ const KEYS: [&str; 6] = [
     "KLINGAI_SECRET_KEY",
 ];
 
-/// Names by which they ask what to reach without the network's own proxy.
+/// Variables that list the hosts to reach without the network's proxy.
 const DIRECT: [&str; 2] = ["no_proxy", "NO_PROXY"];
 
-/// What the names of variables end with that name such a proxy.
+/// Suffix of proxy variables, such as `HTTP_PROXY` or `ALL_PROXY`.
 const PROXY: &str = "_PROXY";
 
-/// Our environment without secrets, and with all that a tool needs to use the proxy unchanged: it
-/// shows the token as an API key, or signs with it as its secret key.
+/// Returns our environment without secrets, and with the variables that let an unchanged tool use the
+/// proxy. The tool sends the token as an API key, or signs with the token as its secret key.
 pub(super) fn variables(
     environment: &Environment,
     address: SocketAddr,
@@ -45,8 +45,10 @@ pub(super) fn variables(
         .chain(directly(environment, address))
 }
 
-/// Excepts our address from the network's own proxy, which would see the token and could not reach us.
-/// Whatever else the variables say stays true: tools differ in which of them they read.
+/// Excludes our address from the network's proxy, which would see the token and could not reach us.
+///
+/// Returns the changed variables, which keep their other entries. Each of [`DIRECT`] that is set is
+/// changed, since some tools read one and some the other.
 fn directly(environment: &Environment, address: SocketAddr) -> Vec<(OsString, OsString)> {
     let set = environment
         .variables()
@@ -63,7 +65,7 @@ fn directly(environment: &Environment, address: SocketAddr) -> Vec<(OsString, Os
             .map(|name| (name.into(), address.clone().into()))
             .into();
     }
-    // `*` alone excepts all.
+    // A value of `*` already excludes all hosts.
     let extended = direct.into_iter().filter(|(_, list)| list != "*");
     extended
         .map(|(name, list)| {

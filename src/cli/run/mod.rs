@@ -1,4 +1,4 @@
-//! `kling-proxy run`: a command with a proxy of its own, which nobody else can use.
+//! `kling-proxy run`: runs a command with its own proxy, which nobody else can use.
 
 mod environment;
 mod signals;
@@ -25,10 +25,11 @@ use crate::environment::Environment;
 use crate::layer::guard::rules::Rules;
 use crate::telemetry;
 
-/// What is logged besides creates, unless somebody asks for more: standard error is the command's.
+/// Level of log lines other than those of creates, if `log.filter` is not set: standard error is for the
+/// output of the command.
 const QUIET: LevelFilter = LevelFilter::WARN;
 
-/// Ends with the code of the command, which is 128 and the signal's number where a signal ended it.
+/// Runs a command and returns its exit code, or 128 plus the signal's number if a signal ended it.
 pub(super) fn run(
     with_sandbox: bool,
     command: &[OsString],
@@ -44,11 +45,12 @@ pub(super) fn run(
     let filter = telemetry::init(settings.log.format, settings.log.filter.clone());
     hide_memory();
     let (listeners, address) = Listeners::private()?;
-    // Who else may call, and where, is for a proxy that others share.
+    // These settings are for a proxy that several clients share.
     settings.access.client_tokens_file = None;
     settings.access.allowed_hosts = vec![address.ip().to_string(), "localhost".to_owned()];
     settings.shutdown.delay = Duration::ZERO;
-    // Without a warning: one command makes no more, and standard error is its own.
+    // Without the warning of `serve`: one command opens no more connections, and standard error is for
+    // its output.
     let fitting = fitting_connections(&settings.limits, EMBEDDED_SANDBOX);
     settings.limits.connections = settings.limits.connections.min(fitting);
     let configuration = Configuration {
@@ -84,18 +86,18 @@ pub(super) fn run(
             let program = program.display();
             Failure::new(exit, format!("cannot run {program}: {error}"))
         })?;
-        // Not before: the command has the limit that we were started with.
+        // After the spawn, so that the command gets the limit that we were started with.
         raise_descriptor_limit();
         let status = accompany(child, &mut running, &mut signals).await?;
         running.end(signals.insist()).await?;
         Ok(ExitCode::from(code(status)))
     });
-    // A name that is still being resolved must not keep the process.
+    // Does not wait for a name resolution that is still running.
     runtime.shutdown_background();
     ended
 }
 
-/// Lets nobody call who does not show a new token, which is in no file.
+/// Makes the proxy refuse all requests without a new token, and returns that token. It is in no file.
 fn admit_one(proxy: &Proxy) -> Result<Secret, Failure> {
     let (tokens, token) = ClientTokens::random(Arc::clone(&proxy.shared.clock))
         .map_err(|_| Failure::new(Exit::Failed, "the system has no random numbers"))?;
@@ -108,7 +110,8 @@ fn admit_one(proxy: &Proxy) -> Result<Secret, Failure> {
     Ok(token)
 }
 
-/// Waits for the command to end, and passes signals on to it.
+/// Waits for the command to end, and passes signals on to it. If the proxy fails, sends SIGTERM to the
+/// command.
 async fn accompany(
     mut command: Child,
     running: &mut Running,
@@ -120,7 +123,7 @@ async fn accompany(
             status = command.wait() => return status.map_err(failed),
             signal = signals.next() => signals.pass_on(signal, &command),
             failure = running.died() => {
-                // Nothing answers it any more.
+                // The command's requests get no response any more.
                 signals.pass_on(rustix::process::Signal::TERM, &command);
                 command.wait().await.map_err(failed)?;
                 return Err(failure);
@@ -129,7 +132,7 @@ async fn accompany(
     }
 }
 
-/// A code as a shell has it.
+/// Returns the exit code that a shell would return: after a signal, 128 plus its number.
 fn code(status: ExitStatus) -> u8 {
     let code = status
         .code()

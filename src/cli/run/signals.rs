@@ -1,4 +1,4 @@
-//! The signals that a command is told of.
+//! The signals that are passed on to the command.
 
 use std::fs::{self, File};
 use std::time::Duration;
@@ -11,8 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// All that somebody may send to a program. SIGWINCH and what stops a job are for the whole group,
-/// by the terminal; SIGKILL cannot be passed on.
+/// All signals that somebody may send to a program. The terminal itself sends SIGWINCH and the signals
+/// that stop a job to the whole group. SIGKILL cannot be passed on.
 const PASSED_ON: [Signal; 6] = [
     Signal::HUP,
     Signal::INT,
@@ -21,25 +21,25 @@ const PASSED_ON: [Signal; 6] = [
     Signal::USR1,
     Signal::USR2,
 ];
-/// By these a terminal tells all that run in its foreground.
+/// Signals that a terminal sends to all processes in its foreground.
 const OF_TERMINAL: [Signal; 2] = [Signal::INT, Signal::QUIT];
-/// Whoever sends these wants it to end.
+/// Signals that ask the command to end.
 const ENDING: [Signal; 3] = [Signal::INT, Signal::QUIT, Signal::TERM];
-/// What ended the command may reach us as late as this after its end.
+/// Longest time after the command's end until the signal that ended it has reached us too.
 const LAG: Duration = Duration::from_millis(500);
 
-/// The signals that come to us, taken over so that they do not end us.
+/// The signals to this process. They are received here, so that they do not end the process.
 pub(super) struct ForwardedSignals {
     coming: mpsc::Receiver<Signal>,
-    /// Whether we have been told to end.
+    /// True once one of [`ENDING`] has arrived.
     is_stopping: bool,
 }
 
 // === impl ForwardedSignals ===
 
 impl ForwardedSignals {
-    /// Takes them over from now on, but for those that we were started to ignore, as by nohup(1): the
-    /// command ignores them too.
+    /// Receives the signals from now on, except those that we were started to ignore, for example by
+    /// nohup(1). The command ignores these too.
     pub(super) fn new() -> io::Result<Self> {
         let (sender, coming) = mpsc::channel(PASSED_ON.len());
         let ignored = ignored();
@@ -60,19 +60,19 @@ impl ForwardedSignals {
         })
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal. Never returns if all signals are ignored.
     pub(super) async fn next(&mut self) -> Signal {
         let Some(signal) = self.coming.recv().await else {
-            return future::pending().await; // all are ignored
+            return future::pending().await; // all signals are ignored
         };
         signal
     }
 
-    /// Tells the command, which decides what to do.
+    /// Sends a signal to the command, which decides what to do.
     pub(super) fn pass_on(&mut self, signal: Signal, command: &Child) {
         self.is_stopping |= ENDING.contains(&signal);
         if OF_TERMINAL.contains(&signal) && are_in_foreground() {
-            return; // told already: a second one would cut its end short
+            return; // the terminal has sent it: a second one would cut the command's shutdown short
         }
         let id = command.id().and_then(|id| Pid::from_raw(id.cast_signed()));
         if let Some(id) = id
@@ -82,8 +82,8 @@ impl ForwardedSignals {
         }
     }
 
-    /// Waits, once the command has ended, until we are told to end again. What comes in the moment of
-    /// the first time, or of the command's end, is the same word.
+    /// Waits, after the command has ended, for a further signal of [`ENDING`]. A signal within [`LAG`] of
+    /// the first one, or of the command's end, counts as the same one.
     pub(super) async fn insist(&mut self) {
         let mut is_stopping = self.is_stopping.then(Instant::now);
         loop {
@@ -99,7 +99,8 @@ impl ForwardedSignals {
     }
 }
 
-/// The signals that are ignored, a bit each. Where the system does not tell, none.
+/// Returns the ignored signals, one bit each (`SigIgn` of proc(5)); none if the system does not have
+/// this file.
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -107,7 +108,7 @@ fn ignored() -> u64 {
         .unwrap_or_default()
 }
 
-/// Whether we run in the foreground of a terminal, and the command with us.
+/// Returns true if this process, and so the command, runs in the foreground of a terminal.
 fn are_in_foreground() -> bool {
     let foreground = File::open("/dev/tty").map(tcgetpgrp);
     foreground.is_ok_and(|group| group == Ok(getpgrp()))

@@ -1,8 +1,9 @@
-//! When a file of client tokens counts, at start and when it changes.
+//! Decides at which time the content of a client token file takes effect, at start and after a change.
 //!
-//! While a file is being written, half a line of it looks like a token. So what is new counts only once a
-//! later read finds the same. A file that was emptied takes all tokens back. One that is wrong or gone may
-//! be a mistake: the old tokens hold on, but not for long, since it may also be meant to revoke them.
+//! While a file is being written, half a line of it looks like a token. Therefore new content takes
+//! effect only once a later read finds the same content. An emptied file revokes all tokens. A file that
+//! is wrong or missing may be a mistake, so the old tokens stay valid, but not for long: it may also be
+//! meant to revoke them.
 
 use std::fs;
 use std::path::Path;
@@ -16,45 +17,46 @@ use crate::auth::client_token::{ClientTokens, FileError};
 use crate::clock::Clock;
 use crate::error::chain;
 
-/// What a file holds counts once it has been so for this long: by then it is written.
+/// Content takes effect once it has stayed the same for this time: the writer has finished by then.
 const SETTLED: Duration = Duration::from_secs(1);
-/// The old tokens hold on for this long while the file is wrong.
+/// Time for which the old tokens stay valid while the file is wrong.
 const GRACE: Duration = Duration::from_mins(1);
-/// A file is read so often at start before it counts as one that goes on changing.
+/// Most reads of a file of which no tokens are in force. If it still changes after these, it is refused.
 const MOST_READS: usize = 6;
 
-/// The file of client tokens of a running proxy, between two reads.
+/// State of the client token file of a running proxy, between two reads.
 #[derive(Default)]
 pub(super) struct ClientTokensFile {
-    /// What the last reads found, if that is not in force, and when the first of them did.
+    /// Content that the last reads found, if it is not in force, and the time of the first of these reads.
     new: Option<(Content, Instant)>,
-    /// When the file was first found wrong, if it has not been right since.
+    /// Time of the first read that found the file wrong, if tokens of the file have not taken effect
+    /// since then.
     wrong: Option<Instant>,
 }
 
-/// What a read found: tokens, or what is wrong.
+/// Result of a read: tokens, or a description of the problem.
 type Content = Result<Arc<ClientTokens>, String>;
 
-/// What to do after a read.
+/// The action to take after a read.
 pub(super) enum Decision {
-    /// It is too early to say.
+    /// Change nothing yet: a later read decides.
     Wait,
-    /// The tokens in force are those of the file.
+    /// Change nothing: the file holds the tokens that are in force.
     Keep,
-    /// Accept these from now on.
+    /// Accept these tokens from now on.
     Take(Arc<ClientTokens>),
-    /// The file is wrong, and its old tokens still hold.
+    /// Keep the old tokens, although the file has this problem.
     Wrong(String),
-    /// Accept none from now on.
+    /// Accept no tokens from now on, because the file has this problem.
     Close(String),
 }
 
-/// Reads a file of which nothing is in force yet. One that was written just now is read until it stays as
-/// it is.
+/// Reads a file of which no tokens are in force: at start, or after the name of the file has changed. A
+/// file that was written just now is read again until two reads find the same content.
 ///
 /// # Errors
 ///
-/// [`FileError`]
+/// Returns [`FileError::Unsettled`] if the content does not settle, or the [`FileError`] of the last read.
 pub(super) fn read(path: &Path, clock: &Arc<dyn Clock>) -> Result<ClientTokens, FileError> {
     let read = || ClientTokens::read(path, Arc::clone(clock));
     let mut found = read();
@@ -80,7 +82,7 @@ pub(super) fn read(path: &Path, clock: &Arc<dyn Clock>) -> Result<ClientTokens, 
 // === impl ClientTokensFile ===
 
 impl ClientTokensFile {
-    /// Decides what a read of the file means for the tokens in force.
+    /// Decides if a read of the file changes the tokens in force.
     pub(super) fn judge(
         &mut self,
         read: Result<ClientTokens, FileError>,
@@ -119,7 +121,8 @@ impl ClientTokensFile {
         }
     }
 
-    /// When to read the file again, if not at the next regular time.
+    /// Returns the time for an extra read, at which content settles or the grace period ends. `None` if
+    /// the regular reads suffice.
     pub(super) fn next_read(&self, now: Instant) -> Option<Instant> {
         let settled = self.new.as_ref().map(|(_, since)| *since + SETTLED);
         let over = self.wrong.map(|wrong| wrong + GRACE);
@@ -128,11 +131,11 @@ impl ClientTokensFile {
     }
 }
 
-/// Returns true if a file was written so lately that its writer may not be done.
+/// Returns true if a file was written so recently that its writer may not have finished.
 fn is_fresh(path: &Path, clock: &Arc<dyn Clock>) -> bool {
     let written = fs::metadata(path).and_then(|metadata| metadata.modified());
     written.is_ok_and(|written| {
-        // A time to come says nothing, as if it were now.
+        // A modification time in the future counts as now.
         let age = clock.now().duration_since(written).unwrap_or_default();
         age < SETTLED
     })
@@ -149,7 +152,7 @@ mod tests {
 
     const OLD: &str = "old-token-0123456789\n";
     const NEW: &str = "new-token-0123456789\n";
-    /// What there is of it while it is being written.
+    /// The part of [`NEW`] that a read may find while it is being written.
     const HALF: &str = "new-token-0123456";
     const MISSING: &str = "missing";
 
@@ -164,7 +167,7 @@ mod tests {
         ClientTokens::parse(text, Arc::new(SystemClock))
     }
 
-    /// The decisions after reads at these times, in seconds, where OLD is in force at first.
+    /// Returns the decisions after reads at these times, in seconds. [`OLD`] is in force at first.
     fn decisions(reads: &[(u64, &str)]) -> String {
         let begun = Instant::now();
         let mut file = ClientTokensFile::default();
@@ -189,7 +192,7 @@ mod tests {
         decided.collect::<Vec<_>>().join(" ")
     }
 
-    /// R41.
+    /// R41: a half-written line must not become a token.
     #[test]
     fn a_line_that_is_being_written_is_no_token() {
         for (reads, decided) in [
@@ -200,16 +203,16 @@ mod tests {
                 &[(0, ""), (1, HALF), (2, NEW), (3, NEW)],
                 "wait wait wait take",
             ),
-            // A signal asks twice at once.
+            // A signal can cause two reads at the same time.
             (&[(0, HALF), (0, HALF), (1, NEW)], "wait wait wait"),
-            // It was replaced, and put back.
+            // The file was replaced, and then put back.
             (&[(0, NEW), (1, OLD), (2, NEW)], "wait keep wait"),
         ] {
             assert_eq!(decisions(reads), decided, "{reads:?}");
         }
     }
 
-    /// R41.
+    /// R41: an empty file revokes all tokens at once, and a wrong or missing one after a minute.
     #[test]
     fn an_emptied_file_closes_at_once_and_a_wrong_one_after_a_minute() {
         for (reads, decided) in [
@@ -231,13 +234,13 @@ mod tests {
                 &[(0, MISSING), (1, MISSING), (61, MISSING)],
                 "wait wrong close",
             ),
-            // Wrong in one way and in another, and never right.
+            // The file is wrong in different ways, and never right in between.
             (
                 &[(0, "short"), (59, MISSING), (60, "a b:c")],
                 "wait wait close",
             ),
             (&[(0, "short"), (59, NEW), (60, MISSING)], "wait wait close"),
-            // Right in between.
+            // The file is right in between.
             (&[(0, "short"), (59, OLD), (60, "short")], "wait keep wait"),
             (
                 &[(0, MISSING), (9, NEW), (10, NEW), (61, MISSING)],

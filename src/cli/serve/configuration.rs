@@ -1,4 +1,4 @@
-//! What a proxy is started with, kept to be read again.
+//! The configuration that a proxy is started with. A reload reads it again.
 
 use crate::auth::credentials::Places;
 use crate::cli::SettingsArgs;
@@ -6,22 +6,22 @@ use crate::environment::Environment;
 use crate::settings::{SettingRow, Settings};
 use crate::telemetry::Filter;
 
-/// The settings in force, and where they came from.
+/// The settings in force, and the flags and environment that they come from.
 pub(in crate::cli) struct Configuration {
     pub(in crate::cli) args: SettingsArgs,
     pub(in crate::cli) environment: Environment,
     pub(in crate::cli) settings: Settings,
     pub(in crate::cli) rows: Vec<SettingRow>,
-    /// What decides which lines are logged.
+    /// Handle to change the log filter at run time.
     pub(in crate::cli) filter: Filter,
-    /// Whether the embedded sandbox is upstream; its credential never changes.
+    /// True if the embedded sandbox is upstream. Its credential never changes.
     pub(in crate::cli) sandboxed: bool,
 }
 
 // === impl Configuration ===
 
 impl Configuration {
-    /// Where to look for a credential.
+    /// Returns the places to look for a credential.
     pub(super) fn places(&self) -> Places<'_> {
         Places {
             environment: &self.environment,

@@ -1,5 +1,7 @@
-//! Two files of a key pair change one after the other, and may be read in between. This is the rule for
-//! a pair of which only one half is new: it waits for the other half, and not for long.
+//! Holds back a key pair of which only one half is new.
+//!
+//! The two files of a key pair change one after the other, and a read may come in between. Such a pair
+//! waits for its other half, but not for long.
 
 use std::time::Duration;
 
@@ -7,20 +9,21 @@ use tokio::time::{Instant, Interval, interval_at};
 
 use crate::auth::token::Credential;
 
-/// How often files are read again. Kubernetes and Docker swap them in ways that notifications miss.
+/// Time between two regular reads of files. Notifications of the file system do not suffice: they miss
+/// the ways in which Kubernetes and Docker replace files.
 ///
-/// A change is seen at the next look, and half a pair is in use at the one after: two of these are
-/// below the 10 s that are promised, with room for a slow machine.
+/// The next read finds a change, and the read after that puts half a pair into use. Two intervals are
+/// below the 10 s that docs/configuration.md promises, with room for a slow machine.
 const INTERVAL: Duration = Duration::from_secs(4);
 
-/// Why files are read.
+/// Reason for a read of the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReadReason {
-    /// It is time again.
+    /// [`INTERVAL`] has passed since the last regular read.
     Regular,
-    /// The process got SIGHUP.
+    /// The process has received a SIGHUP.
     HangUp,
-    /// Upstream refused the credential.
+    /// Upstream has refused the credential.
     Refused,
 }
 
@@ -30,12 +33,12 @@ pub(super) struct HalfPair(Option<WaitingPair>);
 
 struct WaitingPair {
     pair: Credential,
-    /// Whether a regular look has found it.
+    /// True if a regular read has found this pair.
     is_seen: bool,
 }
 
-/// The times of the regular looks. Reset after each, it leaves [`INTERVAL`] between any two, also where
-/// files are slow to read.
+/// Returns a timer for the regular reads. The caller resets it after each read, so that [`INTERVAL`] lies
+/// between any two, even if files are slow to read.
 pub(super) fn ticks() -> Interval {
     interval_at(Instant::now() + INTERVAL, INTERVAL)
 }
@@ -43,10 +46,10 @@ pub(super) fn ticks() -> Interval {
 // === impl HalfPair ===
 
 impl HalfPair {
-    /// Returns true if a pair of which a look found only one half new is to wait.
+    /// Returns true if a pair of which only one half is new has to wait.
     ///
-    /// It waits until a second regular look finds the same: that half stays alone, and was meant so.
-    /// Other looks do not count, since they may follow one another at once.
+    /// It waits until a second regular read finds the same pair: then the change of one half alone was
+    /// intended. Other reads do not count, since they may follow one another at once.
     pub(super) fn waits(&mut self, found: &Credential, look: ReadReason) -> bool {
         let is_regular = look == ReadReason::Regular;
         if let Some(waiting) = &mut self.0
@@ -64,7 +67,7 @@ impl HalfPair {
         true
     }
 
-    /// Forgets the pair: what was found last is not half new.
+    /// Forgets the waiting pair, because the last read did not find a pair that is half new.
     pub(super) fn forget(&mut self) {
         self.0 = None;
     }
@@ -75,7 +78,7 @@ mod tests {
     use super::*;
     use crate::auth::secret::Secret;
 
-    /// What the manual promises.
+    /// Longest time until half a pair is in use, from docs/configuration.md.
     const PROMISE: Duration = Duration::from_secs(10);
 
     fn pair(access_key: &str, secret_key: &str) -> Credential {
@@ -87,8 +90,8 @@ mod tests {
         }
     }
 
-    /// How long it takes until half a pair is in use that is replaced so long after the start. Every
-    /// other look comes late.
+    /// Returns the time until half a pair is in use, if it is replaced at the time `after`. Every other
+    /// read is `late`.
     fn taken(after: Duration, late: Duration) -> Duration {
         let mut half_new = HalfPair::default();
         let looks = (1_u32..).map(|n| INTERVAL * n + late * n.div_ceil(2));

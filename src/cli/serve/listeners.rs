@@ -13,26 +13,27 @@ use crate::server::{self, Certificate, CertificateFiles, Listener, SocketFile};
 use crate::settings::{ListenSettings, SettingProblem, Settings};
 use crate::upstream::Origin;
 
-/// All listening sockets but the sandbox's.
+/// All listening sockets except the one of the sandbox.
 pub(in crate::cli) struct Listeners {
-    /// Where requests come from.
+    /// Sockets for requests that are forwarded.
     pub(super) data: Vec<Listener>,
-    /// Health and metrics.
+    /// Sockets for health and metrics.
     pub(super) admin: Vec<Listener>,
-    /// The file of a Unix socket that we made.
+    /// File of the Unix socket, if this process has made one.
     pub(super) socket_file: Option<SocketFile>,
-    /// What clients are shown over TLS.
+    /// Certificate for HTTPS; `None` for plain HTTP.
     pub(super) certificate: Option<Arc<Certificate>>,
 }
 
-/// The name of an inherited socket that is for health and metrics.
+/// Name of an inherited socket for health and metrics.
 const ADMIN: &str = "admin";
 
 // === impl Listeners ===
 
 impl Listeners {
-    /// Takes over the sockets that a service manager has opened, else opens what the settings ask
-    /// for. Call it before the first thread is started, as [`SocketFile::bind`] says.
+    /// Takes over the sockets that a service manager has opened. If it has opened none for requests, or
+    /// none for health and metrics, opens those of the settings. Call this before the first thread is
+    /// started, for the reason given at [`SocketFile::bind`].
     pub(in crate::cli) fn open(
         settings: &Settings,
         environment: &Environment,
@@ -82,7 +83,8 @@ impl Listeners {
         })
     }
 
-    /// One socket on a free port of this machine, whatever the settings ask for; and its address.
+    /// Opens one socket on a free port of the loopback address, regardless of the settings. Returns its
+    /// address too.
     pub(in crate::cli) fn private() -> Result<(Self, SocketAddr), Failure> {
         let listener = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
         let address = listener
@@ -97,13 +99,13 @@ impl Listeners {
         Ok((listeners, address))
     }
 
-    /// Whether other machines can connect.
+    /// Returns true if other machines can connect to a socket for requests.
     pub(super) fn are_exposed(&self) -> bool {
         !self.data.iter().all(Listener::is_local)
     }
 
-    /// A proxy whose upstream is itself would answer no request and fill up; if it were the admin
-    /// listener, that would be reachable through the data listener.
+    /// Refuses an upstream that is the proxy itself. Such a proxy would answer no request and fill up. If
+    /// upstream were the admin listener, clients could reach that listener through the proxy.
     pub(super) fn refuse_circle(&self, origin: &Origin) -> Result<(), Failure> {
         let addresses = self.data.iter().chain(&self.admin);
         let mut ports = addresses.filter_map(|listener| Some(listener.address()?.port()));
@@ -116,7 +118,7 @@ impl Listeners {
     }
 }
 
-/// Opens a TCP socket.
+/// Opens a TCP socket that listens on `address`.
 pub(super) fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
     server::bind(address)
         .map_err(|error| Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}")))
@@ -129,7 +131,7 @@ fn bind_file(path: &Path) -> Result<(UnixListener, SocketFile), Failure> {
     })
 }
 
-/// An inherited socket is judged as an address of the settings is.
+/// Refuses an inherited socket that other machines can reach, by the rule for `listen.address`.
 fn refuse_exposed(listener: &Listener, settings: &Settings) -> Result<(), Failure> {
     let address = listener.address();
     match address.and_then(|address| settings.exposure("LISTEN_FDS", address)) {

@@ -1,4 +1,4 @@
-//! `kling-proxy serve`: puts the parts together, runs them, and ends them in order.
+//! `kling-proxy serve`: builds the parts of the proxy, runs them, and ends them in order.
 
 mod client_tokens;
 mod configuration;
@@ -41,7 +41,7 @@ pub(super) fn run(
     }
     raise_descriptor_limit();
     hide_memory();
-    // Before a command is run, which would inherit the sockets of a service manager.
+    // Before `credentials.command` is run, because it would inherit the sockets of a service manager.
     let listeners = Listeners::open(&settings, &environment)?;
     let configuration = Configuration {
         args,
@@ -54,12 +54,12 @@ pub(super) fn run(
     let proxy = Proxy::set_up(&configuration, listeners)?;
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
     let ended = runtime.block_on(serve(proxy, configuration));
-    // A name that is still being resolved must not keep the process.
+    // Does not wait for a name resolution that is still running.
     runtime.shutdown_background();
     ended
 }
 
-/// Serves until told to end, and then ends in order.
+/// Serves until a signal or the admin listener asks the proxy to end, and then ends in order.
 async fn serve(proxy: Proxy, configuration: Configuration) -> Result<(), Failure> {
     let failed = |error: std::io::Error| Failure::because(Exit::Failed, &error);
     let mut signals = Signals::new().map_err(failed)?;
@@ -81,7 +81,7 @@ async fn serve(proxy: Proxy, configuration: Configuration) -> Result<(), Failure
     running.end(signals.again(first)).await
 }
 
-/// One line a listener, with the port that it got.
+/// Prints one line per listener, with the port that it got.
 fn announce(listeners: &Listeners, origin: &Origin, sandbox: Option<&(Listener, Sandbox)>) {
     for listener in &listeners.data {
         say(format_args!("proxy    {listener} -> {origin}"));

@@ -1,23 +1,25 @@
-//! What the process asks of its kernel before it holds a key.
+//! Protection of the process's memory, and the number of its file descriptors.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 
 use crate::settings;
 
-/// Descriptors that a connection to upstream takes in this process.
+/// Descriptors that one connection to upstream takes in this process.
 pub(in crate::cli) const FAR_UPSTREAM: u64 = 1;
-/// The same where the embedded sandbox is the other end.
+/// The same if upstream is the embedded sandbox: both ends are in this process.
 pub(in crate::cli) const EMBEDDED_SANDBOX: u64 = 2;
 /// The same for the sandbox alone, which has no upstream.
 pub(in crate::cli) const NO_UPSTREAM: u64 = 0;
-/// Connections to upstream that are kept beside those in use: 256 by each of 4 threads.
+/// Idle connections to upstream that are kept beside those in use: 256 by each of 4 threads.
 const KEPT: u64 = 1024;
-/// Descriptors for all that is no client: the admin listener, threads, files, name resolution.
+/// Descriptors for other uses than connections of clients and to upstream: the admin listener, threads,
+/// files, name resolution.
 const RESERVED: u64 = 384;
 
-/// No core file, and no `/proc/PID/environ` or memory for other processes of the same user: both
-/// hold keys. Programs that we start have neither.
+/// Turns core files off, and hides `/proc/PID/environ` and the memory from other processes of the same
+/// user: both hold keys. Programs that we start are not protected; their environment holds none of our
+/// keys.
 #[cfg(target_os = "linux")]
 pub(in crate::cli) fn hide_memory() {
     use rustix::process::{DumpableBehavior, set_dumpable_behavior};
@@ -27,7 +29,8 @@ pub(in crate::cli) fn hide_memory() {
     }
 }
 
-/// No core file, which would hold keys: elsewhere the kernel cannot be told not to dump.
+/// Turns core files off, which would hold keys. On systems other than Linux, the limit of their size is the
+/// means to do so.
 #[cfg(not(target_os = "linux"))]
 pub(in crate::cli) fn hide_memory() {
     let none = Rlimit {
@@ -39,9 +42,11 @@ pub(in crate::cli) fn hide_memory() {
     }
 }
 
-/// A connection takes a descriptor on each side; the usual soft limit of 1024 is below
-/// `limits.connections`. Programs that do not use `select` may raise it to the hard limit;
-/// those that we start inherit what it is by then.
+/// Raises the soft limit of descriptors to the hard limit.
+///
+/// A connection takes a descriptor on each side, and the usual soft limit of 1024 is below
+/// `limits.connections`. Programs that do not use `select` may raise it. Programs that we start later
+/// inherit the raised limit.
 pub(in crate::cli) fn raise_descriptor_limit() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     let current = Some(descriptor_limit());
@@ -50,7 +55,7 @@ pub(in crate::cli) fn raise_descriptor_limit() {
     }
 }
 
-/// `limits.connections`, or fewer where there are not enough descriptors, with a warning.
+/// Returns `limits.connections`, or fewer with a warning if there are not enough descriptors.
 pub(in crate::cli) fn limit_connections(limits: &settings::LimitSettings, upstream: u64) -> usize {
     let (wanted, fitting) = (limits.connections, fitting_connections(limits, upstream));
     if wanted > fitting {
@@ -66,8 +71,10 @@ pub(in crate::cli) fn limit_connections(limits: &settings::LimitSettings, upstre
     usize::try_from(wanted.min(fitting)).unwrap_or(usize::MAX)
 }
 
-/// How many connections of clients there are enough descriptors for. Each may need one to upstream, but
-/// all together no more than requests may be in flight. Where there are few, connections get half of them.
+/// Returns the number of client connections for which there are enough descriptors, at least 1.
+///
+/// Each may need a connection to upstream, but all together need at most `limits.in_flight` and [`KEPT`]
+/// of these. If the limit is low, at most half of the descriptors are set aside for other uses.
 pub(in crate::cli) fn fitting_connections(limits: &settings::LimitSettings, upstream: u64) -> u64 {
     let limit = descriptor_limit();
     let left = limit - RESERVED.min(limit / 2);
@@ -76,17 +83,17 @@ pub(in crate::cli) fn fitting_connections(limits: &settings::LimitSettings, upst
     fitting.max(1)
 }
 
-/// How many connections get by with a share of the descriptors: with a third, if `divisor` is 3.
+/// Returns the number of connections for a share of the descriptors: a third of them if `divisor` is 3.
 pub(super) fn share_of_descriptors(divisor: u64) -> usize {
     let share = usize::try_from(descriptor_limit() / divisor).unwrap_or(usize::MAX);
     share.min(Semaphore::MAX_PERMITS)
 }
 
-/// How many descriptors this process can have, once it has raised its limit.
+/// Returns the number of descriptors that this process can have once it has raised its limit.
 fn descriptor_limit() -> u64 {
     let most = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
     if cfg!(target_os = "macos") {
-        // It refuses more than `OPEN_MAX`, and so `unlimited` (setrlimit(2)).
+        // macOS refuses more than `OPEN_MAX`, and therefore `unlimited` (setrlimit(2)).
         most.min(10_240)
     } else {
         most

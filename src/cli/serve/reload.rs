@@ -1,5 +1,6 @@
-//! Takes changes over while running: those of secret files within seconds, those of all settings on
-//! SIGHUP. What is wrong changes nothing, and the log says so.
+//! Applies changes to a running proxy: changes of secret files within seconds, and changes of all
+//! settings on SIGHUP. Wrong settings and wrong files are logged, and the old ones stay in use. The
+//! exception is a client token file that is empty or stays wrong: it revokes all its tokens.
 
 use std::future;
 use std::io;
@@ -26,43 +27,43 @@ use crate::server::Certificate;
 use crate::settings::{LiveSettings, SettingRow, Settings};
 use crate::stack::Shared;
 
-/// The least time between two runs of a command because of refusals.
+/// Shortest time after a run of `credentials.command` until a refusal by upstream may cause another run.
 const RARELY: Duration = Duration::from_mins(1);
 
 /// Keeps a running proxy up to date.
 pub(super) struct Reload {
     pub(super) configuration: Configuration,
     pub(super) shared: Shared,
-    /// What clients are shown over TLS.
+    /// Certificate for HTTPS; `None` for plain HTTP.
     pub(super) certificate: Option<Arc<Certificate>>,
-    /// Whether other machines can connect.
+    /// True if other machines can connect to the proxy.
     pub(super) exposed: bool,
-    /// Waits for word of each reload.
+    /// The service manager, which is notified of each reload.
     pub(super) sd_notify: Arc<SdNotify>,
-    /// When the command was run last that prints a credential.
+    /// Time of the last run of `credentials.command` by a reload.
     pub(super) ran: Option<Instant>,
-    /// A pair of which only one half is new.
+    /// A pair that waits, because only one half of it is new.
     pub(super) half_new: HalfPair,
-    /// What is known of the file of client tokens.
+    /// State of the client token file between two reads.
     pub(super) client_tokens_file: ClientTokensFile,
 }
 
-/// What is wrong, and what that comes to.
+/// A problem with a changed file, and its consequence, as texts for the log.
 #[derive(PartialEq, Eq)]
 struct ReloadProblem {
     text: String,
     outcome: &'static str,
 }
 
-/// A warning that is repeated only once it is another.
+/// The last problem that was logged. It is not logged again until it changes.
 #[derive(Default)]
 struct Warning(Option<ReloadProblem>);
 
 // === impl Reload ===
 
 impl Reload {
-    /// Goes on until the process ends, on a thread of its own: a file on a network that hangs holds
-    /// up nothing else. Without `hang_up`, settings stay what they are.
+    /// Starts a thread that applies changes until the process ends. It is separate, so that a file on a
+    /// network that hangs blocks nothing else. Without `hang_up`, settings stay as they are.
     pub(super) fn start(self, hang_up: Option<Signal>) -> io::Result<()> {
         let runtime = runtime()?;
         let thread = thread::Builder::new().name("reload".to_owned());
@@ -89,7 +90,8 @@ impl Reload {
                     if self.is_ready() {
                         self.sd_notify.reloading();
                     }
-                    // Whoever asks wants an answer, be it the same one.
+                    // The sender of the signal expects log lines, even if the problems are the same as
+                    // before.
                     [credential, clients, certificate] = Default::default();
                     match self.settings() {
                         Ok(()) => tracing::info!("settings reloaded"),
@@ -112,12 +114,13 @@ impl Reload {
         }
     }
 
-    /// Whether the service manager is to hear of a reload: once we end, that is what it knows.
+    /// Returns true if the service manager is to be notified of a reload. After the shutdown has begun it
+    /// is not, so that its state of the proxy remains "stopping".
     fn is_ready(&self) -> bool {
         self.shared.lifecycle.phase() == Phase::Ready
     }
 
-    /// Reads all settings again and takes over those that can change.
+    /// Reads all settings again and applies those that can change. On an error, nothing changes.
     fn settings(&mut self) -> Result<(), String> {
         let Configuration {
             args, environment, ..
@@ -131,7 +134,7 @@ impl Reload {
         }
         let running = &self.configuration.settings.access.client_tokens_file;
         let client_tokens = if settings.access.client_tokens_file == *running {
-            // A changed file counts once it has settled.
+            // New content of the same file takes effect later, once it has settled.
             self.shared.rules.load().client_tokens.clone()
         } else {
             let tokens = client_tokens(&settings, &self.shared.clock);
@@ -149,15 +152,15 @@ impl Reload {
         self.apply(settings.live(), client_tokens);
         self.configuration.rows = rows;
         let running = mem::replace(&mut self.configuration.settings, settings);
-        // The open listeners are still those.
+        // The listeners that are open still have these settings.
         self.configuration.settings.listen = running.listen;
         Ok(())
     }
 
-    /// Applies settings to the running proxy, with these client tokens.
+    /// Applies settings and client tokens to the running proxy.
     fn apply(&self, live: LiveSettings<'_>, client_tokens: Option<Arc<ClientTokens>>) {
         let LiveSettings {
-            credentials: _, // looked up anew after each reload
+            credentials: _, // the credential is looked up again after each reload
             token,
             access,
             request_body,
@@ -177,8 +180,9 @@ impl Reload {
         self.configuration.filter.set(filter.clone());
     }
 
-    /// Looks for a credential again, since it may have come from a file. A command is run where
-    /// somebody asks for that, but not for each of many refusals.
+    /// Looks for the credential again, since it may come from a file that has changed. Runs
+    /// `credentials.command` on SIGHUP and after a refusal by upstream, but not for each of many refusals
+    /// ([`RARELY`]).
     async fn credential(&mut self, look: ReadReason) -> Result<(), String> {
         if self.configuration.sandboxed {
             return Ok(());
@@ -212,7 +216,7 @@ impl Reload {
         Ok(())
     }
 
-    /// Reads the file of client tokens again.
+    /// Reads the client token file again, and accepts new tokens once they have settled.
     fn clients(&mut self) -> Result<(), ReloadProblem> {
         let path = &self.configuration.settings.access.client_tokens_file;
         let in_force = self.shared.rules.load().client_tokens.clone();
@@ -265,7 +269,7 @@ impl Reload {
         self.shared.rules.store(rules);
     }
 
-    /// Reads the files of the certificate again: certificates are renewed.
+    /// Reads the certificate and its key again, since certificates are renewed.
     fn certificate(&self) -> Result<(), String> {
         let Some(certificate) = &self.certificate else {
             return Ok(());
@@ -291,12 +295,12 @@ impl Warning {
     }
 }
 
-/// The next signal, if any is to come.
+/// Waits for the next signal. Returns `None` if no signal can come.
 async fn next(signal: Option<&mut Signal>) -> Option<()> {
     signal?.recv().await
 }
 
-/// A problem that changes nothing.
+/// Creates a problem with the consequence that nothing changes.
 fn kept(text: String) -> ReloadProblem {
     ReloadProblem {
         text,
@@ -304,7 +308,7 @@ fn kept(text: String) -> ReloadProblem {
     }
 }
 
-/// Waits until then, for ever if there is no such time.
+/// Waits until this time; forever if it is `None`.
 async fn until(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
@@ -312,12 +316,12 @@ async fn until(time: Option<Instant>) {
     }
 }
 
-/// All that is wrong, in one line of the log.
+/// Joins all problems into one line for the log.
 fn told(failure: &Failure) -> String {
     failure.lines.join("; ")
 }
 
-/// The rows that have another value now.
+/// Returns the rows whose value has changed.
 fn changed<'a>(
     before: &[SettingRow],
     after: &'a [SettingRow],

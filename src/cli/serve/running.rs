@@ -1,10 +1,13 @@
-//! A proxy while it runs, and how it ends.
+//! The run of a proxy, and its shutdown.
 //!
-//! Requests are served by a few threads with a runtime each: from its first byte on a connection, its
-//! requests and the connections that they use upstream stay on one of them, and none waits for
-//! another's lock. The thread that starts them keeps what is not a request: signals, the admin
-//! listener, and the connection that is ready for whichever of them has none. The sandbox has a thread
-//! of its own, so that its work delays no answer of the admin listener, and so have changed files.
+//! A few threads with a runtime each serve the requests. From its first byte on, a connection stays on
+//! one of these threads, with its requests and the connections that they use upstream. So no thread waits
+//! for a lock of another.
+//!
+//! The thread that starts them does everything else: signals, the admin listener, and the warm
+//! connection, which is ready for a thread that has no connection to upstream. The sandbox has its own
+//! thread, so that its work does not delay responses of the admin listener. The reload of changed files
+//! has its own thread as well.
 
 use std::io;
 use std::pin::pin;
@@ -35,18 +38,20 @@ use crate::settings::WarmUp;
 use crate::stack::Shared;
 use crate::telemetry::metrics::Metrics;
 
-/// More would not make the Kling API faster, and each keeps connections of its own.
+/// Most threads that serve requests. More would not make the Kling API faster, and each keeps its own
+/// connections.
 const MOST_THREADS: usize = 4;
-/// The admin listener's own bound. Probes and scrapers are few; the more places there are, the longer
-/// has a probe to send its request while silent connections come without a pause.
+/// Most connections of the admin listener, which do not count as connections of clients. Probes and
+/// scrapers are few. The oldest connection is closed for a new one, so with a larger bound a probe has
+/// more time to send its request while silent connections arrive without a pause.
 const ADMIN_CONNECTIONS: usize = 256;
 
-/// How long clients have to read the answers that they get at the end of the drain.
+/// Time for clients to read the responses that they get at the end of the drain.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
-/// How long the threads have after that to log what they give up.
+/// Time for the threads, after that, to log the requests that they give up.
 const LAST_LINES: Duration = Duration::from_millis(600);
 
-/// A proxy that serves.
+/// A proxy that serves requests, with the handles to end it.
 pub(in crate::cli) struct Running {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
@@ -54,34 +59,35 @@ pub(in crate::cli) struct Running {
     delay: Duration,
     drain: Duration,
     socket_file: Option<SocketFile>,
-    /// Told by the admin listener to end.
+    /// Notified by the admin listener when `POST /quit` asks the proxy to end.
     quit: Arc<Notify>,
-    /// Tells the threads to end.
+    /// Asks the threads that serve requests to end.
     stop: latch::Sender<Stop>,
     threads: mpsc::UnboundedReceiver<Ended>,
     others: JoinSet<io::Result<usize>>,
-    /// They serve until the last request has ended, so nobody tells them to stop.
+    /// Keeps the sandbox and the admin listener running until it is dropped: they serve until the last
+    /// request has ended.
     _serving: latch::Sender<Stop>,
 }
 
-/// How a thread ended.
+/// Result of a thread that serves requests.
 type Ended = io::Result<Cut>;
 
-/// How the threads ended.
+/// The work that one thread, or all threads together, had to cut.
 #[derive(Default)]
 struct Cut {
     /// Connections that had to be cut.
     connections: usize,
-    /// Creates that had to be cut, many of them those of the connections.
+    /// Creates that had to be cut. Many of them came over the connections that were cut.
     creates: usize,
-    /// Why a thread failed, if one did.
+    /// Error of a thread that failed, if one did.
     failure: Option<io::Error>,
 }
 
 // === impl Proxy ===
 
 impl Proxy {
-    /// Serves from now on. `hang_up` is the word to read the settings again.
+    /// Starts to serve. `hang_up` is the stream of signals to read the settings again.
     pub(in crate::cli) fn start(
         self,
         configuration: Configuration,
@@ -132,7 +138,7 @@ impl Proxy {
             client_tokens_file: ClientTokensFile::default(),
         };
         reload.start(hang_up).map_err(failed)?;
-        // At last: from now on clients may take all descriptors.
+        // Last, because from now on clients may take all descriptors.
         let (stop, stopped) = latch::channel(Stop::Never);
         let threads = start_threads(data, &shared, &limits, &stopped).map_err(failed)?;
         lifecycle.enter(Phase::Ready);
@@ -156,7 +162,8 @@ impl Proxy {
 // === impl Running ===
 
 impl Running {
-    /// Waits for the word to end by `POST /quit`.
+    /// Waits until `POST /quit` asks the proxy to end. Returns an error if a part of the proxy fails
+    /// before that.
     pub(in crate::cli) async fn asked_to_end(&mut self) -> Result<(), Failure> {
         let quit = Arc::clone(&self.quit);
         tokio::select! {
@@ -165,7 +172,7 @@ impl Running {
         }
     }
 
-    /// Waits for a part that ends although nobody told it to.
+    /// Waits until a part of the proxy ends that was not asked to, and returns the failure.
     pub(in crate::cli) async fn died(&mut self) -> Failure {
         let error = tokio::select! {
             ended = self.threads.recv() => ended.and_then(Result::err),
@@ -177,12 +184,13 @@ impl Running {
         }
     }
 
-    /// Ends in order: not ready but serving, as it is already, then nothing new, then what is in
-    /// flight. If somebody has `insisted`, what is in flight is given up at once.
+    /// Ends in order. First the proxy still serves, but is not ready (`shutdown.delay`). Then it accepts
+    /// nothing new, and waits for the requests in flight (`shutdown.drain`). When `insisted` completes, it
+    /// gives them up at once.
     ///
     /// # Errors
     ///
-    /// A thread failed, or somebody has insisted.
+    /// Returns an error if a thread has failed, or if `insisted` has completed.
     pub(in crate::cli) async fn end(
         mut self,
         insisted: impl Future<Output = ()>,
@@ -196,7 +204,7 @@ impl Running {
             () = &mut insisted => true,
         };
         self.lifecycle.enter(Phase::Draining);
-        // Before the socket is closed: then nobody finds a file that does not answer.
+        // Removed before the socket is closed, so that no client finds the file of a closed socket.
         drop(self.socket_file.take());
         self.stop.send_replace(Stop::Drain);
         let (drain, mut cut) = (self.drain, Cut::default());
@@ -222,13 +230,14 @@ impl Running {
         Ok(())
     }
 
-    /// Answers what is still in flight, and cuts what does not end by that.
+    /// Answers the requests that are still in flight, and cuts the connections and creates that do not
+    /// end by that.
     async fn give_up(&mut self, cut: &mut Cut, is_insisted: bool) {
         let requests = self.metrics.in_flight();
         self.lifecycle.enter(Phase::Ended);
         let _ = timeout(LAST_ANSWERS, self.ended(cut)).await;
         self.stop.send_replace(Stop::Now);
-        // A thread that is stuck does not keep the process.
+        // The time limit is for a thread that is stuck: the process does not wait for it.
         let _ = timeout(LAST_LINES, self.ended(cut)).await;
         tracing::warn!(
             cut.requests = requests,
@@ -243,7 +252,7 @@ impl Running {
         );
     }
 
-    /// Waits until all threads have ended, and adds up what they cut.
+    /// Waits until all threads have ended, and adds up the connections and creates that they cut.
     async fn ended(&mut self, cut: &mut Cut) {
         while let Some(ended) = self.threads.recv().await {
             match ended {
@@ -257,7 +266,7 @@ impl Running {
     }
 }
 
-/// ConnectionLimits like these, for a listener with connections of its own.
+/// Returns the same limits, for a listener whose connections are counted separately.
 fn own_connections(limits: &ConnectionLimits, connections: usize) -> ConnectionLimits {
     ConnectionLimits {
         connections: Arc::new(Semaphore::new(connections)),
@@ -266,7 +275,7 @@ fn own_connections(limits: &ConnectionLimits, connections: usize) -> ConnectionL
     }
 }
 
-/// Serves health, metrics and, on this machine only, control.
+/// Serves health and metrics, and also control if only this machine can connect.
 fn serve_admin(
     listeners: Vec<Listener>,
     shared: &Shared,
@@ -284,7 +293,8 @@ fn serve_admin(
     server::run(listeners, Worker::alone(), router, limits, stop)
 }
 
-/// Asks upstream once, and keeps a connection ready, as far as the settings want that.
+/// Starts a task that sends a first request to upstream and then keeps a connection ready, if the
+/// settings ask for it.
 fn keep_warm(shared: &Shared, WarmUp { probe, keep }: WarmUp) {
     let upstream = shared.upstream.clone();
     tokio::spawn(async move {
@@ -297,7 +307,7 @@ fn keep_warm(shared: &Shared, WarmUp { probe, keep }: WarmUp) {
     });
 }
 
-/// Serves the sandbox by a thread of its own. The future waits for its end.
+/// Serves the sandbox on its own thread. The returned future waits until the thread ends.
 fn start_sandbox(
     listener: Listener,
     sandbox: Sandbox,
@@ -311,7 +321,7 @@ fn start_sandbox(
         .spawn(move || {
             let (listeners, worker) = (vec![listener], Worker::alone());
             let served = server::run(listeners, worker, sandbox, limits, stop);
-            // Nobody listens any more at the end of the process.
+            // The receiver is dropped at the end of the process.
             let _ = sender.send(runtime.block_on(served));
         })?;
     Ok(async { ended.await.map_err(io::Error::other)? })
@@ -330,7 +340,7 @@ fn start_threads(
     let runtimes = workers.iter().map(|_| runtime());
     let runtimes = runtimes.collect::<io::Result<Vec<_>>>()?;
     for (index, (worker, runtime)) in workers.into_iter().zip(runtimes).enumerate() {
-        // The first one gets all.
+        // The first thread gets all listeners.
         let listeners = std::mem::take(&mut listeners);
         let (shared, limits, stopped) = (shared.clone(), limits.clone(), stopped.clone());
         let sender = sender.clone();
@@ -339,15 +349,15 @@ fn start_threads(
             .spawn(move || {
                 let ended = runtime.block_on(serve(listeners, worker, &shared, limits, stopped));
                 runtime.shutdown_background();
-                // Nobody listens any more after a second signal.
+                // The receiver is dropped after a second signal.
                 let _ = sender.send(ended);
             })?;
     }
     Ok(ended)
 }
 
-/// What a thread does: serves connections, and after the word to stop waits for them, and for creates
-/// whose clients have gone. Tells what had to be cut.
+/// Serves connections on one thread. When asked to stop, waits for them and for creates whose clients have
+/// disconnected. Returns the numbers of connections and creates that it had to cut.
 async fn serve(
     listeners: Vec<Listener>,
     worker: Worker,
@@ -361,7 +371,7 @@ async fn serve(
     detached.close();
     tokio::select! {
         () = detached.wait() => {}
-        // A sender that has gone is the word to stop too.
+        // If the sender is dropped, the thread has to stop too.
         _ = now.wait_for(|stop| *stop == Stop::Now) => {}
     }
     Ok(Cut {

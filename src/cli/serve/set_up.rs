@@ -1,4 +1,5 @@
-//! Puts the parts together: everything that can be wrong is found here, before the first request.
+//! Builds the parts of the proxy from its settings. Everything that can be wrong is found here, before
+//! the first request.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use crate::stack::{Parts, Shared};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Network, Origin, client_config};
 
-/// Everything that is set up before the first request.
+/// The parts of a proxy, before it serves its first request.
 pub(in crate::cli) struct Proxy {
     pub(in crate::cli) shared: Shared,
     pub(super) limits: ConnectionLimits,
@@ -107,7 +108,7 @@ impl Proxy {
     }
 }
 
-/// The limits of the data listeners, as far as there are file descriptors.
+/// Returns the limits of the listeners for requests, lowered if there are not enough file descriptors.
 fn limits(settings: &Settings, sandboxed: bool) -> ConnectionLimits {
     let upstream = if sandboxed {
         EMBEDDED_SANDBOX
@@ -163,7 +164,7 @@ fn embedded_sandbox(
     ))
 }
 
-/// The client tokens of `access.client_tokens_file`, if there is one.
+/// Reads the client tokens of `access.client_tokens_file`, if it is set.
 pub(super) fn client_tokens(
     settings: &Settings,
     clock: &Arc<dyn Clock>,
@@ -176,7 +177,7 @@ pub(super) fn client_tokens(
     })
 }
 
-/// The rules of `access.*`, `limits.request_body` and `limits.in_flight`, with these client tokens.
+/// Returns the rules of `access.*`, `limits.request_body` and `limits.in_flight`, with these client tokens.
 pub(super) fn rules(
     access: &AccessSettings,
     request_body: ByteSize,
@@ -194,7 +195,7 @@ pub(super) fn rules(
     }
 }
 
-/// Says what the owner of the client tokens should know.
+/// Logs the warning about the file of the client tokens, if there is one.
 pub(super) fn warn_of_clients(rules: &Rules) {
     let tokens = rules.client_tokens.as_ref();
     if let Some(warning) = tokens.and_then(|tokens| tokens.warning.as_ref()) {

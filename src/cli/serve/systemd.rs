@@ -1,5 +1,5 @@
-//! What systemd hands over, and what it is told; so does any service manager that speaks its
-//! protocols (sd_listen_fds(3), sd_notify(3)).
+//! Sockets that systemd hands over, and notifications to it. This works with any service manager that
+//! uses its protocols (sd_listen_fds(3), sd_notify(3)).
 
 use std::ffi::OsStr;
 use std::io;
@@ -20,22 +20,22 @@ use crate::environment::Environment;
 use crate::server::Listener;
 use crate::settings::SettingProblem;
 
-/// How many sockets are handed over; our id stands in `LISTEN_PID`.
+/// Variable with the number of sockets that are handed over. `LISTEN_PID` has our process id.
 const SOCKETS: &str = "LISTEN_FDS";
-/// Their names, with colons between: `FileDescriptorName=`.
+/// Variable with the names of these sockets, separated by colons (`FileDescriptorName=`).
 const NAMES: &str = "LISTEN_FDNAMES";
-/// Where to tell how it goes.
+/// Variable with the address of the socket for notifications.
 const NOTIFY: &str = "NOTIFY_SOCKET";
-/// Longer than a manager that works takes to make room for a message.
+/// Longest time to wait until the manager has room for a message. A manager that works takes less.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Who started us and waits for word, if anybody.
+/// The socket for notifications to the service manager that started us, if it wants any.
 #[derive(Debug)]
 pub(in crate::cli) struct SdNotify(Option<(UnixDatagram, SocketAddr)>);
 
-/// The listening sockets that were opened for us, with their names.
+/// Returns the listening sockets that were opened for us, with their names.
 ///
-/// Call it once, before the first thread is started: it takes the variables out of the environment.
+/// Call this once, before the first thread is started: it removes the variables from the environment.
 pub(super) fn sockets(environment: &Environment) -> Result<Vec<(String, Listener)>, Failure> {
     let mut sockets = ListenFd::from_env();
     let names = environment.get(NAMES).map(OsStr::to_string_lossy);
@@ -74,7 +74,7 @@ fn take(sockets: &mut ListenFd, index: usize) -> io::Result<Listener> {
 fn listens(socket: &impl AsFd) -> io::Result<bool> {
     #[cfg(target_os = "linux")]
     return SockRef::from(socket).is_listener();
-    // Elsewhere the kernel does not tell; accepting will.
+    // Other systems do not show this; accepting a connection fails if the socket does not listen.
     #[cfg(not(target_os = "linux"))]
     Ok(true)
 }
@@ -82,7 +82,7 @@ fn listens(socket: &impl AsFd) -> io::Result<bool> {
 // === impl SdNotify ===
 
 impl SdNotify {
-    /// The manager that the environment names.
+    /// Opens a socket to the manager that the environment names, or logs a warning if that fails.
     pub(in crate::cli) fn new(environment: &Environment) -> Self {
         let connect = |name: &OsStr| {
             let socket = UnixDatagram::unbound()?;
@@ -95,22 +95,22 @@ impl SdNotify {
         }))
     }
 
-    /// Requests are served, or settings are reloaded.
+    /// Reports that requests are served, or that settings have been reloaded.
     pub(super) fn ready(&self) {
         self.tell("READY=1\nSTATUS=Serving");
     }
 
-    /// Settings are about to be reloaded; [`ready`](Self::ready) follows.
+    /// Reports that settings are about to be reloaded; [`ready`](Self::ready) follows.
     pub(super) fn reloading(&self) {
         let now = clock_gettime(ClockId::Monotonic);
-        // Tells this reload from those before, for `Type=notify-reload`.
+        // Distinguishes this reload from earlier ones, for `Type=notify-reload`.
         let now = now.tv_sec * 1_000_000 + now.tv_nsec / 1_000;
         self.tell(&format!(
             "RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS=Reloading"
         ));
     }
 
-    /// The end has begun.
+    /// Reports that the shutdown has begun.
     pub(super) fn stopping(&self) {
         self.tell("STOPPING=1\nSTATUS=Letting requests in flight end");
     }
@@ -124,7 +124,7 @@ impl SdNotify {
     }
 }
 
-/// A path, or after an `@` a name that is in no file system.
+/// Reads the address of a socket: a path, or after an `@` a name that is in no file system.
 fn address(name: &OsStr) -> io::Result<SocketAddr> {
     #[cfg(target_os = "linux")]
     if let Some(name) = name.as_bytes().strip_prefix(b"@") {
