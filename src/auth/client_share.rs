@@ -1,9 +1,10 @@
-//! Keeps one client from taking all that may be in flight.
+//! Keeps one client from using the whole limit of requests in flight.
 //!
-//! A client is who shows the same name by its token. Without tokens it is an address beyond this
-//! machine, or another user of it; what this machine's programs send by loopback is one client. Where
-//! there can be several, each leaves an eighth for others, and half while others want some: so whoever
-//! comes finds a place, and then its share.
+//! With client tokens, all requests whose tokens have the same name are one client. Without tokens, a client
+//! is an address outside this machine, or another user of this machine; all that this machine's own programs
+//! send by loopback is one client. If several clients are possible, each leaves an eighth of the limit to the
+//! others, and half of it if another client sent a request not long ago. A new client can therefore send a
+//! request at once, and soon up to half of the limit.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -16,58 +17,57 @@ use tokio::time::Instant;
 
 use crate::clock::last_seen::LastSeen;
 
-/// What each client has in flight.
+/// Requests in flight, counted per client.
 pub struct Shares {
-    /// Requests of clients that are told apart by where they come from.
+    /// Requests in flight of all clients that are known by their address or user.
     foreign: Arc<AtomicU64>,
-    /// Clients that are told apart by where they come from.
+    /// Shares of the clients that are known by their address or user.
     peers: Mutex<HashMap<Peer, Weak<Share>>>,
-    /// Which client sent the last request.
+    /// Client that sent the latest request, or [`NOBODY`].
     latest: AtomicU64,
-    /// When somebody else than before sent one.
+    /// Time of the latest request that came from another client than the request before it.
     change: LastSeen,
 }
 
-/// What one client has in flight.
+/// Requests in flight of one client.
 pub struct Share {
-    /// Tells clients apart.
+    /// Identifies the client: a hash of its token's name, address or user.
     client: u64,
     held: AtomicU64,
-    /// The sum of all that are told apart by where they come from.
+    /// Sum over all clients that are known by their address or user; shared with [`Shares`].
     foreign: Arc<AtomicU64>,
 }
 
-/// One request in a client's share, until it is dropped.
+/// One request that counts in a client's share until this value is dropped.
 pub struct Held(Arc<Share>);
 
-/// Whoever connects, where that is not a program of our own user on this machine.
+/// Client without a token that is not a program of our own user on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Peer {
-    /// An address, or of IPv6 a network, within which a machine may choose any.
+    /// IPv4 address, or network of an IPv6 address, because a machine may choose any address in its network.
     Address(IpAddr),
-    /// A user of this machine, by the number.
+    /// User of this machine, by its number (uid).
     User(u32),
 }
 
-/// Too many requests are in flight, of all clients or of one that has half of them.
+/// Refusal because too many requests are in flight: of all clients together, or of this client.
 #[derive(Debug)]
 pub struct NoPlace;
 
-/// In place of a client: nobody has asked yet.
+/// Client number that means that no request has come yet.
 const NOBODY: u64 = 0;
-/// This machine's own programs, where no token tells them apart.
+/// Client number of this machine's own programs, if they show no token.
 const LOCAL: u64 = 1;
-/// For so long after its request a client counts as one that wants its share.
+/// Time after a change between clients during which each client is held to half of the limit.
 const WANTED: Duration = Duration::from_secs(10);
-/// From so many peers on those are forgotten that have nothing in flight.
+/// Number of peers from which on those with no request in flight are removed from the map.
 const MANY_PEERS: usize = 1024;
-/// The part of an IPv6 address that names a network (RFC 4291, section 2.5.4).
+/// Mask of the part of an IPv6 address that names a network (RFC 4291, section 2.5.4).
 const NETWORK: u128 = u128::MAX << 64;
 
 // === impl Shares ===
 
 impl Shares {
-    /// Nothing is in flight.
     pub fn new() -> Self {
         Self {
             foreign: Arc::default(),
@@ -77,7 +77,7 @@ impl Shares {
         }
     }
 
-    /// The share of whoever connects from there.
+    /// Returns the share of a peer, which is new if the peer has no request in flight.
     pub fn of(&self, peer: Peer) -> Arc<Share> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(share) = peers.get(&peer).and_then(Weak::upgrade) {
@@ -94,12 +94,12 @@ impl Shares {
         share
     }
 
-    /// Takes a place in a client's share, `None` for this machine's own. `in_flight` are on their way,
-    /// this one included, of `limit`.
+    /// Counts a request in the share of its client; `share` is `None` for this machine's own programs.
+    /// `in_flight` is the number of all requests in flight, with this one, and `limit` their largest number.
     ///
     /// # Errors
     ///
-    /// [`NoPlace`].
+    /// [`NoPlace`] if the limit or the client's part of it is used up.
     pub fn take(
         &self,
         share: Option<Arc<Share>>,
@@ -114,7 +114,7 @@ impl Shares {
         };
         let most = match (is_wanted, &held) {
             (Some(true), _) => limit.div_ceil(2),
-            // There is nobody else.
+            // No other client has sent a request yet.
             (None, None) => limit,
             (Some(false), _) | (None, Some(_)) => limit - limit / 8,
         };
@@ -124,7 +124,8 @@ impl Shares {
         Ok(held)
     }
 
-    /// Notes who asks. Returns whether others have asked not long ago; `None` if none ever has.
+    /// Notes the client of a request. Returns true if the client has changed within [`WANTED`]; `None` if all
+    /// requests so far came from one client.
     fn is_wanted(&self, client: u64) -> Option<bool> {
         let before = self.latest.load(Relaxed);
         if before != client {
@@ -146,7 +147,7 @@ impl Default for Shares {
 // === impl Share ===
 
 impl Share {
-    /// That of a client, by what tells it from others.
+    /// Makes the share of a client. `client` identifies it: the name of its token, or its peer.
     pub fn of(client: impl Hash) -> Self {
         let mut hasher = DefaultHasher::new();
         client.hash(&mut hasher);
@@ -178,7 +179,7 @@ impl Drop for Held {
 // === impl Peer ===
 
 impl Peer {
-    /// Who connects from an address; `None` if that is this machine.
+    /// Returns the peer at an address; `None` for a loopback address, which is this machine's.
     pub fn at(address: IpAddr) -> Option<Self> {
         let address = address.to_canonical();
         if address.is_loopback() {
@@ -190,7 +191,7 @@ impl Peer {
         }))
     }
 
-    /// A user who connects by a Unix socket; `None` if it is our own, or root.
+    /// Returns the peer for a user who connects by a Unix socket; `None` for our own user and root.
     pub fn user(number: u32) -> Option<Self> {
         let ours = [0, rustix::process::geteuid().as_raw()];
         (!ours.contains(&number)).then_some(Self::User(number))
@@ -201,7 +202,7 @@ impl Peer {
 mod tests {
     use super::*;
 
-    /// Clients that ask for places, of which there are 8; the first is this machine's own.
+    /// Three clients that share a limit of 8 requests in flight; the first is this machine's own programs.
     struct World {
         shares: Shares,
         held: Vec<(usize, Option<Held>)>,
@@ -266,7 +267,7 @@ mod tests {
         assert_eq!(world.ask(0, 9), 8);
         world.end(0, 8);
         assert_eq!(world.ask(1, 1), 1);
-        // The other one asked last, and may want more.
+        // The other client sent the latest request, and may send more.
         assert_eq!(world.ask(0, 9), 4);
         world.shares.change.age(WANTED + Duration::from_secs(1));
         assert_eq!(world.ask(0, 9), 3, "one is left, and the other one has one");

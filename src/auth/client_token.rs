@@ -1,4 +1,4 @@
-//! Who may call the proxy, where a file of client tokens says so (`access.client_tokens_file`).
+//! Admits clients by their tokens, if a file of client tokens is set (`access.client_tokens_file`).
 
 use std::borrow::{Borrow, Cow};
 use std::collections::HashMap;
@@ -21,82 +21,83 @@ use crate::auth::secret::Secret;
 use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::clock::Clock;
 
-/// The header in which a client may show its token to the proxy.
+/// Header in which a client may send its token to the proxy.
 pub const CLIENT_TOKEN: HeaderName = HeaderName::from_static("kling-proxy-token");
 
-/// The tokens that are accepted. What a request costs here does not depend on how many there are.
+/// Tokens that the proxy accepts. The cost of the check of a request does not depend on their number.
 pub struct ClientTokens {
     clients: Vec<Client>,
-    /// Which client a token belongs to, by its digest.
+    /// Index in `clients` for the digest of each token.
     by_digest: HashMap<Digest, usize>,
-    /// Which clients have a name.
+    /// Indexes in `clients` of all clients with the same name.
     by_name: HashMap<ClientName, Vec<usize>>,
-    /// Makes the digests, so that nobody outside knows where in the map a token leads.
+    /// Random key of the digests, so that nobody outside can predict the position of a token in the map.
     digests: hmac::Key,
     clock: Arc<dyn Clock>,
-    /// What their owner should know.
+    /// Warning to show to the user: every user of this machine can read the file.
     pub warning: Option<String>,
 }
 
-/// HMAC-SHA256 of a token.
+/// HMAC-SHA256 of a token, with the key in `ClientTokens`.
 type Digest = [u8; 32];
 
-/// Who may call.
+/// Client that the proxy admits, with its token.
 pub struct Client {
-    /// What it is called in logs and metrics; several may have one name.
+    /// Name in logs and metrics. Several clients may have the same one.
     pub name: ClientName,
     token: Secret,
-    /// What all clients of this name have in flight.
+    /// Requests in flight of all clients with this name.
     pub share: Arc<Share>,
 }
 
-/// The name of a token, for logs and metrics.
+/// Name of a token, for logs and metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClientName(Arc<str>);
 
-/// Shortest token accepted: less could be guessed.
+/// Length of the shortest token accepted, in bytes. A shorter one could be guessed.
 const SHORTEST: usize = 16;
-/// Longest token and longest JWT that is looked at, in bytes. A JWT of a Kling client has 200.
+/// Longest token and longest JWT that is checked, in bytes. A JWT of a Kling client has 200 bytes.
 const LONGEST: usize = 4096;
-/// As many tokens are tried for the key of a JWT.
+/// Largest number of tokens that are tried as the key of a JWT: of those whose name is its issuer, and again
+/// of all tokens.
 const MOST_KEYS: usize = 32;
-/// A client's JWT ends at most so many seconds from now. Kling's own clients make theirs for 1,800.
+/// Longest time until a client's JWT expires, in seconds. Kling's own clients make JWTs for 1,800 seconds.
 const LONGEST_LIFE: i64 = 24 * 60 * 60;
-/// Longest name, in bytes: it is a label of metrics.
+/// Longest name, in bytes. It is limited because it becomes a label of metrics.
 const LONGEST_NAME: usize = 64;
-/// What a token without a name is called.
+/// Name of all tokens that have no name in the file.
 const UNNAMED: &str = "unnamed";
 
-/// What is wrong with a file of tokens. It shows none of them.
+/// Reason why a file of tokens cannot be used. Its text contains no token.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// It cannot be read, or others could have written it.
+    /// The file cannot be read, or others could have written it.
     #[error("cannot read {}", .0.display())]
     Unreadable(PathBuf, #[source] TrustedFileError),
-    /// It has no token.
+    /// The file contains no token.
     #[error("it holds no token")]
     Empty,
-    /// A token is too short to be safe, or too long to be one.
+    /// A token is too short to be safe, or too long. The value is its line.
     #[error("line {0}: a token has {SHORTEST} to {LONGEST} characters")]
     Length(usize),
-    /// It was written again and again while it was read.
+    /// The content changed between one reading and the next, several times.
     #[error("it is still being written")]
     Unsettled,
-    /// A name would not be safe in a log.
+    /// A name is empty, too long, or not safe in a log. The value is its line.
     #[error("line {0}: a name has 1 to {LONGEST_NAME} letters, digits, `.`, `_` or `-`")]
     Name(usize),
-    /// The system has no randomness for the digests.
+    /// The system has no random bytes for the key of the digests.
     #[error("the system has no randomness")]
     Randomness,
 }
 
-/// A JWT as an unchanged Kling client makes it.
+/// JWT that an unchanged Kling client makes, with its token as the secret key.
 struct Jwt<'a> {
-    /// The issuer: what the client has for an AccessKey.
+    /// Claim `iss`: the text that is set as AccessKey in the client.
     issuer: Option<String>,
-    /// From when on and until when it is valid, in seconds since the epoch.
+    /// Time from `nbf` to `exp`, in seconds since the epoch.
     valid: Range<i64>,
-    /// What is signed.
+    /// Signed part of the JWT: header and claims, as sent.
     message: &'a [u8],
     signature: Vec<u8>,
 }
@@ -121,7 +122,7 @@ impl ClientTokens {
     ///
     /// # Errors
     ///
-    /// [`FileError`] shows no token.
+    /// [`FileError`], whose text contains no token.
     pub fn read(path: &Path, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
         let unreadable = |error| FileError::Unreadable(path.to_owned(), error);
         let file = trusted_file::read(path).map_err(unreadable)?;
@@ -132,12 +133,12 @@ impl ClientTokens {
         Ok(tokens)
     }
 
-    /// One token that nobody can guess and that stands in no file: for a client that we start. It has
-    /// the form of Kling's keys, 32 letters and digits.
+    /// Makes one random token that is in no file, for a client that we start. It has the form of Kling's
+    /// keys: 32 letters and digits.
     ///
     /// # Errors
     ///
-    /// The system has no randomness.
+    /// [`Unspecified`] if the system has no random bytes.
     pub fn random(clock: Arc<dyn Clock>) -> Result<(Self, Secret), Unspecified> {
         let bytes: [u8; 16] = rand::generate(&SystemRandom::new())?.expose();
         let token = Secret::from(format!("{:032x}", u128::from_be_bytes(bytes)));
@@ -170,7 +171,8 @@ impl ClientTokens {
         })
     }
 
-    /// The same, where clients keep what they have in flight by the tokens before.
+    /// Returns these tokens with the shares that clients of the same name have in `before`, so that their
+    /// requests in flight still count.
     #[must_use]
     pub fn after(mut self, before: &Self) -> Self {
         for client in &mut self.clients {
@@ -183,7 +185,7 @@ impl ClientTokens {
         self
     }
 
-    /// No token: nobody is admitted.
+    /// Makes an empty list of tokens, which admits no client.
     pub fn none(clock: Arc<dyn Clock>) -> Self {
         Self {
             clients: Vec::new(),
@@ -195,16 +197,17 @@ impl ClientTokens {
         }
     }
 
-    /// Returns true if nobody is admitted.
+    /// Returns true if no client is admitted.
     pub fn is_none(&self) -> bool {
         self.clients.is_empty()
     }
 
-    /// Reads one token a line, `token` or `name:token`; empty lines and `#` comments do not count.
+    /// Parses one token per line, `token` or `name:token`. Empty lines and lines that begin with `#` are
+    /// ignored.
     ///
     /// # Errors
     ///
-    /// [`FileError`] names the line.
+    /// [`FileError`], which names the line of a wrong token or name.
     pub fn parse(text: &str, clock: Arc<dyn Clock>) -> Result<Self, FileError> {
         let mut tokens = Vec::new();
         for (index, line) in text.lines().map(str::trim).enumerate() {
@@ -226,8 +229,8 @@ impl ClientTokens {
         Self::new(tokens, clock).map_err(|Unspecified| FileError::Randomness)
     }
 
-    /// Whose token the request shows: in `kling-proxy-token`, as a bearer, or as the secret key of a
-    /// JWT, which is what an unchanged Kling client sends.
+    /// Finds the client whose token a request shows: in `kling-proxy-token`, as a bearer, or as the secret
+    /// key of a JWT. An unchanged Kling client sends such a JWT.
     pub fn admit(&self, headers: &HeaderMap) -> Option<&Client> {
         let shown = headers.get(CLIENT_TOKEN).map(http::HeaderValue::as_bytes);
         let bearer = headers
@@ -240,7 +243,7 @@ impl ClientTokens {
             .or_else(|| self.signer_of(bearer?))
     }
 
-    /// Whose token this is: found by its digest, and compared in constant time.
+    /// Finds the client of a token by the token's digest, and compares the token in constant time.
     fn named_by(&self, shown: &[u8]) -> Option<&Client> {
         if shown.len() > LONGEST {
             return None;
@@ -251,8 +254,8 @@ impl ClientTokens {
         bool::from(same).then_some(client)
     }
 
-    /// Whose token signs a JWT that is valid now: one of those that have its issuer for a name, or one of
-    /// the first.
+    /// Finds the client whose token is the key of a JWT, if the JWT is valid now. Tries the tokens whose name
+    /// is the JWT's issuer, then the first tokens of the file, at most [`MOST_KEYS`] of each.
     fn signer_of(&self, jwt: &[u8]) -> Option<&Client> {
         let jwt = Jwt::parse(jwt).filter(|jwt| self.is_now(&jwt.valid))?;
         let named = jwt
@@ -295,7 +298,6 @@ impl ClientName {
         fits.then(|| Self(name.into()))
     }
 
-    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -310,7 +312,7 @@ impl Borrow<str> for ClientName {
 // === impl Jwt ===
 
 impl<'a> Jwt<'a> {
-    /// Reads what is well formed and says that it is signed by HS256. Nobody vouches for it yet.
+    /// Parses a well-formed JWT whose header names HS256. The signature is not verified here.
     fn parse(text: &'a [u8]) -> Option<Self> {
         if text.len() > LONGEST {
             return None;
@@ -496,7 +498,7 @@ mod tests {
         }
     }
 
-    /// R37.
+    /// R37. An unknown token must not cost more time if the file has more tokens.
     #[test]
     fn what_a_token_costs_does_not_depend_on_how_many_there_are() {
         let line = |index| format!("client-{index}:token-of-client-{index}\n");
@@ -520,7 +522,7 @@ mod tests {
                 }
                 begun.elapsed()
             };
-            // The quickest of many is what it costs; what else the machine does only adds to that.
+            // The quickest of many runs is the cost itself; other work of the machine only adds to it.
             (0..50).map(ask).min().unwrap()
         };
         let (few, many) = (cost(50), cost(5_000));

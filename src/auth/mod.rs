@@ -1,4 +1,4 @@
-//! Credentials: the proxy's own for Kling, and the tokens of its clients.
+//! Credentials: the proxy's own credential for Kling, and the tokens of its clients.
 
 pub mod client_share;
 pub mod client_token;

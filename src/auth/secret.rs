@@ -1,11 +1,11 @@
-//! A text that cannot be printed and is wiped from memory when dropped.
+//! Secret texts, which cannot be printed and are wiped from memory when dropped.
 
 use std::fmt;
 
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-/// A secret text. Its `Debug` is always `[redacted]`; it has neither `Display` nor `Serialize`.
+/// Secret text. Its `Debug` is always `[redacted]`; it has neither `Display` nor `Serialize`.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(from = "String")]
 pub struct Secret(Zeroizing<String>);
@@ -13,7 +13,7 @@ pub struct Secret(Zeroizing<String>);
 // === impl Secret ===
 
 impl Secret {
-    /// The text itself. Each caller is a place to look at when asking where a secret can go.
+    /// Returns the text itself. A review of where secrets go can start from the callers of this function.
     pub fn expose(&self) -> &str {
         &self.0
     }

@@ -1,6 +1,6 @@
-//! The bearer that upstream is shown: minted from a key pair, cached, and replaced in time.
+//! Bearer tokens for upstream: minted from a key pair, cached, and replaced before they expire.
 //!
-//! Form and claims are the vendor's ("General Information", API authentication, read 2026-11-22):
+//! The vendor defines form and claims ("General Information", API authentication, read 2026-11-22):
 //! HS256, header `alg` and `typ`, claims `iss`, `exp` and `nbf` as integers.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -23,26 +23,26 @@ use crate::clock::{Clock, Correction};
 use crate::kling::api_path::Accepts;
 use crate::telemetry::metrics::Metrics;
 
-/// What authenticates us to upstream.
+/// Credential by which upstream knows the account.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Credential {
-    /// AccessKey and SecretKey, which sign a token for each half hour.
+    /// AccessKey and SecretKey, of which tokens are made that last half an hour by default.
     Pair {
-        /// Names the account; the token's `iss`.
+        /// Names the account, as claim `iss` of the token.
         access_key: Secret,
-        /// Signs the token.
+        /// Key that signs the token with HMAC-SHA256.
         secret_key: Secret,
     },
-    /// A static API key, sent as it is.
+    /// Static API key, which is sent unchanged.
     ApiKey(Secret),
 }
 
-/// How long tokens live.
+/// Periods that set the claims of a token and the time of its replacement.
 #[derive(Clone, Copy, Debug)]
 pub struct Validity {
-    /// `exp` is now plus this.
+    /// Time from minting to `exp`.
     pub lifetime: Duration,
-    /// `nbf` is now minus this: it covers an upstream whose clock is behind ours.
+    /// Time from `nbf` to minting. It covers an upstream whose clock is behind ours.
     pub not_before_leeway: Duration,
     /// A token with less life left than this is replaced before use.
     ///
@@ -51,65 +51,64 @@ pub struct Validity {
     pub refresh_before: Duration,
 }
 
-/// The claims of a token, in seconds since the epoch.
+/// Claims of a token. Times are in seconds since the epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Claims {
-    /// The AccessKey.
     pub iss: String,
-    /// When the token ends.
+    /// Time at which the token expires.
     pub exp: u64,
-    /// When it begins.
+    /// Time before which the token is not valid.
     pub nbf: u64,
 }
 
-/// The one place that hands out bearers. Reading the current one takes no lock.
+/// Cache of the current bearer, which all requests use. A read of a fresh bearer takes no lock.
 pub struct Tokens {
     source: Mutex<TokenSource>,
     clock: Arc<dyn Clock>,
     current: ArcSwapOption<Bearer>,
-    /// Told when upstream does not know the credential.
+    /// Notified when upstream refuses the credential.
     refused: Notify,
     metrics: Arc<Metrics>,
 }
 
-/// What tokens are made of.
+/// Credential and periods that new tokens are made with.
 struct TokenSource {
     credential: Credential,
     validity: Validity,
 }
 
-/// Why there is no bearer.
+/// Failure to make a bearer.
 #[derive(Debug, thiserror::Error)]
 pub enum MintError {
-    /// The key could not sign.
+    /// The claims could not be signed with the key.
     #[error("cannot sign a token")]
     Sign(#[source] JwtError),
-    /// The key has characters that no header may have.
+    /// The credential has characters that an HTTP header cannot carry.
     #[error("the credential has characters that a header cannot carry")]
     NotAHeader,
 }
 
-/// An `Authorization` value to send, marked sensitive.
+/// Value of the `Authorization` header, with the clock correction that it was made by.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Authorization {
-    /// The value.
+    /// Header value to send, which is marked sensitive.
     pub value: HeaderValue,
-    /// The correction of the clock that the token was minted by; `None` for an API key.
+    /// Clock correction in force when the token was minted; `None` for an API key.
     pub minted_by: Option<Correction>,
 }
 
-/// What is shown to upstream, and the time it is good for.
+/// `Authorization` value with the time in which it may be used.
 struct Bearer {
     authorization: Authorization,
-    /// `None` for an API key, which has no end.
+    /// Times of the token; `None` for an API key, which does not expire.
     bounds: Option<TokenTimes>,
 }
 
-/// Points of time in a token's life, in seconds since the epoch.
+/// Limits of a token's use, in seconds since the epoch.
 #[derive(Clone, Copy)]
 struct TokenTimes {
     nbf: u64,
-    /// From here on it is replaced before use.
+    /// Time from which on the token is replaced before use.
     stale: u64,
     exp: u64,
 }
@@ -117,7 +116,7 @@ struct TokenTimes {
 // === impl Credential ===
 
 impl Credential {
-    /// A name for messages: which kind of credential this is.
+    /// Returns the kind of this credential, for messages.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Pair { .. } => "access key and secret key",
@@ -125,7 +124,7 @@ impl Credential {
         }
     }
 
-    /// Whether one half of a pair is that of another, and the other is not.
+    /// Returns true if both are key pairs that have exactly one key in common.
     fn shares_a_half(&self, other: &Self) -> bool {
         match (self, other) {
             (
@@ -142,7 +141,7 @@ impl Credential {
         }
     }
 
-    /// Whether a path takes it.
+    /// Returns true if a path takes this kind of credential. `accepted` is `None` for a path that takes none.
     fn is_accepted_by(&self, accepted: Option<Accepts>) -> bool {
         match accepted {
             Some(Accepts::Any) => true,
@@ -151,11 +150,11 @@ impl Credential {
         }
     }
 
-    /// The `Authorization` value of one request, marked sensitive.
+    /// Makes the `Authorization` value of one request, marked sensitive. Nothing is cached.
     ///
     /// # Errors
     ///
-    /// [`MintError`]
+    /// [`MintError`] if no token can be signed or the value does not fit into a header.
     pub fn authorization(
         &self,
         validity: Validity,
@@ -187,7 +186,7 @@ impl Credential {
             }
             Self::ApiKey(key) => (Zeroizing::new(key.expose().to_owned()), None),
         };
-        // The value owns these bytes and copies none of them; the last clone wipes them.
+        // The header value owns these bytes without a copy. They are wiped when its last clone is dropped.
         let text = Zeroizing::new(format!("Bearer {}", *token).into_bytes());
         let text = Bytes::from_owner(text);
         let mut value = HeaderValue::from_maybe_shared(text).map_err(|_| MintError::NotAHeader)?;
@@ -206,7 +205,7 @@ impl Credential {
 // === impl Claims ===
 
 impl Claims {
-    /// The claims of a token minted at `now`.
+    /// Makes the claims of a token that is minted at `now`.
     pub fn new(access_key: &Secret, validity: Validity, now: SystemTime) -> Self {
         let now = unix_seconds(now);
         Self {
@@ -220,7 +219,7 @@ impl Claims {
 // === impl Tokens ===
 
 impl Tokens {
-    /// Starts without a token: the first use mints it.
+    /// Makes a cache without a token. The first use mints one.
     pub fn new(
         credential: Credential,
         validity: Validity,
@@ -240,17 +239,18 @@ impl Tokens {
         }
     }
 
-    /// What to send now.
+    /// Returns the bearer to send now, and mints a new one if the current one is missing or near its end.
     ///
-    /// Validity is judged by the wall clock here, at use, because a machine that slept has missed
-    /// every timer. What the clock was set to before counts no more. One caller replaces a token that nears
-    /// its end; the others go on with it.
+    /// The token is checked against the wall clock at each use, because a machine that slept has missed every
+    /// timer. A token minted under an earlier correction of the clock is replaced. One caller replaces a
+    /// token that nears its end; the others send the current one meanwhile.
     ///
     /// # Errors
     ///
-    /// [`MintError`]: there is no token that is valid now and none could be made.
+    /// [`MintError`] if a new token is needed and cannot be made.
     pub fn bearer(&self) -> Result<Authorization, MintError> {
-        // In this order: a token is rather said to be by the correction before than by the next one.
+        // The correction is read before the time. If it changes in between, the token is recorded under the
+        // old correction, and the next use replaces it.
         let correction = self.clock.correction();
         let now = self.clock.now();
         let current = self.current.load();
@@ -268,7 +268,7 @@ impl Tokens {
             (Err(TryLockError::WouldBlock), None) => self.lock(),
             (Err(TryLockError::Poisoned(poisoned)), _) => poisoned.into_inner(),
         };
-        // Another caller may have minted while this one waited.
+        // Another caller may have minted a token while this one waited for the lock.
         if let Some(bearer) = self.current.load().as_deref()
             && bearer.is_by(correction)
             && bearer.is_fresh(now)
@@ -278,8 +278,8 @@ impl Tokens {
         self.mint(&source, now, correction)
     }
 
-    /// Takes another credential from now on, and drops the token of the old one. Tells whether it
-    /// is another.
+    /// Uses another credential from now on, and drops the token of the old one. Returns true if the
+    /// credential differs from the old one.
     pub fn replace(&self, credential: Credential) -> bool {
         let mut source = self.lock();
         let changed = source.credential != credential;
@@ -290,33 +290,35 @@ impl Tokens {
         changed
     }
 
-    /// Whether a pair has one half of the current one: it may be read in the middle of a change.
+    /// Returns true if a key pair has exactly one key in common with the current pair. Such a pair may have
+    /// been read in the middle of a change.
     pub fn is_half_of(&self, credential: &Credential) -> bool {
         self.lock().credential.shares_a_half(credential)
     }
 
-    /// Upstream does not know the credential: perhaps there is another by now. On a path that takes no
-    /// credential of its kind a refusal says nothing, and whoever calls can ask for such a path.
+    /// Notes that upstream refused the credential, and ends the wait of [`refused`](Self::refused): a newer
+    /// credential may be available. `on` is the kind of credential that the path takes. A refusal on a path
+    /// that does not take ours proves nothing, and is ignored, because any client can request such a path.
     pub fn was_refused(&self, on: Option<Accepts>) {
         if self.lock().credential.is_accepted_by(on) {
             self.refused.notify_one();
         }
     }
 
-    /// Waits until upstream does not know the credential.
+    /// Waits until upstream refuses the credential.
     pub async fn refused(&self) {
         self.refused.notified().await;
     }
 
-    /// Drops the current token, which upstream found too early or too late. Tells whether there can
-    /// be another: an API key stays what it is.
+    /// Drops the current token, after upstream refused it as not yet valid or expired. Returns true if a new
+    /// token can be minted, and false for an API key, which never changes.
     pub fn renew(&self) -> bool {
         let source = self.lock();
         self.current.store(None);
         matches!(source.credential, Credential::Pair { .. })
     }
 
-    /// Lets tokens live so from now on, and drops the current one.
+    /// Mints tokens with these periods from now on, and drops the current token.
     pub fn set_validity(&self, validity: Validity) {
         self.lock().validity = validity;
         self.current.store(None);
@@ -352,7 +354,7 @@ impl Tokens {
 // === impl Bearer ===
 
 impl Bearer {
-    /// Whether the clock was set to what it is set to now when this was made.
+    /// Returns true if this bearer was made under this correction of the clock, or is an API key.
     fn is_by(&self, correction: Correction) -> bool {
         let minted_by = self.authorization.minted_by;
         minted_by.is_none_or(|minted_by| minted_by == correction)
@@ -377,7 +379,7 @@ impl Bearer {
 ///
 /// [`MintError::Sign`] if the claims or the key cannot be used.
 pub fn sign(claims: &Claims, secret_key: &Secret) -> Result<String, MintError> {
-    // A second installation changes nothing and its refusal says only that.
+    // A second installation changes nothing. Its error means only that a provider is installed already.
     let _ = PROVIDER.install_default();
     let key = EncodingKey::from_secret(secret_key.expose().as_bytes());
     jsonwebtoken::encode(&Header::new(Algorithm::HS256), claims, &key).map_err(MintError::Sign)
@@ -389,8 +391,8 @@ fn unix_seconds(time: SystemTime) -> u64 {
         .as_secs()
 }
 
-/// HMAC by ring, which rustls brings along; jsonwebtoken's own backends are `rsa`, which has an
-/// open advisory (RUSTSEC-2023-0071), and aws-lc-rs, which slows every start.
+/// HMAC by ring, which rustls depends on anyway. jsonwebtoken's own backends are `rsa`, which has an open
+/// advisory (RUSTSEC-2023-0071), and aws-lc-rs, which slows every start.
 static PROVIDER: CryptoProvider = CryptoProvider {
     signer_factory: |algorithm, key| match algorithm {
         Algorithm::HS256 => Ok(Box::new(Hs256(hmac::Key::new(
@@ -501,13 +503,13 @@ mod tests {
         }
     }
 
-    /// R40.
+    /// R40. A token must show the correction of the clock that it was minted by.
     #[test]
     fn a_token_by_another_correction_of_the_clock_is_replaced_and_says_so() {
         let (clock, tokens) = tokens(pair("secret"));
         for correction in [0, 1, 1, 2] {
             clock.1.store(correction, Relaxed);
-            // It would still be good, by the time that the clock shows.
+            // By the time that the clock shows, the token of the round before would still be valid.
             let token = tokens.bearer().unwrap();
             assert_eq!(token.minted_by, Some(Correction(correction)));
         }

@@ -1,7 +1,7 @@
-//! Reads a file that decides something or holds a secret, if nobody else could have written it.
+//! Reads a file that decides something or holds a secret, if no other user could have written it.
 //!
-//! Settings, trust roots, client tokens and keys: who writes one of them can spend our key, send our
-//! requests elsewhere, or have us run a command. One set of rules holds for them all.
+//! Such files are settings, trust roots, client tokens and keys. A user who can write one of them can use our
+//! key, send our requests to another server, or make us run a command. The same rules hold for all of them.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
@@ -12,78 +12,76 @@ use rustix::fs::{OFlags, StatVfsMountFlags, fcntl_setfl, statvfs};
 use rustix::process::geteuid;
 use zeroize::Zeroizing;
 
-/// Who else may read it: Docker and Kubernetes mount secrets so, hence no error.
+/// Permission of all users to read. It is no error, because Docker and Kubernetes mount secrets with it.
 const READ_BY_OTHERS: u32 = 0o004;
 const WRITTEN_BY_GROUP: u32 = 0o020;
 const WRITTEN_BY_ALL: u32 = 0o002;
-/// In such a folder only the owner of a file can put another in its place.
+/// Sticky bit: in a folder that has it, only the owner of a file can put another file in its place.
 const STICKY: u32 = 0o1000;
 const ROOT: u32 = 0;
-/// The largest file, in bytes: thousands of client tokens, or every trust root there is.
+/// Largest file, in bytes. Thousands of client tokens fit, or all public trust roots.
 const LARGEST: u64 = 1 << 20;
-/// As many links as the kernel follows (`path_resolution(7)`).
+/// Largest number of symbolic links that are followed, the same as in the kernel (`path_resolution(7)`).
 const MOST_LINKS: usize = 40;
 
-/// A file that nobody else could have written.
+/// Content of a file that no other user could have written.
 #[derive(Debug)]
 pub struct TrustedFile {
-    /// All of it.
+    /// Whole content, wiped from memory when dropped.
     pub bytes: Zeroizing<Vec<u8>>,
-    /// Whether every user of this machine can read it.
+    /// True if every user of this machine can read the file.
     pub exposed: bool,
 }
 
-/// Why a file is not read. It shows nothing of the content.
+/// Reason why a file is not read. Its text contains nothing of the content.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustedFileError {
-    /// It cannot be.
+    /// The system cannot open, read or inspect the file or its folder.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// It is a pipe, a folder or a device.
+    /// The file is a pipe, a folder or a device.
     #[error("it is not a regular file")]
     Irregular,
-    /// It has more bytes than any such file.
+    /// The file is larger than any such file needs to be.
     #[error("it is larger than {} MiB", LARGEST >> 20)]
     TooLarge,
-    /// It is to be a text, and is none.
+    /// The file must be a text, but is not UTF-8.
     #[error("it is not UTF-8")]
     NotText,
-    /// Others may write it.
+    /// Other users can write the file. The value is its mode.
     #[error("others can write it (mode {0:03o}): chmod go-w")]
     Writable(u32),
-    /// It, or a link that leads to it, is somebody else's.
+    /// The file, or a symbolic link that leads to it, belongs to another user, whose number is the value.
     #[error("it belongs to user {0}, who is neither this process's user nor root")]
     Foreign(u32),
-    /// Others may put another file in its place.
+    /// The mode of the folder lets other users put another file in its place.
     #[error("others can write its folder {} (mode {mode:03o}): chmod go-w", .folder.display())]
     WritableFolder {
-        /// The folder.
         folder: PathBuf,
-        /// Its mode.
+        /// Permission bits of the folder.
         mode: u32,
     },
-    /// Somebody else may put another file in its place.
+    /// The folder belongs to another user, who can put another file in its place.
     #[error(
         "its folder belongs to user {owner}, who is neither this process's user nor root: {}",
         .folder.display()
     )]
     ForeignFolder {
-        /// The folder.
         folder: PathBuf,
-        /// Whose it is.
+        /// Number of the folder's user.
         owner: u32,
     },
 }
 
-/// The number of the user who runs this process.
+/// Number of the user who runs this process.
 #[derive(Clone, Copy)]
 struct User(u32);
 
-/// Reads a file after looking at who may write it and its folder.
+/// Reads a file, after checks of its owner and mode and of those of its folder.
 ///
 /// # Errors
 ///
-/// [`TrustedFileError`]
+/// [`TrustedFileError`], except [`TrustedFileError::NotText`].
 pub fn read(path: &Path) -> Result<TrustedFile, TrustedFileError> {
     let (file, metadata) = open(path)?;
     let us = User::ours();
@@ -100,7 +98,8 @@ pub fn read(path: &Path) -> Result<TrustedFile, TrustedFileError> {
     })
 }
 
-/// Reads a file whoever could have written it: it decides nothing alone, and all may know it.
+/// Reads a file without a check of its owner and mode. The file must be one that decides nothing alone and
+/// that all users may read.
 ///
 /// # Errors
 ///
@@ -113,11 +112,11 @@ pub fn read_public(path: &Path) -> Result<Zeroizing<Vec<u8>>, TrustedFileError> 
 // === impl TrustedFile ===
 
 impl TrustedFile {
-    /// The content as text.
+    /// Returns the content as text.
     ///
     /// # Errors
     ///
-    /// [`TrustedFileError::NotText`]
+    /// [`TrustedFileError::NotText`] if the content is not UTF-8.
     pub fn text(&self) -> Result<&str, TrustedFileError> {
         str::from_utf8(&self.bytes).map_err(|_| TrustedFileError::NotText)
     }
@@ -130,7 +129,7 @@ impl User {
         Self(geteuid().as_raw())
     }
 
-    /// Fails with the owner, if that is neither this process's user nor root.
+    /// Fails with the owner's number, if the owner is neither this process's user nor root.
     fn check_owner(self, metadata: &Metadata) -> Result<(), u32> {
         let owner = metadata.uid();
         if [ROOT, self.0].contains(&owner) {
@@ -140,11 +139,11 @@ impl User {
         }
     }
 
-    /// The bits of a mode by which others may write what belongs to this group.
+    /// Returns the bits of a mode that let other users write a file or folder of this group.
     ///
-    /// A group that has the number of its user is that user's own, and systems that give users such a
-    /// group let it write all that they make (a umask of 002). OpenSSH takes such files and folders where
-    /// it is patched for these systems.
+    /// A group with the same number as a user is that user's private group. Systems with such groups let the
+    /// group write all files of its user (a umask of 002), so the group's bit does not count there. The
+    /// OpenSSH packages of these systems are patched to accept such files and folders too.
     fn others(self, group: u32) -> u32 {
         let is_our_own = group == self.0 && group != ROOT;
         if is_our_own {
@@ -154,22 +153,22 @@ impl User {
         }
     }
 
-    /// Returns true if others can put another file in the place of one of ours in a folder.
+    /// Returns true if other users can replace a file of ours in a folder of this mode and group.
     fn is_open(self, mode: u32, group: u32) -> bool {
         mode & self.others(group) != 0 && mode & STICKY == 0
     }
 }
 
-/// Opens a regular file for reading, without waiting for what may never come.
+/// Opens a regular file for reading, and never blocks while it opens the file.
 fn open(path: &Path) -> Result<(File, Metadata), TrustedFileError> {
-    // A named pipe that nobody writes to would keep us here for ever.
+    // Without this flag, opening a named pipe without a writer would block for ever.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let file = OpenOptions::new()
         .read(true)
         .custom_flags(flags)
         .open(path)?;
     fcntl_setfl(&file, OFlags::empty()).map_err(io::Error::from)?;
-    // Of the open file: the path may lead elsewhere a moment later.
+    // Reads the metadata of the open file, because the path may lead to another file a moment later.
     let metadata = file.metadata()?;
     if metadata.is_file() {
         Ok((file, metadata))
@@ -180,7 +179,7 @@ fn open(path: &Path) -> Result<(File, Metadata), TrustedFileError> {
 
 fn read_whole(file: File) -> Result<Zeroizing<Vec<u8>>, TrustedFileError> {
     let mut bytes = Zeroizing::new(Vec::new());
-    // One more than fits: what is cut off must not look whole.
+    // Reads one byte more than the limit, so that a file that is too large is not taken for a whole one.
     file.take(LARGEST + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > LARGEST {
         return Err(TrustedFileError::TooLarge);
@@ -188,7 +187,8 @@ fn read_whole(file: File) -> Result<Zeroizing<Vec<u8>>, TrustedFileError> {
     Ok(bytes)
 }
 
-/// Checks the folder of a file and, where the name is that of a link, those of what it leads to.
+/// Checks the folder of a file. If the file is a symbolic link, also checks the owner of the link and the
+/// folder of its target, link by link.
 fn check_places(path: &Path, us: User) -> Result<(), TrustedFileError> {
     let mut name = path.to_owned();
     for _ in 0..MOST_LINKS {
@@ -215,7 +215,7 @@ fn check_folder(folder: &Path, us: User) -> Result<(), TrustedFileError> {
             folder: folder.to_owned(),
             owner,
         })?;
-    // Kubernetes lets all write the folder of a ConfigMap, and mounts it so that nobody can.
+    // The folder of a Kubernetes ConfigMap has a mode that lets all users write, but its mount is read-only.
     if us.is_open(metadata.mode(), metadata.gid()) && !is_read_only(folder)? {
         return Err(TrustedFileError::WritableFolder {
             folder: folder.to_owned(),
@@ -299,7 +299,7 @@ mod tests {
             let us = User(user);
             let what = format!("{user}, {mode:o} of {group}");
             assert_eq!(us.is_open(mode, group), open, "{what}");
-            // Who can write a file need not replace it.
+            // With the sticky bit, users who have the permission to write still cannot replace a file.
             let is_written = mode & us.others(group) != 0;
             assert_eq!(is_written, open || mode & STICKY != 0, "{what}");
         }

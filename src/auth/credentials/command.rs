@@ -1,4 +1,4 @@
-//! A command that prints a credential, for those who keep keys in a password manager or a vault.
+//! Runs a command that prints a credential, for keys that are kept in a password manager or a vault.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -14,26 +14,26 @@ use super::{Error, Found, Key, api_key, key, pair, without_secrets};
 use crate::auth::secret::Secret;
 use crate::environment::Environment;
 
-/// A command line, run without a shell.
+/// Command line that prints a credential. It runs without a shell.
 #[derive(Clone, Copy)]
 pub struct CredentialCommand<'a> {
     pub(super) words: &'a [String],
     pub(super) environment: &'a Environment,
 }
 
-/// What is wrong with a command. It shows nothing of what was printed.
+/// Failure of a credential command. Its text contains nothing of the command's output.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// It could not be started or waited for.
+    /// The command could not be started, read from or waited for.
     #[error("cannot run it")]
     Run(#[from] std::io::Error),
-    /// It did not end.
+    /// The command did not end within its time limit.
     #[error("it did not end within {LONGEST:?}")]
     Slow,
-    /// It says that it failed.
+    /// The command ended with an exit status that means failure.
     #[error("it ended with {0}")]
     Failed(std::process::ExitStatus),
-    /// It printed something else.
+    /// The output is not a JSON object of the expected form, or no command is set.
     #[error(
         "want one JSON object, {{\"access_key\":…,\"secret_key\":…}} or {{\"api_key\":…}}, on its \
          standard output"
@@ -41,7 +41,7 @@ pub enum CommandError {
     Output,
 }
 
-/// What it prints.
+/// JSON object that the command prints.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Printed {
@@ -53,21 +53,23 @@ struct Printed {
     api: Option<Secret>,
 }
 
-/// The key that names a command.
+/// Name of the setting that holds the command line.
 pub(super) const PLACE: &str = "credentials.command";
-/// It may have to ask a server, but not a person.
+/// Longest time that the command may run: enough to ask a server, too short to ask a person.
 const LONGEST: Duration = Duration::from_secs(10);
-/// More than any credential.
+/// Largest output that is read, in bytes: more than any credential needs.
 const MOST: u64 = 64 << 10;
 
 // === impl CredentialCommand ===
 
 impl CredentialCommand<'_> {
-    /// Runs the command and reads what it prints. What it writes to standard error is for people.
+    /// Runs the command and reads the credential from its standard output. Its standard error is that of
+    /// this process, so that people see its messages.
     ///
     /// # Errors
     ///
-    /// [`Error::Command`], and what is wrong with the keys.
+    /// [`Error::Command`] if the command fails; [`Error::Half`] or [`Error::Malformed`] if its keys cannot be
+    /// used.
     pub async fn run(self) -> Result<Found, Error> {
         let mut child = self.spawn()?;
         let group = child.id();
@@ -112,7 +114,7 @@ impl CredentialCommand<'_> {
     }
 }
 
-/// What a command prints until it ends well.
+/// Reads the output of a command, at most [`MOST`] bytes, and waits until it ends with success.
 async fn output(child: &mut Child) -> Result<Zeroizing<Vec<u8>>, CommandError> {
     let mut printed = Zeroizing::new(Vec::new());
     if let Some(stdout) = child.stdout.take() {
@@ -126,7 +128,7 @@ async fn output(child: &mut Child) -> Result<Zeroizing<Vec<u8>>, CommandError> {
     }
 }
 
-/// Ends a command that is too slow, and what it has started.
+/// Kills a command that is too slow, with all processes of its group.
 fn end(group: Option<u32>) {
     let group = group.and_then(|group| Pid::from_raw(group.cast_signed()));
     if let Some(group) = group

@@ -1,10 +1,11 @@
-//! What programs that we start see of our environment.
+//! Removes our secrets from the environment that is passed to programs which we start.
 
 use std::ffi::{OsStr, OsString};
 
 use crate::environment::Environment;
 
-/// What a service manager hands to us alone (`systemd.exec(5)`, `sd_listen_fds(3)`, `sd_notify(3)`).
+/// Variables that a service manager sets for this process alone (`systemd.exec(5)`, `sd_listen_fds(3)`,
+/// `sd_notify(3)`).
 const HANDED_OVER: [&str; 7] = [
     super::DIRECTORY,
     "LISTEN_FDNAMES",
@@ -14,21 +15,23 @@ const HANDED_OVER: [&str; 7] = [
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 ];
-/// What the names of our settings begin with.
+/// Prefix of the variables that hold our settings.
 const SETTINGS: &str = "KLING_PROXY_";
-/// What the names of variables about Kling begin with, whoever reads them.
+/// Prefix of all variables about Kling, also of those that other programs read.
 const KLING: &str = "KLING";
-/// What in such a name speaks of a secret, wherever it stands: `KLINGSECRET` is as good as `KLING_SECRET`.
+/// Parts of such a name that mark a secret at any position: `KLINGSECRET` counts like `KLING_SECRET`.
 const SECRETIVE: [&str; 12] = [
     "AUTH", "BEARER", "COOKIE", "CRED", "JWT", "KEY", "PASS", "PRIVATE", "PWD", "SECRET",
     "SESSION", "TOKEN",
 ];
-/// The same for what is too short to stand anywhere: `KLING_PATH` is no secret.
+/// Parts that mark a secret only as a whole word, because they are short: `KLING_PATH` is no secret, although
+/// it contains `PAT`.
 const SECRETIVE_WORDS: [&str; 5] = ["AK", "AKSK", "PAT", "PW", "SK"];
-/// Words of video makers that look secretive and are not.
+/// Words of video makers that contain `KEY` and do not mark a secret.
 const HARMLESS: [&str; 2] = ["KEYFRAME", "KEYWORD"];
 
-/// The variables without our settings, and without those that hold or lead to a secret of ours.
+/// Returns the variables without our settings, and without those that hold a secret of ours or name a file
+/// of one.
 pub fn without_secrets(environment: &Environment) -> impl Iterator<Item = &(OsString, OsString)> {
     environment.variables().filter(|(name, _)| !is_ours(name))
 }
@@ -40,7 +43,7 @@ fn is_ours(name: &OsStr) -> bool {
         || name.strip_prefix(KLING).is_some_and(is_secretive)
 }
 
-/// Whether a name that begins with `KLING` goes on like that of a secret, or of a file.
+/// Returns true if a name marks a secret or a file. `rest` is the part of the name after `KLING`.
 fn is_secretive(rest: &str) -> bool {
     let rest = rest.strip_prefix("AI").unwrap_or(rest);
     let mut words = rest.split(|c: char| !c.is_ascii_alphabetic());

@@ -1,4 +1,5 @@
-//! Where keys come from. The first place that has one wins; half a pair there is an error.
+//! Finds the credential for upstream. The first place that has a key wins; a place that has only half a key
+//! pair is an error.
 
 mod command;
 mod environment;
@@ -12,105 +13,103 @@ use crate::auth::token::Credential;
 use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::environment::Environment;
 
-/// What `credentials.*` of the settings say.
+/// Section `credentials` of the settings.
 #[derive(Clone, Debug, Default)]
 pub struct Configured {
-    /// The AccessKey.
     pub access_key: Option<Secret>,
-    /// The SecretKey.
     pub secret_key: Option<Secret>,
-    /// A file of the AccessKey.
+    /// File that contains the AccessKey.
     pub access_key_file: Option<PathBuf>,
-    /// A file of the SecretKey.
+    /// File that contains the SecretKey.
     pub secret_key_file: Option<PathBuf>,
-    /// A file of an API key.
+    /// File that contains an API key.
     pub api_key_file: Option<PathBuf>,
-    /// A command that prints a credential, in words; none if empty.
+    /// Command that prints a credential, as program and arguments; empty if no command is set.
     pub command: Vec<String>,
 }
 
-/// All places where a credential may be.
+/// Places in which a credential is looked for.
 #[derive(Clone, Copy)]
 pub struct Places<'a> {
-    /// The variables of the process, as they were at its start.
+    /// Variables of the process, as they were at its start.
     pub environment: &'a Environment,
-    /// The lowest place.
+    /// Settings, which are searched after the environment.
     pub configured: &'a Configured,
 }
 
-/// A credential and where it was found.
+/// Credential with the place in which it was found.
 #[derive(Debug)]
 pub struct Found {
-    /// The credential.
     pub credential: Credential,
-    /// The variables, files or keys it came from.
+    /// Names of the variables, files or settings that the credential came from.
     pub source: String,
-    /// What its owner should know.
+    /// Warnings to show to the user, such as a file that others can read.
     pub warnings: Vec<String>,
 }
 
-/// Why there is no credential. It shows no part of one.
+/// Reason why no credential can be used. Its text contains no part of a key.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No place has one.
+    /// No place has a credential.
     #[error(
         "no credential: set KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY \
          (or name files: KLING_ACCESS_KEY_FILE, KLING_SECRET_KEY_FILE, KLING_API_KEY_FILE); \
          to try without an account, run `kling-proxy --sandbox`"
     )]
     Missing,
-    /// One half of a pair is there.
+    /// Only one half of a key pair is set.
     #[error("half a credential: {found} is set, {missing} is not")]
     Half {
-        /// The half that is there.
+        /// Place that has the one half.
         found: String,
-        /// What to set.
+        /// Variable or setting that is missing.
         missing: String,
     },
-    /// A file cannot be read.
+    /// A file cannot be read, or others could have written it.
     #[error("cannot read {place} ({})", .path.display())]
     Unreadable {
-        /// What names the file.
+        /// Variable or setting that names the file.
         place: String,
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         cause: TrustedFileError,
     },
-    /// The command does not do what it should.
+    /// The command failed, or printed no credential.
     #[error("{}", command::PLACE)]
     Command(#[from] CommandError),
-    /// A key is empty or has characters that no key has.
+    /// A key is empty, or contains characters that no key has.
     #[error("{0} is empty, or not a key: want visible characters only")]
     Malformed(String),
 }
 
-/// A key and where it was found.
+/// Half of a key pair, or an API key, with the place in which it was found.
 struct Key {
     secret: Secret,
     place: String,
     warning: Option<String>,
 }
 
-/// Where a file of systemd's `LoadCredential` is.
+/// Variable that names the folder of systemd's `LoadCredential` files.
 const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 
 // === impl Places ===
 
 impl Places<'_> {
-    /// What to run where [`find`](Self::find) finds nothing: the last place.
+    /// Returns the command to run if [`find`](Self::find) finds nothing. It is the last place; `None` if no
+    /// command is set.
     pub fn command(&self) -> Option<CredentialCommand<'_>> {
         let words = &self.configured.command[..];
         let environment = self.environment;
         (!words.is_empty()).then_some(CredentialCommand { words, environment })
     }
 
-    /// Looks for a credential, in the order that docs/configuration.md gives.
+    /// Looks for a credential in each place except the command, in the order given in docs/configuration.md.
     ///
     /// # Errors
     ///
-    /// [`Error`] says what to set; [`Error::Missing`] if no place has one.
+    /// [`Error::Missing`] if no place has a credential; [`Error::Half`], [`Error::Unreadable`] or
+    /// [`Error::Malformed`] if a place has one that cannot be used. The text names the variable or setting to
+    /// correct.
     pub fn find(&self) -> Result<Found, Error> {
         if let Some(key) = self.variable("KLING_API_KEY")? {
             return api_key(key);
@@ -161,7 +160,7 @@ impl Places<'_> {
         found?.ok_or(Error::Missing)
     }
 
-    /// A variable, or the file that its `_FILE` twin names.
+    /// Reads a key from a variable, or from the file that the variable with the suffix `_FILE` names.
     fn variable(&self, name: &str) -> Result<Option<Key>, Error> {
         if let Some(value) = self.environment.get(name) {
             let text = value.to_str().unwrap_or_default();
@@ -175,7 +174,7 @@ impl Places<'_> {
             .transpose()
     }
 
-    /// A file of systemd's `LoadCredential`.
+    /// Reads a key from a file of systemd's `LoadCredential`.
     fn in_directory(&self, name: &str) -> Result<Option<Key>, Error> {
         let path = self
             .environment
@@ -187,7 +186,7 @@ impl Places<'_> {
     }
 }
 
-/// A value of the settings, or the file that they name.
+/// Reads a key from a setting, or from the file that the setting with the suffix `_file` names.
 fn configured(
     place: &str,
     value: Option<&Secret>,
@@ -216,7 +215,7 @@ fn from_file(place: &str, path: &Path) -> Result<Key, Error> {
     })
 }
 
-/// White space around a key does not count.
+/// Checks the text of a key. White space around it is ignored.
 fn key(place: String, text: &str) -> Result<Key, Error> {
     let text = text.trim();
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
@@ -255,7 +254,8 @@ fn pair(
     }
 }
 
-/// An API key; `AK:SK` and `AK|SK`, as some tools write a pair, are read as one.
+/// Makes a credential of an API key. `AK:SK` and `AK|SK` are read as a key pair, because some tools write a
+/// pair in that form.
 fn api_key(key: Key) -> Result<Found, Error> {
     let Key {
         secret,
@@ -289,7 +289,7 @@ fn api_key(key: Key) -> Result<Found, Error> {
 mod tests {
     use super::*;
 
-    /// What is found: the kind, or the error.
+    /// Returns the keys found with their source, or the text of the error.
     fn find(variables: &[(&str, &str)]) -> String {
         let places = Places {
             environment: &variables.iter().copied().collect(),
@@ -336,7 +336,7 @@ mod tests {
         );
         variables.push(("KLING_API_KEY", "k"));
         assert_eq!(find(&variables), "k from KLING_API_KEY");
-        // What stands behind the first is not even looked at.
+        // A place after the first that has a key is not read.
         variables.push(("KLINGAI_ACCESS_KEY_FILE", "/does/not/exist"));
         variables.push(("KLING_ACCESS_KEY_FILE", "/does/not/exist"));
         assert_eq!(find(&variables), "k from KLING_API_KEY");
