@@ -1,4 +1,4 @@
-//! One authenticated read, and what Kling makes of the credential.
+//! Sends one authenticated read request, and reads Kling's response to the credential.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -19,12 +19,14 @@ use crate::kling::envelope::{self, Envelope};
 use crate::kling::service_code::{self, Row};
 use crate::telemetry::printable;
 
-/// A person waits for the answer, so `upstream.response_timeout` counts only if it is shorter.
+/// Longest wait for the response. A person waits for it, so `upstream.response_timeout` counts only if it is
+/// shorter.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// Packs that were bought earlier are not told, and some are good for a year.
+/// Period for which costs are requested. Kling does not list resource packs that were bought earlier, and
+/// some packs are valid for a year.
 const SPAN: Duration = Duration::from_hours(400 * 24);
 
-/// What shows who we are.
+/// Credential to check, with the periods and the clock that its tokens are made by.
 #[derive(Clone)]
 pub(super) struct Credentials {
     pub(super) credential: Credential,
@@ -32,19 +34,20 @@ pub(super) struct Credentials {
     pub(super) clock: Arc<dyn Clock>,
 }
 
-/// What upstream answered, in Kling's form.
+/// Response of upstream in Kling's form, with the times of the request.
 pub(super) struct ApiResponse {
     pub(super) envelope: Envelope,
-    /// What upstream says, fit to be shown.
+    /// Upstream's message, made safe to print, without secrets.
     pub(super) message: String,
-    /// Upstream's clock.
+    /// Time of upstream's clock, from the `Date` header.
     pub(super) date: Option<SystemTime>,
-    /// Our clock before and after.
+    /// Time of our clock before the request.
     pub(super) asked: SystemTime,
+    /// Time of our clock after the response.
     pub(super) answered: SystemTime,
 }
 
-/// Reads what the account has cost: free, and good for either kind of credential.
+/// Requests the costs of the account. The request is free, and both kinds of credential can make it.
 pub(super) async fn ask(target: &Target, credentials: &Credentials) -> StepResult<ApiResponse> {
     let asked = credentials.clock.now();
     let authorization = credentials
@@ -78,7 +81,7 @@ pub(super) async fn ask(target: &Target, credentials: &Credentials) -> StepResul
             ));
         }
     };
-    // Under the status of an error, the code of a success says nothing.
+    // A success code under the HTTP status of an error proves nothing.
     let envelope = envelope::read_beginning(&body)
         .filter(|envelope| envelope.code != service_code::SUCCESS || status.is_success());
     let Some(envelope) = envelope else {
@@ -108,7 +111,7 @@ impl ApiResponse {
 // === impl Credentials ===
 
 impl Credentials {
-    /// A foreign text, unless it repeats a secret.
+    /// Returns a text of upstream's made safe to print, or a placeholder if the text repeats a secret.
     fn quote(&self, text: &str, authorization: &HeaderValue) -> String {
         let bearer = authorization.to_str().unwrap_or_default();
         let token = bearer.trim_start_matches("Bearer ");
@@ -128,7 +131,7 @@ impl Credentials {
     }
 }
 
-/// Sends the request and reads the response. A redirect is a response like others.
+/// Sends the request and reads the response. A redirect is returned like any other response.
 async fn exchange(
     target: &Target,
     authorization: HeaderValue,
@@ -162,7 +165,7 @@ fn lost(error: &reqwest::Error) -> Fault {
             "try again; if it stays so, something in between ends the connection",
         )
     };
-    // The address stands in the report already.
+    // The outer error only adds the address, which the report shows already.
     let error = error.source().unwrap_or(error);
     Fault::new(Exit::Unavailable, r#type, chain(error), advice)
 }
@@ -177,7 +180,7 @@ fn date(headers: &HeaderMap) -> Option<SystemTime> {
     httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()
 }
 
-/// What answers is something else, or something in between.
+/// Describes a response that is not in Kling's form: another server sent it, or a gateway in between.
 fn not_kling(status: StatusCode, headers: &HeaderMap) -> Fault {
     let media = headers
         .get(CONTENT_TYPE)

@@ -1,4 +1,5 @@
-//! The clock: tokens begin and end by it, so it must not be far from upstream's.
+//! Compares this machine's clock with upstream's. Tokens begin and end by the clock, so the two must not
+//! differ by much.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -14,20 +15,22 @@ use crate::clock::Clock;
 use crate::kling::service_code::Class;
 use crate::upstream::{ClockReading, UpstreamClock, shifted};
 
-/// More than this is no rounding; the default of `token.not_before_leeway` covers as much.
+/// Largest difference without a warning. The default of `token.not_before_leeway` covers the same difference,
+/// and a larger one cannot come from rounding.
 const TOLERATED: Duration = Duration::from_secs(5);
-/// Clocks agree if they differ by less, in milliseconds: `Date` has whole seconds.
+/// Smallest difference that counts, in milliseconds. `Date` has only whole seconds, so clocks that differ by
+/// less agree.
 const RESOLUTION: u64 = 1_000;
 
-/// Upstream's clock, as its answer told it.
+/// Upstream's clock: this machine's clock, shifted by the difference that a response showed.
 struct Corrected {
     machine: Arc<dyn Clock>,
     /// Milliseconds by which upstream's clock is ahead.
     offset: i64,
 }
 
-/// Compares this machine's clock with the `Date` of an answer. Where the token was refused for its
-/// time, hands on the clock that the proxy makes the next one by.
+/// Compares this machine's clock with the `Date` of a response. If upstream refused the token for its time,
+/// returns the clock by which the proxy mints the next token.
 pub(super) fn compare(
     answer: &ApiResponse,
     target: &Target,
@@ -77,7 +80,7 @@ impl Clock for Corrected {
 }
 
 /// Returns the milliseconds by which upstream's clock is ahead of this machine's, as the proxy would
-/// learn them from this answer; 0 if the clocks agree.
+/// learn them from this response; 0 if the clocks agree.
 fn offset(date: SystemTime, asked: SystemTime, answered: SystemTime) -> i64 {
     let round_trip = answered.duration_since(asked).unwrap_or_default();
     let offset = ClockReading::new(date, answered, round_trip).offset(0);
@@ -88,7 +91,7 @@ fn offset(date: SystemTime, asked: SystemTime, answered: SystemTime) -> i64 {
     }
 }
 
-/// The size of an offset to the second, for people.
+/// Returns the size of an offset in milliseconds, rounded to whole seconds for display.
 fn rounded(offset: i64) -> Duration {
     Duration::from_secs((offset.unsigned_abs() + 500) / 1_000)
 }

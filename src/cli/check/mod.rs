@@ -1,5 +1,5 @@
-//! `kling-proxy check`: goes the way of a request step by step, and says of the first that fails
-//! what to do.
+//! `kling-proxy check`: does step by step all that a request needs, and shows for each step that fails how to
+//! correct it.
 
 mod account;
 mod certificate;
@@ -31,7 +31,8 @@ pub(super) fn run(
     let (settings, rows) = match args.load(environment) {
         Ok(loaded) => loaded,
         Err(failure) => {
-            // A person reads the lines that `serve` prints too, a script finds them in the object.
+            // The caller prints the lines of the failure, as for `serve`. A script needs them in the JSON
+            // object too.
             if let Output::Json = output {
                 report.take::<()>("settings", || Err(Fault::of_settings(&failure.lines)));
                 let _ = report.end();
@@ -87,14 +88,14 @@ pub(super) fn run(
         clock,
     };
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
-    // The report has told why a step failed.
+    // The report has shown already why a step failed.
     let _ = runtime.block_on(ask(&mut report, &target, credentials));
-    // A name that is still being resolved must not keep the process.
+    // Does not wait for a name that is still being resolved, so that the process can end.
     runtime.shutdown_background();
     report.end()
 }
 
-/// The steps that need the network. Each needs what the one before found.
+/// Runs the steps that need the network, until one fails. Each step needs the result of the one before.
 async fn ask(
     report: &mut Report,
     target: &Target,
@@ -106,7 +107,7 @@ async fn ask(
     let compared = async { clock::compare(&answer, target, &credentials) };
     let corrected = report.wait("clock", compared).await?;
     if let Some(clock) = corrected {
-        // As the proxy does after a refusal for the token's time.
+        // Asks again by upstream's clock, as the proxy does after upstream refused a token for its time.
         credentials.clock = clock;
         let again = account::ask(target, &credentials);
         answer = report.wait("second_answer", again).await?;

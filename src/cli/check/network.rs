@@ -1,4 +1,5 @@
-//! The way to upstream: name, connection, TLS. Each step says which part of it is broken.
+//! Connects to upstream in steps: name, connection, tunnel, TLS. The step that fails shows which part of the
+//! connection is broken.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -26,17 +27,18 @@ use crate::error::{BoxError, chain};
 use crate::telemetry::printable;
 use crate::upstream::{EgressProxy, Origin, Timeouts, TunnelError};
 
-/// Where to go, and what to rely on.
+/// Upstream to connect to, with the egress proxy, root certificates and timeouts for it.
 #[derive(Clone)]
 pub(super) struct Target {
-    /// What stands in between.
+    /// Egress proxy through which upstream is reached; `None` for a direct connection.
     pub(super) egress: Option<EgressProxy>,
     pub(super) origin: Origin,
     pub(super) roots: Arc<RootCertStore>,
     pub(super) timeouts: Timeouts,
 }
 
-/// Verifies as ever, and keeps what it was shown: after a refusal nobody else can tell.
+/// Certificate verifier that keeps the server's certificate. After a refusal the certificate is not available
+/// from anywhere else.
 #[derive(Debug)]
 struct Witness {
     verifier: Arc<WebPkiServerVerifier>,
@@ -46,8 +48,8 @@ struct Witness {
 // === impl Target ===
 
 impl Target {
-    /// Connects to upstream, a step for each part of that, and closes the connection: a client of the
-    /// program hides these steps.
+    /// Connects to upstream, with one step of the report for each part, and then closes the connection. The
+    /// HTTP client that sends the request cannot report these steps, so they are made here.
     pub(super) async fn reach(&self, report: &mut Report, now: SystemTime) -> Result<(), Fault> {
         let deadline = self.deadline();
         let addresses = report.wait("name", self.resolve(deadline)).await?;
@@ -67,18 +69,18 @@ impl Target {
         Ok(())
     }
 
-    /// Makes a client that takes the same way.
+    /// Makes an HTTP client that connects with the same root certificates and egress proxy.
     pub(super) fn client(&self) -> Result<Client, Fault> {
         http_client::client(Arc::clone(&self.roots), self.egress.as_ref())
             .map_err(|error| tls_failed(chain(&error)))
     }
 
-    /// When name, connection and TLS together have taken too long.
+    /// Returns the time by which name, connection, tunnel and TLS together must be done.
     fn deadline(&self) -> Instant {
         Instant::now() + self.timeouts.connect
     }
 
-    /// Where this machine itself connects to, and the setting that says so.
+    /// Returns the name and port that this machine itself connects to, and the setting that names them.
     fn first_hop(&self) -> (&str, u16, &'static str) {
         let ((name, port), setting) = match &self.egress {
             Some(egress) => (egress.name_and_port(), "upstream.proxy"),
@@ -123,11 +125,11 @@ impl Target {
         })
     }
 
-    /// Connects to the first address that answers.
+    /// Connects to the first address that accepts a connection.
     async fn connect(&self, addresses: &[SocketAddr], deadline: Instant) -> StepResult<TcpStream> {
         let mut failures = Vec::new();
         for (index, address) in addresses.iter().enumerate() {
-            // One silent address must not use up the time of all.
+            // An address that does not respond must not use up the time of the others.
             let rest = deadline.saturating_duration_since(Instant::now());
             let share = rest / u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
             let connected = timeout_at(Instant::now() + share, TcpStream::connect(address)).await;
@@ -143,7 +145,7 @@ impl Target {
         let kinds: Vec<_> = failures.iter().map(|(_, error)| error.kind()).collect();
         let (_, _, setting) = self.first_hop();
         let fault = |r#type, advice: &str| Fault::new(Exit::Unavailable, r#type, &text, advice);
-        // Of several failures the one that says most.
+        // If the addresses fail in different ways, the most informative failure is reported.
         Err(if kinds.contains(&io::ErrorKind::ConnectionRefused) {
             fault(
                 "connection_refused",
@@ -197,7 +199,7 @@ impl Target {
         ))
     }
 
-    /// Speaks TLS, and says who vouches for the other end.
+    /// Makes the TLS handshake, and reports the issuer of upstream's certificate.
     async fn encrypt(&self, stream: TcpStream, deadline: Instant, now: SystemTime) -> StepResult {
         let (name, _) = self.origin.name_and_port();
         let failed = |error: BoxError| tls_failed(chain(&*error));
@@ -238,7 +240,7 @@ impl Witness {
         }))
     }
 
-    /// A client that believes nobody whom the verifier does not.
+    /// Makes a TLS configuration that trusts only the servers that the verifier trusts.
     fn config(self: &Arc<Self>) -> Result<ClientConfig, TlsError> {
         let provider = Arc::new(ring::default_provider());
         Ok(ClientConfig::builder_with_provider(provider)
@@ -293,7 +295,7 @@ impl ServerCertVerifier for Witness {
     }
 }
 
-/// What a handshake that failed means.
+/// Describes a TLS handshake that failed, by the error and the certificate that the server showed.
 fn refused(
     name: &str,
     error: &io::Error,
@@ -377,8 +379,8 @@ fn no_network(text: &str) -> Fault {
     )
 }
 
-/// Whether this machine knows a way out. Nothing is sent: a datagram socket only looks it up. The
-/// addresses are for documentation (RFC 5737, RFC 3849).
+/// Returns true if this machine has a route to the internet. Nothing is sent: `connect` on a datagram socket
+/// only looks up the route. The addresses are reserved for documentation (RFC 5737, RFC 3849).
 fn has_route() -> bool {
     let ways = [
         ("0.0.0.0:0", "192.0.2.1:443"),

@@ -1,5 +1,5 @@
-//! Whether another region of Kling knows a key pair. An API key is never asked about: to ask would
-//! be to send it.
+//! Asks Kling's other regions for a key pair that one region refused. Never asks for an API key, because
+//! that would send the key itself.
 
 use std::time::Duration;
 
@@ -10,25 +10,25 @@ use crate::auth::token::Validity;
 use crate::cli::Exit;
 use crate::upstream::Origin;
 
-/// Where Kling answers. Those that are regions of their own come first.
+/// Kling's API hosts. Hosts of a single region come first.
 const HOSTS: [&str; 3] = [
     "https://api-singapore.klingai.com",
     "https://api-beijing.klingai.com",
     "https://api.klingai.com",
 ];
-/// How long the tokens live that other hosts see.
+/// Lifetime of the tokens that are sent to the other hosts.
 const LIFETIME: Duration = Duration::from_mins(1);
 
-/// What the other hosts made of a key pair.
+/// Result of a search for a key pair at the other hosts.
 #[derive(Debug, PartialEq, Eq)]
 struct Tried {
-    /// The first that knows it.
+    /// First host that knows the key pair.
     known_by: Option<Origin>,
     unreachable: Vec<Origin>,
 }
 
-/// Says why a key pair was refused: by asking Kling's other hosts, where it was one of them that
-/// refused it.
+/// Describes why a key pair was refused. If one of Kling's hosts refused it, asks the others, of which one
+/// may know it.
 pub(super) async fn find(
     text: &str,
     kind: &'static str,
@@ -59,7 +59,8 @@ pub(super) async fn find(
     Fault::new(Exit::Refused, kind, text, advice)
 }
 
-/// Kling's other hosts; none where `origin` is no host of Kling's, which is nobody else's business.
+/// Returns Kling's other hosts; none if `origin` is not a host of Kling's, because a refusal there does not
+/// concern Kling.
 fn others(origin: &Origin) -> Vec<Origin> {
     let hosts = HOSTS.iter().filter_map(|host| host.parse::<Origin>().ok());
     let is_own = |host: &Origin| host.to_string().eq_ignore_ascii_case(&origin.to_string());
@@ -67,7 +68,7 @@ fn others(origin: &Origin) -> Vec<Origin> {
     if own.is_empty() { Vec::new() } else { others }
 }
 
-/// Asks one after the other until one knows the pair.
+/// Asks the hosts one after the other, until one knows the key pair.
 async fn ask_all(others: &[Origin], target: &Target, credentials: &Credentials) -> Tried {
     let credentials = Credentials {
         validity: Validity {
@@ -99,7 +100,7 @@ async fn ask_all(others: &[Origin], target: &Target, credentials: &Credentials) 
     }
 }
 
-/// Whether a host knows the pair: it may then still refuse for another reason.
+/// Returns true if a host knows the key pair, even if it refuses the request for another reason.
 async fn ask(target: &Target, credentials: &Credentials) -> Result<bool, Fault> {
     let answer = account::ask(target, credentials).await?.value;
     Ok(!answer.row().class.refuses_token())
@@ -122,7 +123,7 @@ mod tests {
     use crate::clock::SystemClock;
     use crate::upstream::Timeouts;
 
-    /// Answers one request with this code, and tells what it was.
+    /// Serves one request with this service code, and sends the text of the request to `told`.
     async fn host(code: i64, told: mpsc::UnboundedSender<String>) -> Origin {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let origin = format!("http://{}", listener.local_addr().unwrap());

@@ -1,4 +1,4 @@
-//! The verdict on the account: what Kling's response says of the credential, and what to do.
+//! Judges the account by Kling's response to the credential, and advises on what to correct.
 
 use serde::Deserialize;
 
@@ -10,7 +10,7 @@ use crate::auth::token::Credential;
 use crate::cli::Exit;
 use crate::kling::service_code::{Class, Needs};
 
-/// The part of `GET /account/costs` that is read besides the code.
+/// Part of the response to `GET /account/costs` that is read in addition to the service code.
 #[derive(Deserialize)]
 struct Costs {
     #[serde(rename = "resource_pack_subscribe_infos", default)]
@@ -22,7 +22,7 @@ struct Pack {
     status: String,
 }
 
-/// Judges if the account exists and can be used.
+/// Decides if the account exists and can be used. If Kling does not know a key pair, asks its other hosts.
 pub(super) async fn judge(
     answer: &ApiResponse,
     target: &Target,
@@ -58,7 +58,7 @@ pub(super) async fn judge(
     }
 }
 
-/// Describes a credential that Kling knows, and warns if nothing is left to spend.
+/// Describes a credential that Kling knows, and warns if none of its resource packs is left.
 fn known(answer: &ApiResponse, credential: &Credential) -> Finding {
     let data = answer.envelope.data.as_ref();
     let costs = data.and_then(|data| serde_json::from_str::<Costs>(data.get()).ok());
