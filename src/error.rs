@@ -24,12 +24,14 @@ pub enum Error {
     /// The request is malformed, or its target is not a path on this proxy.
     #[error("{0}")]
     BadRequest(&'static str),
-    /// `Host` is missing, doubled or not one of ours; the text is what was sent, cut to a bound.
-    #[error("host `{0}` is not in `access.allowed_hosts`")]
+    /// `Host` is missing, doubled or not one of ours. The text is the message; it shows the host that was
+    /// sent, bounded and printable.
+    #[error("{0}")]
     HostNotAllowed(String),
-    /// A web page sent the request.
-    #[error("requests of web pages are refused, unless `access.allowed_origins` has their origin")]
-    OriginNotAllowed,
+    /// A web page sent the request. The text is the message; it shows the origin that was sent, bounded
+    /// and printable.
+    #[error("{0}")]
+    OriginNotAllowed(String),
     /// No client token, or an unknown one: deliberately the same for both.
     #[error("a valid client token is required")]
     ClientTokenInvalid,
@@ -174,7 +176,7 @@ impl Error {
         match self {
             Self::BadRequest(_) | Self::BodyCutOff => service_code::BAD_REQUEST,
             Self::HostNotAllowed(_) => service_code::HOST_NOT_ALLOWED,
-            Self::OriginNotAllowed => service_code::ORIGIN_NOT_ALLOWED,
+            Self::OriginNotAllowed(_) => service_code::ORIGIN_NOT_ALLOWED,
             Self::ClientTokenInvalid => service_code::CLIENT_TOKEN_INVALID,
             Self::PathNotAllowed => service_code::PATH_NOT_ALLOWED,
             Self::MethodNotAllowed => service_code::METHOD_NOT_ALLOWED,

@@ -89,7 +89,7 @@ pub mod internals {
     pub use crate::layer::authenticate::AuthenticateLayer;
     pub use crate::layer::cors::CorsLayer;
     pub use crate::layer::guard::GuardLayer;
-    pub use crate::layer::guard::rules::Rules;
+    pub use crate::layer::guard::rules::{Purpose, Rules};
     pub use crate::layer::normalise::{
         ErrorBodyFormat, ErrorFormat, NormaliseLayer, StatusMapping,
     };

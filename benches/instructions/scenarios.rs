@@ -9,8 +9,8 @@ use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
 use kling_proxy::internals::{
-    Credential, Flags, LogFormat, Metrics, Network, Parts, Peek, Rules, Secret, Settings, Shared,
-    SystemClock, client_config, envelope, init_log, service_code,
+    Credential, Flags, LogFormat, Metrics, Network, Parts, Peek, Purpose, Rules, Secret, Settings,
+    Shared, SystemClock, client_config, envelope, init_log, service_code,
 };
 use tokio::runtime;
 use tokio_util::task::TaskTracker;
@@ -160,6 +160,7 @@ fn shared(settings: &Settings) -> Shared {
             client_tokens: None,
             request_body: settings.limits.request_body,
             in_flight: settings.limits.in_flight,
+            purpose: Purpose::Serve,
         },
         errors: settings.errors,
         retry: settings.retry,

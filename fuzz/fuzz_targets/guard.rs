@@ -24,7 +24,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use kling_proxy::internals::{
     ClientTokens, Clock, CorsLayer, Error, ErrorBodyFormat, ErrorFormat, GuardLayer, Metrics,
-    NormaliseLayer, ProxyRequest, Reloadable, Rules, StatusMapping, TraceLayer, service_code,
+    NormaliseLayer, ProxyRequest, Purpose, Reloadable, Rules, StatusMapping, TraceLayer,
+    service_code,
 };
 use libfuzzer_sys::fuzz_target;
 use tempfile::NamedTempFile;
@@ -85,6 +86,7 @@ fn rules() -> Rules {
         client_tokens: None,
         request_body: ByteSize::b(BODY),
         in_flight: 1,
+        purpose: Purpose::Serve,
     }
 }
 

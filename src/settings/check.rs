@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{AccessSettings, ListenSettings, SettingProblem, Settings};
 use crate::auth::token::Validity;
+use crate::layer::guard::rules::{is_host, is_web_origin};
 use crate::layer::normalise::{ErrorBodyFormat, StatusMapping};
 
 /// Allowed lifetimes of a token. Kling documents 30 minutes ("General Information", read 2026-11-22); less
@@ -174,22 +175,4 @@ fn check_validity(token: Validity, require: &mut impl FnMut(bool, &str, String))
         "token.refresh_before",
         format!("want less than token.lifetime, {lifetime}"),
     );
-}
-
-/// Returns true for a host name or an address, in the form of a `Host` header without port.
-fn is_host(host: &str) -> bool {
-    let port = host
-        .rsplit_once(':')
-        .is_some_and(|(_, port)| !port.ends_with(']'));
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._[]:".contains(&b);
-    !host.is_empty() && !port && host.bytes().all(plain)
-}
-
-/// Returns true for scheme, host and port as browsers send them, and nothing else. Refuses `null`: it is the
-/// origin of files and sandboxed frames, and any page can have one.
-fn is_web_origin(origin: &str) -> bool {
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-._[]:".contains(&b);
-    origin.split_once("://").is_some_and(|(scheme, host)| {
-        !scheme.is_empty() && !host.is_empty() && scheme.bytes().chain(host.bytes()).all(plain)
-    })
 }

@@ -137,6 +137,113 @@ fn loopback_hosts_pass_with_and_without_port() {
 }
 
 #[test]
+fn refusal_shows_the_host_and_the_setting_that_would_allow_it() {
+    let command = Proxy::to(&Upstream::ok());
+    let hosts = r#"["localhost","127.0.0.1"]"#;
+    let proxy = command.setting("access.allowed_hosts", hosts).start();
+    let advice = |name: &str| {
+        format!(r#"; to allow it, set access.allowed_hosts = ["localhost","127.0.0.1","{name}"]"#)
+    };
+    let long = "a".repeat(300);
+    for (lines, message) in [
+        (
+            "host: new.host:5546",
+            format!(
+                "host `new.host:5546` is not in `access.allowed_hosts`{}",
+                advice("new.host")
+            ),
+        ),
+        (
+            "host: [::1]:5546",
+            format!(
+                "host `[::1]:5546` is not in `access.allowed_hosts`{}",
+                advice("[::1]")
+            ),
+        ),
+        // No setting can hold these.
+        (
+            "host: a\"b,c",
+            r#"host `a"b,c` is not in `access.allowed_hosts`"#.to_owned(),
+        ),
+        (
+            "host: \u{202e}evil\u{9b}",
+            r"host `\u{202e}evil\u{9b}` is not in `access.allowed_hosts`".to_owned(),
+        ),
+        (
+            &format!("host: {long}"),
+            format!("host `{}…` is not in `access.allowed_hosts`", &long[..255]),
+        ),
+        (
+            "host: localhost\r\nhost: localhost",
+            "the request has more than one `Host` header".to_owned(),
+        ),
+        ("accept: */*", "the request has no `Host` header".to_owned()),
+    ] {
+        let answer = proxy.send(with_host(lines));
+        assert_eq!(answer.refusal(), (421, 9001), "{lines}");
+        assert_eq!(answer.json()["message"], message, "{lines}");
+    }
+    let line = proxy.stderr.find(|line| line.contains("evil"));
+    assert_has(&line.unwrap(), &[r"\\u{202e}evil\\u{9b}"]);
+}
+
+#[test]
+fn refusal_does_not_repeat_a_list_of_any_length() {
+    let hosts: Vec<_> = (0..100).map(|n| format!("host-{n}.test")).collect();
+    let hosts = json!(hosts).to_string();
+    let (_upstream, proxy) = started_with(&[("access.allowed_hosts", &hosts)]);
+    let answer = proxy.send(with_host("host: new.host"));
+    let message = "host `new.host` is not in `access.allowed_hosts`; to allow it, add \"new.host\" to this list";
+    assert_eq!(answer.json()["message"], message);
+}
+
+#[test]
+fn refusal_shows_the_page_and_the_setting_that_would_allow_it() {
+    let hosts = r#"["http://localhost:3000"]"#;
+    let (_upstream, proxy) = started_with(&[("access.allowed_origins", hosts)]);
+    let foreign = "is not in `access.allowed_origins`";
+    for (headers, message) in [
+        (
+            "origin: https://app.test:8443",
+            format!(
+                "the origin `https://app.test:8443` of this page {foreign}; to allow it, set \
+                 access.allowed_origins = [\"http://localhost:3000\",\"https://app.test:8443\"]"
+            ),
+        ),
+        (
+            "origin: http://localhost:3000\norigin: http://b.test",
+            format!(
+                "the origin `http://b.test` of this page {foreign}; to allow it, set \
+                 access.allowed_origins = [\"http://localhost:3000\",\"http://b.test\"]"
+            ),
+        ),
+        (
+            "origin: null",
+            format!(
+                "the origin `null` of this page {foreign}, and cannot be allowed: serve the page \
+                 by http or https"
+            ),
+        ),
+        (
+            "origin: http://a.test/\u{202e}",
+            format!(
+                r"the origin `http://a.test/\u{{202e}}` of this page {foreign}, and cannot be allowed: serve the page by http or https"
+            ),
+        ),
+        (
+            "sec-fetch-site: cross-site",
+            "a page of another site (`sec-fetch-site: cross-site`) sent this request without its \
+             origin, so that no setting can allow it: send it by `fetch`"
+                .to_owned(),
+        ),
+    ] {
+        let answer = proxy.send(request("GET /v1/x", headers, ""));
+        assert_eq!(answer.refusal(), (403, 9002), "{headers}");
+        assert_eq!(answer.json()["message"], message, "{headers}");
+    }
+}
+
+#[test]
 fn allowed_hosts_are_a_setting() {
     let upstream = Upstream::ok();
     let hosts = r#"["kling-proxy"]"#;

@@ -72,6 +72,18 @@ fn command_reaches_upstream_by_its_dummy_keys_and_nobody_else_does() {
     end(proxy);
 }
 
+#[test]
+fn refusal_names_what_run_has_set() {
+    let proxy = shell(&Upstream::ok(), SAYS_WHERE).start();
+    let answer = proxy.send("GET /v1/x HTTP/1.1\r\nhost: new.host\r\n\r\n");
+    assert_eq!(answer.refusal(), (421, 9001));
+    assert_eq!(
+        answer.json()["message"],
+        "host `new.host` is not that of this proxy: send to `$KLING_BASE_URL`, which `run` has set"
+    );
+    end(proxy);
+}
+
 /// R22.
 #[test]
 fn command_sees_its_proxy_and_no_secret() {

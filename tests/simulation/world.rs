@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use kling_proxy::internals::{
     Clock, ConnectionLimits, Credential, Environment, Flags, Listener, Metrics, Parts, Phase,
-    Rules, Secret, Settings, Shared, Stop, Worker, serve,
+    Purpose, Rules, Secret, Settings, Shared, Stop, Worker, serve,
 };
 use tokio::runtime;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -170,6 +170,7 @@ fn proxy(world: &World) -> Shared {
             client_tokens: None,
             request_body: settings.limits.request_body,
             in_flight: settings.limits.in_flight,
+            purpose: Purpose::Serve,
         },
         errors: settings.errors,
         retry: settings.retry,

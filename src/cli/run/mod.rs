@@ -22,7 +22,7 @@ use super::{Exit, Failure, SettingsArgs, runtime};
 use crate::auth::client_token::ClientTokens;
 use crate::auth::secret::Secret;
 use crate::environment::Environment;
-use crate::layer::guard::rules::Rules;
+use crate::layer::guard::rules::{Purpose, Rules};
 use crate::telemetry;
 
 /// Level of log lines other than those of creates, if `log.filter` is not set: standard error is for the
@@ -105,6 +105,7 @@ fn admit_one(proxy: &Proxy) -> Result<Secret, Failure> {
     let rules_of_settings = Rules::clone(&rules.load());
     rules.store(Rules {
         client_tokens: Some(Arc::new(tokens)),
+        purpose: Purpose::Run,
         ..rules_of_settings
     });
     Ok(token)

@@ -19,7 +19,7 @@ use crate::auth::token::Credential;
 use crate::cli::{Exit, Failure, find_credential};
 use crate::clock::{Clock, SystemClock};
 use crate::error::chain;
-use crate::layer::guard::rules::Rules;
+use crate::layer::guard::rules::{Purpose, Rules};
 use crate::sandbox::{self, Sandbox};
 use crate::server::{ConnectionLimits, Listener};
 use crate::settings::{AccessSettings, SettingProblem, Settings};
@@ -192,6 +192,7 @@ pub(super) fn rules(
         client_tokens,
         request_body,
         in_flight,
+        purpose: Purpose::Serve,
     }
 }
 

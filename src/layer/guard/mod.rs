@@ -2,6 +2,7 @@
 //! connection made, no byte of a body taken. The first check that fails answers.
 
 pub mod hop;
+mod refusal;
 pub mod rules;
 
 use std::mem;

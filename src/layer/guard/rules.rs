@@ -7,6 +7,7 @@ use http::header::{HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN, TRANSFER_EN
 use http::{Method, Uri};
 use percent_encoding::percent_decode;
 
+use super::refusal;
 use crate::auth::client_token::{Client, ClientTokens};
 use crate::error::Error;
 use crate::kling::api_path::is_under;
@@ -28,13 +29,24 @@ pub struct Rules {
     pub request_body: ByteSize,
     /// Most requests at once (`limits.in_flight`).
     pub in_flight: u64,
+    /// Decides what a refusal advises.
+    pub purpose: Purpose,
+}
+
+/// The listener that rules are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Any client: the settings say who may call.
+    Serve,
+    /// The admin listener, which admits no page of another origin.
+    Admin,
+    /// The command of `run` alone, whatever the settings say.
+    Run,
 }
 
 /// Whether a page asks, and of which site (Fetch Metadata, section 2.4).
-const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+pub(super) const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// As much of a refused host name as its sender is told.
-const LONGEST_QUOTE: usize = 255;
 /// In bytes. No registered method has more than 17; hyper takes any that fits into a head.
 const LONGEST_METHOD: usize = 32;
 
@@ -44,7 +56,10 @@ impl Rules {
     /// What may pass on the admin listener: the same hosts, and no page but its own.
     #[must_use]
     pub fn for_admin(&self) -> Self {
-        Self::of_hosts(self.allowed_hosts.clone(), Vec::new(), ByteSize::b(0))
+        Self {
+            purpose: Purpose::Admin,
+            ..Self::of_hosts(self.allowed_hosts.clone(), Vec::new(), ByteSize::b(0))
+        }
     }
 
     /// Rules about hosts, pages and the largest body. All else may pass.
@@ -61,6 +76,7 @@ impl Rules {
             client_tokens: None,
             request_body,
             in_flight: u64::MAX,
+            purpose: Purpose::Serve,
         }
     }
 
@@ -71,19 +87,14 @@ impl Rules {
     /// [`Error::HostNotAllowed`].
     pub fn check_host(&self, headers: &HeaderMap) -> Result<(), Error> {
         let mut hosts = headers.get_all(HOST).into_iter();
-        let refusal = |host: &[u8]| {
-            let host = String::from_utf8_lossy(host);
-            Err(Error::HostNotAllowed(
-                host.chars().take(LONGEST_QUOTE).collect(),
-            ))
-        };
+        let refusal = |message: &str| Err(Error::HostNotAllowed(message.to_owned()));
         match (hosts.next(), hosts.next()) {
             (Some(host), None) => match host.to_str().ok().and_then(without_port) {
                 Some(name) if self.allows(name) => Ok(()),
-                _ => refusal(host.as_bytes()),
+                name => Err(refusal::of_host(self, host, name)),
             },
-            (None, _) => refusal(b""),
-            (Some(_), Some(second)) => refusal(second.as_bytes()),
+            (None, _) => refusal("the request has no `Host` header"),
+            (Some(_), Some(_)) => refusal("the request has more than one `Host` header"),
         }
     }
 
@@ -104,7 +115,7 @@ impl Rules {
         if allowed {
             Ok(())
         } else {
-            Err(Error::OriginNotAllowed)
+            Err(refusal::of_page(self, headers))
         }
     }
 
@@ -173,6 +184,24 @@ fn without_port(authority: &str) -> Option<&str> {
     let (name, port) = authority.split_at(end);
     let is_port = |port: &str| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit());
     (port.is_empty() || port.strip_prefix(':').is_some_and(is_port)).then_some(name)
+}
+
+/// A name or an address, as a `Host` header has it before the port.
+pub fn is_host(host: &str) -> bool {
+    let port = host
+        .rsplit_once(':')
+        .is_some_and(|(_, port)| !port.ends_with(']'));
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._[]:".contains(&b);
+    !host.is_empty() && !port && host.bytes().all(plain)
+}
+
+/// Scheme, host and port as browsers send them, and nothing else. `null` is the origin of files and
+/// sandboxed frames, which anyone can be.
+pub fn is_web_origin(origin: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-._[]:".contains(&b);
+    origin.split_once("://").is_some_and(|(scheme, host)| {
+        !scheme.is_empty() && !host.is_empty() && scheme.bytes().chain(host.bytes()).all(plain)
+    })
 }
 
 /// As often a path may be encoded: no client encodes one twice, and each time costs as much as the first.
@@ -268,6 +297,7 @@ mod tests {
             client_tokens: None,
             request_body: ByteSize::mib(1),
             in_flight: 1,
+            purpose: Purpose::Serve,
         }
     }
 
