@@ -33,8 +33,8 @@ pub enum Error {
     #[error("{0}")]
     OriginNotAllowed(String),
     /// No client token, or an unknown one: deliberately the same for both.
-    #[error("a valid client token is required")]
-    ClientTokenInvalid,
+    #[error("a valid client token is required{}", .0.advice())]
+    ClientTokenInvalid(TokenSource),
     /// A path that is not in the allow-list.
     #[error("this path is not in `access.allowed_paths`")]
     PathNotAllowed,
@@ -109,6 +109,15 @@ pub enum Error {
     },
 }
 
+/// The place where clients find their token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenSource {
+    /// `access.client_tokens_file`.
+    File,
+    /// A variable that `run` has set for its command.
+    Run,
+}
+
 /// An answer of upstream that is an error.
 #[derive(Debug)]
 pub struct Answer {
@@ -177,7 +186,7 @@ impl Error {
             Self::BadRequest(_) | Self::BodyCutOff => service_code::BAD_REQUEST,
             Self::HostNotAllowed(_) => service_code::HOST_NOT_ALLOWED,
             Self::OriginNotAllowed(_) => service_code::ORIGIN_NOT_ALLOWED,
-            Self::ClientTokenInvalid => service_code::CLIENT_TOKEN_INVALID,
+            Self::ClientTokenInvalid(_) => service_code::CLIENT_TOKEN_INVALID,
             Self::PathNotAllowed => service_code::PATH_NOT_ALLOWED,
             Self::MethodNotAllowed => service_code::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge { .. } => service_code::BODY_TOO_LARGE,
@@ -274,6 +283,18 @@ impl Error {
                 _ => Resend::Never,
             },
             _ => self.row().resend,
+        }
+    }
+}
+
+// === impl TokenSource ===
+
+impl TokenSource {
+    /// Names the token, where the message should.
+    fn advice(self) -> &'static str {
+        match self {
+            Self::File => "",
+            Self::Run => ": send `$KLING_API_KEY`, which `run` has set",
         }
     }
 }

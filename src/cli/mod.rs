@@ -171,6 +171,9 @@ Examples:
   kling-proxy completions fish > ~/.config/fish/completions/kling-proxy.fish
   kling-proxy completions zsh > ~/.zfunc/_kling-proxy    with ~/.zfunc in $fpath, before compinit";
 
+/// The command line that needs no account.
+const TRIAL: &str = "kling-proxy --sandbox";
+
 /// Failure of a command: its exit code, and the lines for standard error.
 #[derive(Debug)]
 struct Failure {
@@ -263,11 +266,27 @@ impl Failure {
     fn because(exit: Exit, error: &dyn std::error::Error) -> Self {
         Self::new(exit, chain(error))
     }
+
+    /// There is no usable credential, which the command line `trial` does not need.
+    fn without_credential(error: &credentials::Error, trial: &str) -> Self {
+        Self::new(Exit::Settings, with_trial(error, trial))
+    }
 }
 
 impl From<credentials::Error> for Failure {
     fn from(error: credentials::Error) -> Self {
-        Self::because(Exit::Settings, &error)
+        Self::without_credential(&error, TRIAL)
+    }
+}
+
+/// Describes an error. If no place has a credential, recommends the command line `trial`.
+fn with_trial(error: &credentials::Error, trial: &str) -> String {
+    let text = chain(error);
+    match error {
+        credentials::Error::Missing => {
+            format!("{text}; to try without an account, run `{trial}`")
+        }
+        _ => text,
     }
 }
 

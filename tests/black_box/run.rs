@@ -75,6 +75,19 @@ fn command_reaches_upstream_by_its_dummy_keys_and_nobody_else_does() {
 #[test]
 fn refusal_names_what_run_has_set() {
     let proxy = shell(&Upstream::ok(), SAYS_WHERE).start();
+    let answer = get(&proxy, "");
+    assert_eq!(answer.refusal(), (401, 9003));
+    let body = answer.json();
+    assert_eq!(
+        (&body["message"], &body["error"]["solution"]),
+        (
+            &json!("a valid client token is required: send `$KLING_API_KEY`, which `run` has set"),
+            &json!(
+                "Send `$KLING_API_KEY`, which `run` has set, in `kling-proxy-token` or as \
+                 `Authorization: Bearer`"
+            )
+        )
+    );
     let answer = proxy.send("GET /v1/x HTTP/1.1\r\nhost: new.host\r\n\r\n");
     assert_eq!(answer.refusal(), (421, 9001));
     assert_eq!(
@@ -82,6 +95,16 @@ fn refusal_names_what_run_has_set() {
         "host `new.host` is not that of this proxy: send to `$KLING_BASE_URL`, which `run` has set"
     );
     end(proxy);
+}
+
+#[test]
+fn without_a_credential_run_recommends_its_sandbox() {
+    let finished = Command::new(["run", "--", "true"]).run();
+    assert_eq!(finished.code, Some(78), "{finished:?}");
+    assert_has(
+        &finished.stderr,
+        &["`kling-proxy run --sandbox -- COMMAND`"],
+    );
 }
 
 /// R22.

@@ -53,8 +53,7 @@ pub enum Error {
     /// No place has a credential.
     #[error(
         "no credential: set KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY \
-         (or name files: KLING_ACCESS_KEY_FILE, KLING_SECRET_KEY_FILE, KLING_API_KEY_FILE); \
-         to try without an account, run `kling-proxy --sandbox`"
+         (or name files: KLING_ACCESS_KEY_FILE, KLING_SECRET_KEY_FILE, KLING_API_KEY_FILE)"
     )]
     Missing,
     /// Only one half of a key pair is set.

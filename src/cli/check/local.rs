@@ -11,7 +11,7 @@ use crate::auth::credentials::{self, Places};
 use crate::auth::secret::Secret;
 use crate::auth::token::Credential;
 use crate::auth::trusted_file::{self, TrustedFileError};
-use crate::cli::{Exit, find_credential};
+use crate::cli::{Exit, TRIAL, find_credential, with_trial};
 use crate::clock::Clock;
 use crate::error::chain;
 use crate::settings::{SettingRow, Settings};
@@ -94,7 +94,7 @@ fn is_token(key: &Secret) -> bool {
 /// Describes the reason why no place has a usable credential, with advice.
 fn missing(error: &credentials::Error) -> Fault {
     use credentials::Error::{Command, Half, Malformed, Missing, Unreadable};
-    let text = chain(error);
+    let text = with_trial(error, TRIAL);
     let (r#type, advice) = match error {
         // The message of this error holds the advice too.
         Missing => {

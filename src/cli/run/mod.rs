@@ -29,6 +29,9 @@ use crate::telemetry;
 /// output of the command.
 const QUIET: LevelFilter = LevelFilter::WARN;
 
+/// The command line that needs no account.
+const TRIAL: &str = "kling-proxy run --sandbox -- COMMAND";
+
 /// Runs a command and returns its exit code, or 128 plus the signal's number if a signal ended it.
 pub(super) fn run(
     with_sandbox: bool,
@@ -60,6 +63,7 @@ pub(super) fn run(
         rows,
         filter,
         sandboxed: with_sandbox,
+        trial: TRIAL,
     };
     let proxy = Proxy::set_up(&configuration, listeners)?;
     let token = admit_one(&proxy)?;

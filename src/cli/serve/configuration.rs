@@ -16,6 +16,8 @@ pub(in crate::cli) struct Configuration {
     pub(in crate::cli) filter: Filter,
     /// True if the embedded sandbox is upstream. Its credential never changes.
     pub(in crate::cli) sandboxed: bool,
+    /// The command line that is recommended if there is no credential.
+    pub(in crate::cli) trial: &'static str,
 }
 
 // === impl Configuration ===

@@ -22,7 +22,7 @@ pub(super) use self::running::Running;
 pub(super) use self::set_up::Proxy;
 pub(super) use self::systemd::SdNotify;
 use super::signal::{self, Signals};
-use super::{Exit, Failure, SettingsArgs, runtime, say};
+use super::{Exit, Failure, SettingsArgs, TRIAL, runtime, say};
 use crate::environment::Environment;
 use crate::sandbox::Sandbox;
 use crate::server::Listener;
@@ -50,6 +50,7 @@ pub(super) fn run(
         rows,
         filter,
         sandboxed: with_sandbox,
+        trial: TRIAL,
     };
     let proxy = Proxy::set_up(&configuration, listeners)?;
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;

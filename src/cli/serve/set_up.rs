@@ -130,7 +130,8 @@ fn found(configuration: &Configuration) -> Result<Credential, Failure> {
         credential,
         source,
         warnings,
-    } = find_credential(&configuration.places())?;
+    } = find_credential(&configuration.places())
+        .map_err(|error| Failure::without_credential(&error, configuration.trial))?;
     tracing::info!(kind = credential.kind(), source, "credential");
     for warning in warnings {
         tracing::warn!("{warning}");

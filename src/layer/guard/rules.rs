@@ -9,7 +9,7 @@ use percent_encoding::percent_decode;
 
 use super::refusal;
 use crate::auth::client_token::{Client, ClientTokens};
-use crate::error::Error;
+use crate::error::{Error, TokenSource};
 use crate::kling::api_path::is_under;
 
 /// What may pass.
@@ -164,7 +164,12 @@ impl Rules {
         let Some(tokens) = &self.client_tokens else {
             return Ok(None);
         };
-        let client = tokens.admit(headers).ok_or(Error::ClientTokenInvalid)?;
+        let client = tokens.admit(headers).ok_or_else(|| {
+            Error::ClientTokenInvalid(match self.purpose {
+                Purpose::Run => TokenSource::Run,
+                Purpose::Serve | Purpose::Admin => TokenSource::File,
+            })
+        })?;
         Ok(Some(client))
     }
 

@@ -6,7 +6,7 @@ use http::StatusCode;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::error::{self, Error};
+use crate::error::{self, Error, TokenSource};
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::Needs;
 use crate::request::context::RequestContext;
@@ -87,12 +87,23 @@ impl<'a> Detail<'a> {
             upstream_status: error.answer().map(|answer| answer.head.status.as_u16()),
             definition: row.definition,
             explanation: row.explanation,
-            solution: row.solution,
+            solution: solution(error),
             retryable: error.retryable(effect),
             attempts: context.attempts(),
             hint: hint(error, effect),
             excerpt,
         }
+    }
+}
+
+/// The advice of the table. `run` ignores the file of tokens that this advice names.
+fn solution(error: &Error) -> &'static str {
+    match error {
+        Error::ClientTokenInvalid(TokenSource::Run) => {
+            "Send `$KLING_API_KEY`, which `run` has set, in `kling-proxy-token` or as \
+             `Authorization: Bearer`"
+        }
+        _ => error.row().solution,
     }
 }
 
