@@ -137,7 +137,7 @@ enum Output {
 
 const EXAMPLES: &str = "\
 Credentials come from variables, never from the command line:
-  KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY (or …_FILE)
+  KLING_API_KEY, or KLING_ACCESS_KEY and KLING_SECRET_KEY (or …_FILE)
 
 Examples:
   kling-proxy --sandbox      try it without an account

@@ -262,7 +262,7 @@ pub const TABLE: &[Row] = &[
          "Try a read again; look a create up first"]),
     row(9201, Class::CredentialUnavailable, StatusCode::SERVICE_UNAVAILABLE, "credentials_unavailable", Resend::Never,
         ["No credential", "The proxy has no usable credential, so nothing was sent",
-         "Set KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY, for the proxy"]),
+         "Set KLING_API_KEY, or KLING_ACCESS_KEY and KLING_SECRET_KEY, for the proxy"]),
     row(9301, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "overloaded", Resend::ByClient,
         ["Refused by the proxy", "Too many requests are in flight, of all clients or of one while others want some",
          "Send fewer at once, or raise `limits.in_flight`"])

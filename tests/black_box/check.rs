@@ -317,6 +317,43 @@ fn settings_file_that_shows_a_secret_is_a_warning() {
 }
 
 #[test]
+fn proxy_variables_are_told_to_be_without_effect() {
+    for (variables, egress, found, problems) in [
+        (&[][..], "", "", &[][..]),
+        (&["NO_PROXY"], "", "", &[]),
+        (
+            &["HTTPS_PROXY"],
+            "",
+            "; HTTPS_PROXY is set and not used",
+            &["proxy_variables_unused"],
+        ),
+        (
+            &["HTTP_PROXY", "all_proxy"],
+            "",
+            "; HTTP_PROXY and all_proxy are set and not used",
+            &["proxy_variables_unused"],
+        ),
+        (
+            &["https_proxy"],
+            "http://egress.test:3128",
+            "; https_proxy is set and not used",
+            &[],
+        ),
+    ] {
+        let set = |command: Command, name: &&str| command.env(name, "http://canary:canary@a.test");
+        let command = variables.iter().fold(check().keys(), set);
+        let command = command.setting("upstream.proxy", egress);
+        let report = Report::of(command.argument("--offline"));
+        assert_eq!(report.finished.code, Some(0));
+        assert_eq!(report.problems("settings"), problems, "{variables:?}");
+        let told = report.found("settings");
+        assert!(told.ends_with(found), "{variables:?}: {told}");
+        assert_eq!(told.contains("not used"), !found.is_empty(), "{told}");
+        assert!(!report.finished.stdout.contains("canary"));
+    }
+}
+
+#[test]
 fn offline_asks_nobody() {
     let upstream = Upstream::ok();
     let report = Report::of(check_of(&upstream).argument("--offline"));

@@ -1,5 +1,11 @@
 //! Where keys come from, which source wins, and that no key is ever put out.
 
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+};
+
 use crate::support::{
     ACCESS_KEY, Command, Credential, Proxy, SECRET_KEY, Signal, Upstream, assert_has,
 };
@@ -17,6 +23,9 @@ fn start(upstream: &Upstream, sources: Sources) -> Proxy {
     command.file("api", &format!("{API_KEY}\n"));
     command.file("credentials/kling_access_key", ACCESS_KEY);
     command.file("credentials/kling_secret_key", SECRET_KEY);
+    command.file("with_api_key/kling_access_key", "unused");
+    command.file("with_api_key/kling_secret_key", "unused");
+    command.file("with_api_key/kling_api_key", API_KEY);
     let path = |name: &str| file.with_file_name(name).to_str().unwrap().to_owned();
     let set = |command: Command, &(name, value): &(&str, &str)| {
         let value = value.strip_prefix('@').map_or(value.to_owned(), path);
@@ -53,6 +62,7 @@ fn api_key_is_found_in_every_documented_place_and_sent_as_it_is() {
     for source in [
         ("KLING_API_KEY", API_KEY),
         ("KLING_API_KEY_FILE", "@api"),
+        ("CREDENTIALS_DIRECTORY", "@with_api_key"),
         ("KLING_PROXY_CREDENTIALS__API_KEY_FILE", "@api"),
     ] {
         start(&Upstream::expecting(Credential::ApiKey(API_KEY)), &[source]);
@@ -142,6 +152,46 @@ fn missing_key_file_is_named_with_its_variable() {
         .run();
     assert_eq!(finished.code, Some(78), "{finished:?}");
     assert_has(&finished.stderr, &["KLING_API_KEY_FILE", "/nowhere/kling"]);
+}
+
+#[test]
+fn credentials_folder_that_cannot_be_read_is_named_with_the_reason() {
+    let start = |prepare: &dyn Fn(&Path)| {
+        let command = Command::new([]);
+        let key = command.file("credentials/kling_api_key", API_KEY);
+        let folder = key.parent().unwrap();
+        prepare(folder);
+        let named = folder.to_str().unwrap().to_owned();
+        let command = command.env("CREDENTIALS_DIRECTORY", &named);
+        (command.unprivileged().run(), named)
+    };
+    let mode = |path: &Path| fs::set_permissions(path, Permissions::from_mode(0o000)).unwrap();
+    let gone = |path: &Path| fs::rename(path, path.with_file_name("elsewhere")).unwrap();
+    for (prepare, place, name, reason) in [
+        (
+            &mode as &dyn Fn(&Path),
+            "$CREDENTIALS_DIRECTORY",
+            "",
+            "Permission denied (os error 13)",
+        ),
+        (
+            &gone,
+            "$CREDENTIALS_DIRECTORY",
+            "",
+            "No such file or directory (os error 2)",
+        ),
+        (
+            &|folder: &Path| mode(&folder.join("kling_api_key")),
+            "$CREDENTIALS_DIRECTORY/kling_api_key",
+            "/kling_api_key",
+            "Permission denied (os error 13)",
+        ),
+    ] {
+        let (finished, folder) = start(prepare);
+        assert_eq!(finished.code, Some(78), "{finished:?}");
+        let told = format!("kling-proxy: cannot read {place} ({folder}{name}): {reason}");
+        assert_eq!(finished.stderr.lines().last(), Some(&*told));
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ from pages import COMMANDS, file
 from support import BINARY, ROOT, environment, proxy
 
 RECIPES = ROOT / "docs/recipes.md"
-KEYS = ("KLING_ACCESS_KEY_FILE", "KLING_SECRET_KEY_FILE")
+KEYS = ("KLING_API_KEY_FILE",)
 
 
 class Recipes(unittest.TestCase):

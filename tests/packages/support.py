@@ -11,8 +11,7 @@ CONFIG = ROOT / "config"
 TARGET = ROOT / os.environ.get("CARGO_TARGET_DIR", "target")
 BINARY = TARGET / "debug/kling-proxy"
 # Of the embedded sandbox, as `kling-proxy sandbox` prints them.
-ACCESS_KEY = "sandboxAccessKeyForTestsOnly0000"
-SECRET_KEY = "sandboxSecretKeyForTestsOnly0000"
+API_KEY = "api-sandboxKeyForTestsOnly000000"
 
 CREATE = [
     "curl", "--silent", "--show-error", "--max-time", "10",

@@ -28,7 +28,7 @@ from containers import (
 )
 from support import CONFIG, run
 
-KEYS = {"KLING_ACCESS_KEY": "accessKey", "KLING_SECRET_KEY": STAND_IN_TOKEN}
+KEYS = {"KLING_API_KEY": STAND_IN_TOKEN}
 
 
 def overrides():

@@ -27,7 +27,7 @@ from containers import (
 )
 from support import CONFIG, eventually
 
-SECRETS = {"kling": {"access_key": "accessKey", "secret_key": STAND_IN_TOKEN}}
+SECRETS = {"kling": {"api_key": STAND_IN_TOKEN}}
 
 
 def template(name):

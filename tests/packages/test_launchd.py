@@ -6,14 +6,14 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from support import ACCESS_KEY, BINARY, CONFIG, SECRET_KEY, run
+from support import API_KEY, BINARY, CONFIG, run
 
 PLIST = CONFIG / "launchd/local.kling-proxy.plist"
 # Prints what a Mac's `security` prints of a password, if it is asked for that.
 SECURITY = """\
 #!/bin/sh
 [ "$*" = 'find-generic-password -s kling-proxy -w' ] || exit 44
-echo '{"access_key":"%s","secret_key":"%s"}'
+echo '{"api_key":"%s"}'
 """
 
 
@@ -31,7 +31,7 @@ class Agent(unittest.TestCase):
     def test_its_settings_get_the_keys_from_the_keychain(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         security = folder / "security"
-        security.write_text(SECURITY % (ACCESS_KEY, SECRET_KEY), encoding="utf-8")
+        security.write_text(SECURITY % API_KEY, encoding="utf-8")
         security.chmod(0o755)
         variables = {
             name: value.replace("/usr/bin/security", str(security))
@@ -41,7 +41,7 @@ class Agent(unittest.TestCase):
         report = json.loads(run(BINARY, "check", "--offline", "--output=json", env=environment))
         self.assertEqual(report["status"], "ok", report)
         [credential] = [step["found"] for step in report["steps"] if step["step"] == "credential"]
-        self.assertEqual(credential, "access key and secret key from credentials.command")
+        self.assertEqual(credential, "API key from credentials.command")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ import unittest
 from pathlib import Path
 
 from support import (
-    ACCESS_KEY,
+    API_KEY,
     BINARY,
     CONFIG,
     CREATE,
-    SECRET_KEY,
     UNPRIVILEGED,
     create,
     eventually,
@@ -51,9 +50,8 @@ def make(root):
     keys = root / "etc/kling-proxy"
     keys.mkdir(0o700)
     (keys / "environment").write_text(ENVIRONMENT, encoding="utf-8")
-    for name, key in [("access_key", ACCESS_KEY), ("secret_key", SECRET_KEY)]:
-        (keys / name).write_text(key, encoding="utf-8")
-        (keys / name).chmod(0o600)
+    (keys / "api_key").write_text(API_KEY, encoding="utf-8")
+    (keys / "api_key").chmod(0o600)
 
 
 def is_first(pid):

@@ -5,6 +5,7 @@ mod command;
 mod environment;
 
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 pub use self::command::{CommandError, CredentialCommand};
 pub use self::environment::without_secrets;
@@ -52,8 +53,8 @@ pub struct Found {
 pub enum Error {
     /// No place has a credential.
     #[error(
-        "no credential: set KLING_ACCESS_KEY and KLING_SECRET_KEY, or KLING_API_KEY \
-         (or name files: KLING_ACCESS_KEY_FILE, KLING_SECRET_KEY_FILE, KLING_API_KEY_FILE)"
+        "no credential: set KLING_API_KEY, or KLING_ACCESS_KEY and KLING_SECRET_KEY \
+         (or name files: KLING_API_KEY_FILE, KLING_ACCESS_KEY_FILE, KLING_SECRET_KEY_FILE)"
     )]
     Missing,
     /// Only one half of a key pair is set.
@@ -64,11 +65,12 @@ pub enum Error {
         /// Variable or setting that is missing.
         missing: String,
     },
-    /// A file cannot be read, or others could have written it.
+    /// A file, or the folder of the service manager's credentials, cannot be read.
     #[error("cannot read {place} ({})", .path.display())]
     Unreadable {
-        /// Variable or setting that names the file.
+        /// What names the file or folder.
         place: String,
+        /// The file or folder.
         path: PathBuf,
         #[source]
         cause: TrustedFileError,
@@ -122,6 +124,9 @@ impl Places<'_> {
                 return Ok(found);
             }
         }
+        if let Some(key) = self.in_directory("kling_api_key")? {
+            return api_key(key);
+        }
         let [access, secret] = ["kling_access_key", "kling_secret_key"];
         let [access_key, secret_key] = [self.in_directory(access)?, self.in_directory(secret)?];
         if let Some(found) = pair((access, access_key), (secret, secret_key))? {
@@ -156,7 +161,7 @@ impl Places<'_> {
                 )?,
             ),
         );
-        found?.ok_or(Error::Missing)
+        found?.ok_or_else(|| self.missing())
     }
 
     /// Reads a key from a variable, or from the file that the variable with the suffix `_FILE` names.
@@ -175,13 +180,36 @@ impl Places<'_> {
 
     /// Reads a key from a file of systemd's `LoadCredential`.
     fn in_directory(&self, name: &str) -> Result<Option<Key>, Error> {
-        let path = self
-            .environment
-            .get(DIRECTORY)
-            .map(|directory| PathBuf::from(directory).join(name));
-        let path = path.filter(|path| path.exists());
-        path.map(|path| from_file(&format!("${DIRECTORY}/{name}"), &path))
-            .transpose()
+        let Some(folder) = self.environment.get(DIRECTORY).map(Path::new) else {
+            return Ok(None);
+        };
+        let path = folder.join(name);
+        match fs::symlink_metadata(&path) {
+            Ok(_) => from_file(&format!("${DIRECTORY}/{name}"), &path).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(unreadable_folder(folder, error)),
+        }
+    }
+
+    /// No place has a credential. Says so of the folder if it is not there, unless a command comes next.
+    fn missing(&self) -> Error {
+        let folder = self.environment.get(DIRECTORY).map(Path::new);
+        match folder {
+            Some(folder) if self.configured.command.is_empty() => match fs::metadata(folder) {
+                Ok(_) => Error::Missing,
+                Err(error) => unreadable_folder(folder, error),
+            },
+            _ => Error::Missing,
+        }
+    }
+}
+
+/// The folder of `LoadCredential` cannot be read.
+fn unreadable_folder(folder: &Path, error: io::Error) -> Error {
+    Error::Unreadable {
+        place: format!("${DIRECTORY}"),
+        path: folder.to_owned(),
+        cause: error.into(),
     }
 }
 

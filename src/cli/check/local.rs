@@ -1,5 +1,6 @@
 //! The steps of `check` that need no network: settings, files and their modes, the credential.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use crate::auth::token::Credential;
 use crate::auth::trusted_file::{self, TrustedFileError};
 use crate::cli::{Exit, TRIAL, find_credential, with_trial};
 use crate::clock::Clock;
+use crate::environment::Environment;
 use crate::error::chain;
 use crate::settings::{SettingRow, Settings};
 use crate::upstream::{TlsError, trust_roots};
@@ -20,19 +22,39 @@ use crate::upstream::{TlsError, trust_roots};
 /// The type of a warning about a file that every user can read.
 pub(super) const EXPOSED: &str = "file_readable_by_others";
 
-/// Lists the sources of the settings, and warns if others can read a settings file that holds a secret.
-pub(super) fn settings(settings: &Settings, rows: &[SettingRow]) -> Finding {
+/// Variables by which other programs find the network's proxy, in upper or lower case.
+const PROXY_VARIABLES: [&str; 3] = ["ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"];
+
+/// Where settings come from, and whether others can read a secret there.
+pub(super) fn settings(
+    settings: &Settings,
+    rows: &[SettingRow],
+    environment: &Environment,
+) -> Finding {
     let set = rows.iter().filter(|row| !row.is_default());
     let mut sources: Vec<_> = set.map(|row| row.source.as_str()).collect();
     sources.sort_unstable();
     sources.dedup();
     let origin = &settings.upstream.origin;
-    let text = if sources.is_empty() {
+    let mut text = if sources.is_empty() {
         format!("upstream is {origin}; all are defaults")
     } else {
         format!("upstream is {origin}; set by {}", sources.join(", "))
     };
+    let unused = proxy_variables(environment).join(" and ");
+    if !unused.is_empty() {
+        let are = if unused.contains(' ') { "are" } else { "is" };
+        text = format!("{text}; {unused} {are} set and not used");
+    }
     let mut found = Finding::new((), text);
+    if !unused.is_empty() && settings.upstream.proxy.is_none() {
+        found.warn(
+            "proxy_variables_unused",
+            format!(
+                "if the only way to upstream is the proxy of {unused}, set upstream.proxy to it"
+            ),
+        );
+    }
     // The settings file is the only source that is a file.
     for source in sources {
         let path = Path::new(source);
@@ -47,6 +69,22 @@ pub(super) fn settings(settings: &Settings, rows: &[SettingRow]) -> Finding {
         }
     }
     found
+}
+
+/// The names of variables that name a proxy. Their values may hold passwords.
+fn proxy_variables(environment: &Environment) -> Vec<String> {
+    let set = environment
+        .variables()
+        .filter(|(_, value)| !value.is_empty());
+    let names = set.map(|(name, _)| name.to_string_lossy());
+    let of_proxies = |name: &Cow<'_, str>| {
+        PROXY_VARIABLES
+            .iter()
+            .any(|known| name.eq_ignore_ascii_case(known))
+    };
+    let mut names: Vec<_> = names.filter(of_proxies).map(Cow::into_owned).collect();
+    names.sort_unstable();
+    names
 }
 
 /// Checks that the client tokens of `access.client_tokens_file` can be used.
@@ -103,13 +141,19 @@ fn missing(error: &credentials::Error) -> Fault {
         }
         Half { missing, .. } => ("half_credential", format!("set {missing} too")),
         Unreadable { path, cause, .. } => match cause {
-            TrustedFileError::Io(_)
-            | TrustedFileError::Irregular
+            TrustedFileError::Io(_) => (
+                "file_unreadable",
+                format!(
+                    "see that {} is there, and that this user may read it",
+                    path.display()
+                ),
+            ),
+            TrustedFileError::Irregular
             | TrustedFileError::TooLarge
             | TrustedFileError::NotText => (
                 "file_unreadable",
                 format!(
-                    "see that {} is there, is a file of a key, and this user may read it",
+                    "see that {} is a file of a key, and nothing else",
                     path.display()
                 ),
             ),

@@ -41,7 +41,9 @@ pub(super) fn run(
         }
     };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    report.take("settings", || Ok(local::settings(&settings, &rows)));
+    report.take("settings", || {
+        Ok(local::settings(&settings, &rows, environment))
+    });
     if let Some(path) = &settings.access.client_tokens_file {
         report.take("client_tokens", || local::client_tokens(path, &clock));
     }
