@@ -98,7 +98,7 @@ fn root(error: &dyn Error) -> &dyn Error {
 }
 
 /// Where to connect to what listens on every address.
-fn reachable(mut address: SocketAddr) -> SocketAddr {
+pub(super) fn reachable(mut address: SocketAddr) -> SocketAddr {
     if address.ip().is_unspecified() {
         address.set_ip(match address.ip() {
             IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),

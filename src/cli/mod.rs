@@ -16,6 +16,7 @@ mod sandbox;
 mod serve;
 mod settings;
 mod signal;
+mod taken_port;
 mod token;
 
 use std::ffi::OsString;

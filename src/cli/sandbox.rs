@@ -7,7 +7,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::serve::{NO_UPSTREAM, limit_connections, raise_descriptor_limit};
 use super::signal::Signals;
-use super::{Exit, Failure, SettingsArgs, runtime, say};
+use super::{Exit, Failure, SettingsArgs, runtime, say, taken_port};
 use crate::clock::SystemClock;
 use crate::environment::Environment;
 use crate::layer::guard::rules::Rules;
@@ -27,9 +27,8 @@ pub(super) fn run(
     refuse_exposed(address, &settings)?;
     telemetry::init(settings.log.format, settings.log.filter.clone());
     let failed = |error: std::io::Error| Failure::because(Exit::Failed, &error);
-    let listener = server::bind(address).map_err(|error| {
-        Failure::new(Exit::Failed, format!("cannot listen on {address}: {error}"))
-    })?;
+    let free = SocketAddr::new(address.ip(), 0);
+    let listener = taken_port::bind(address, &format!("--address {free}"))?;
     let address = listener.local_addr().map_err(failed)?;
     let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
     // The rules check host, web origin and body size. The sandbox checks everything else, as Kling does.

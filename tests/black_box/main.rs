@@ -25,6 +25,7 @@ mod http2;
 mod https;
 mod log;
 mod normalise;
+mod ports;
 mod protocol;
 mod reload;
 mod retry;

@@ -11,7 +11,7 @@ from pathlib import Path
 from pages import COMMANDS, PAGES, Block, anchors, blocks, file, looks_like, transcript
 from support import BINARY, ROOT, environment, proxy
 
-DOCUMENTED = {"proxy": "127.0.0.1:5546", "admin": "127.0.0.1:5547", "sandbox": "127.0.0.1:37231"}
+DOCUMENTED = {"proxy": "127.0.0.1:5546", "admin": "127.0.0.1:5547", "sandbox": "127.0.0.1:5548"}
 MODULES = ROOT / "tests/clients/node_modules"
 
 

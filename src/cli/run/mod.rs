@@ -65,7 +65,7 @@ pub(super) fn run(
         sandboxed: with_sandbox,
         trial: TRIAL,
     };
-    let proxy = Proxy::set_up(&configuration, listeners)?;
+    let proxy = Proxy::set_up(&configuration, || Ok(listeners))?;
     let token = admit_one(&proxy)?;
     let (program, arguments) = command
         .split_first()

@@ -1,13 +1,13 @@
 //! The sockets that clients connect to.
 
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::systemd;
-use crate::cli::{Exit, Failure};
-use crate::environment::Environment;
+use super::configuration::Configuration;
+use crate::cli::{Exit, Failure, taken_port};
 use crate::error::chain;
 use crate::server::{self, Certificate, CertificateFiles, Listener, SocketFile};
 use crate::settings::{ListenSettings, SettingProblem, Settings};
@@ -31,16 +31,16 @@ const ADMIN: &str = "admin";
 // === impl Listeners ===
 
 impl Listeners {
-    /// Takes over the sockets that a service manager has opened. If it has opened none for requests, or
-    /// none for health and metrics, opens those of the settings. Call this before the first thread is
-    /// started, for the reason given at [`SocketFile::bind`].
-    pub(in crate::cli) fn open(
-        settings: &Settings,
-        environment: &Environment,
+    /// Takes over the sockets that a service manager has opened, else opens what the settings ask
+    /// for. Call it before the first thread is started, as [`SocketFile::bind`] says.
+    pub(super) fn open(
+        configuration: &Configuration,
+        inherited: Vec<(String, Listener)>,
     ) -> Result<Self, Failure> {
+        let settings = &configuration.settings;
         let certificate = load_certificate(&settings.listen)?;
         let (mut data, mut admin) = (Vec::new(), Vec::new());
-        for (name, listener) in systemd::sockets(environment)? {
+        for (name, listener) in inherited {
             if name == ADMIN {
                 admin.push(listener);
             } else {
@@ -49,14 +49,12 @@ impl Listeners {
             }
         }
         let mut socket_file = None;
-        if admin.is_empty()
-            && let Some(address) = settings.admin.address
-        {
-            admin.push(Listener::Tcp(bind(address)?));
-        }
         if data.is_empty() {
+            refuse_nowhere(&settings.listen)?;
             for address in &settings.listen.addresses {
-                data.push(Listener::Tcp(bind(*address)?));
+                let instead = SocketAddr::new(address.ip(), 0);
+                let instead = format!("--listen {instead} --admin off");
+                data.push(Listener::Tcp(taken_port::bind(*address, &instead)?));
             }
             if let Some(path) = &settings.listen.unix_socket {
                 let (socket, file) = bind_file(path)?;
@@ -64,10 +62,11 @@ impl Listeners {
                 socket_file = Some(file);
             }
         }
-        if data.is_empty() {
-            let reason = "want an address, where there is no listen.unix_socket";
-            let problem = SettingProblem::new("listen.address", reason);
-            return Err(Failure::new(Exit::Settings, problem.to_string()));
+        // At last: if both ports are taken, the message names that of the clients.
+        if admin.is_empty()
+            && let Some(address) = settings.admin.address
+        {
+            admin.push(Listener::Tcp(bind_admin(address, configuration)?));
         }
         if let Some(certificate) = &certificate {
             let config = Arc::clone(certificate).server_config();
@@ -118,6 +117,25 @@ impl Listeners {
     }
 }
 
+/// Opens the admin listener. If nobody has chosen its port and another proxy has it, any other will do.
+fn bind_admin(address: SocketAddr, configuration: &Configuration) -> Result<TcpListener, Failure> {
+    let mut rows = configuration.rows.iter();
+    let is_default = rows.any(|row| row.key == "admin.address" && row.is_default());
+    match server::bind(address) {
+        Err(error) if is_default && error.kind() == io::ErrorKind::AddrInUse => {
+            let listener = bind(SocketAddr::new(address.ip(), 0))?;
+            if let Ok(own) = listener.local_addr() {
+                tracing::warn!(
+                    "admin.address: {address} is taken, so the admin listener of this proxy is at {own}"
+                );
+            }
+            Ok(listener)
+        }
+        Ok(listener) => Ok(listener),
+        Err(_) => taken_port::bind(address, "--admin off"),
+    }
+}
+
 /// Opens a TCP socket that listens on `address`.
 pub(super) fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
     server::bind(address)
@@ -138,6 +156,16 @@ fn refuse_exposed(listener: &Listener, settings: &Settings) -> Result<(), Failur
         Some(problem) => Err(Failure::new(Exit::Settings, problem.to_string())),
         None => Ok(()),
     }
+}
+
+/// Finds settings that ask for no listener at all.
+fn refuse_nowhere(listen: &ListenSettings) -> Result<(), Failure> {
+    if !listen.addresses.is_empty() || listen.unix_socket.is_some() {
+        return Ok(());
+    }
+    let reason = "want an address, where there is no listen.unix_socket";
+    let problem = SettingProblem::new("listen.address", reason);
+    Err(Failure::new(Exit::Settings, problem.to_string()))
 }
 
 fn load_certificate(listen: &ListenSettings) -> Result<Option<Arc<Certificate>>, Failure> {

@@ -41,8 +41,8 @@ pub(super) fn run(
     }
     raise_descriptor_limit();
     hide_memory();
-    // Before `credentials.command` is run, because it would inherit the sockets of a service manager.
-    let listeners = Listeners::open(&settings, &environment)?;
+    // Before a command is run, which would inherit the sockets of a service manager.
+    let inherited = systemd::sockets(&environment)?;
     let configuration = Configuration {
         args,
         environment,
@@ -52,7 +52,8 @@ pub(super) fn run(
         sandboxed: with_sandbox,
         trial: TRIAL,
     };
-    let proxy = Proxy::set_up(&configuration, listeners)?;
+    let open = || Listeners::open(&configuration, inherited);
+    let proxy = Proxy::set_up(&configuration, open)?;
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
     let ended = runtime.block_on(serve(proxy, configuration));
     // Does not wait for a name resolution that is still running.

@@ -40,9 +40,11 @@ pub(in crate::cli) struct Proxy {
 // === impl Proxy ===
 
 impl Proxy {
+    /// Checks settings, credential and files, and then opens the listeners, since a port that is taken
+    /// must not hide what is wrong besides.
     pub(in crate::cli) fn set_up(
         configuration: &Configuration,
-        listeners: Listeners,
+        open: impl FnOnce() -> Result<Listeners, Failure>,
     ) -> Result<Self, Failure> {
         let settings = &configuration.settings;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
@@ -63,6 +65,7 @@ impl Proxy {
         let metrics = Metrics::new().map_err(|error| Failure::because(Exit::Failed, &error))?;
         let metrics = Arc::new(metrics);
 
+        let listeners = open()?;
         let (sandbox, origin) = if configuration.sandboxed {
             let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox.clone(), &clock)?;
             (Some((listener, sandbox)), origin)
