@@ -1,4 +1,4 @@
-//! Gives a request the two things that make upstream accept it: a token and upstream's name.
+//! Adds a token and the host name of upstream to each request.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,21 +21,20 @@ use crate::request::replayable::{Attempt, ReplayableRequest};
 #[derive(Clone)]
 pub struct AuthenticateLayer(Arc<AuthenticateInner>);
 
-/// Sets `Authorization` and `Host` of each attempt, in place of whatever the client said.
+/// Sets `Authorization` and `Host` of each attempt. The client's own values are not sent.
 #[derive(Clone)]
 pub struct Authenticate<S> {
     inner: S,
     inner_: Arc<AuthenticateInner>,
 }
 
-/// What is shown to upstream.
 struct AuthenticateInner {
     tokens: Arc<Tokens>,
     host: HeaderValue,
 }
 
 pin_project! {
-    /// Waits for the answer, and notices if the credential is refused.
+    /// Waits for the response, and reports a refused credential to [`Tokens`].
     pub struct Authenticated<F> {
         #[pin]
         inner: F,
@@ -47,7 +46,7 @@ pin_project! {
 // === impl AuthenticateLayer ===
 
 impl AuthenticateLayer {
-    /// Shows `tokens` to the upstream that is called `host`.
+    /// Sends `tokens` to the upstream at `host`.
     pub fn new(tokens: Arc<Tokens>, host: HeaderValue) -> Self {
         Self(Arc::new(AuthenticateInner { tokens, host }))
     }
@@ -85,7 +84,8 @@ where
         };
         original.context().attempted();
         let path = original.uri().path_and_query().cloned();
-        // Stripped before they are set: `Connection: authorization` must not name ours.
+        // The client's headers are stripped already: its `Connection: authorization` must not remove
+        // ours.
         let mut attempt = original.attempt();
         attempt.minted_by = minted_by;
         let headers = attempt.request.headers_mut();
@@ -138,7 +138,7 @@ mod tests {
     use crate::request::replay_body::{ReplayBudget, ReplayLimits};
     use crate::telemetry::metrics::Metrics;
 
-    /// What the inner service sees of a request, or the code of the error.
+    /// Returns the headers that reach the inner service, or the code of the error.
     async fn seen(api_key: &str, request: Request) -> Result<Vec<(String, String)>, i64> {
         let validity = Validity {
             lifetime: Duration::from_mins(30),

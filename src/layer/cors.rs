@@ -1,6 +1,6 @@
-//! Lets web pages of allowed origins read the answers, errors included. The guard refuses all other
-//! pages, and answers preflights; this adds what each answer to an allowed page needs (Fetch
-//! Standard, section 3.2.3).
+//! Lets web pages of allowed origins read the responses, errors included. The guard refuses all other
+//! pages and answers preflights; this layer adds the headers that each response to an allowed page needs
+//! (Fetch Standard, section 3.2.3).
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -17,7 +17,7 @@ use crate::layer::guard::rules::Rules;
 use crate::reloadable::Reloadable;
 use crate::request::context::ProxyRequest;
 
-/// The headers of ours that a page may read.
+/// Response headers of the proxy that a page may read.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
     "kling-proxy-error, kling-proxy-request-id, retry-after, x-should-retry",
 );
@@ -28,7 +28,7 @@ pub struct CorsLayer {
     rules: Reloadable<Rules>,
 }
 
-/// Adds CORS headers to answers.
+/// Adds CORS headers to each response.
 #[derive(Clone)]
 pub struct Cors<S> {
     inner: S,
@@ -36,7 +36,7 @@ pub struct Cors<S> {
 }
 
 pin_project! {
-    /// Waits for the answer.
+    /// Waits for the response and adds the CORS headers.
     pub struct CorsFuture<F> {
         #[pin]
         inner: F,
@@ -48,7 +48,7 @@ pin_project! {
 // === impl CorsLayer ===
 
 impl CorsLayer {
-    /// Answers pages of the origins that `rules` allow.
+    /// Adds CORS headers for pages of the origins that `rules` allow.
     pub fn new(rules: Reloadable<Rules>) -> Self {
         Self { rules }
     }
@@ -80,7 +80,7 @@ where
     fn call(&mut self, inbound: ProxyRequest) -> Self::Future {
         let rules = self.rules.load();
         let allowed = &rules.allowed_origins;
-        let varies = !allowed.is_empty(); // mostly not, and then no origin is looked for
+        let varies = !allowed.is_empty(); // usually no origin is allowed: skip the lookup
         let origin = varies
             .then(|| inbound.request.headers().get(ORIGIN))
             .flatten();

@@ -1,6 +1,8 @@
-//! Runs each create on its own, apart from its client's connection. hyper drops a request's future when
-//! the client leaves, and with it would go the only trace of a paid task. So a create that is being
-//! sent is carried through, and the log says what came of it. One that is not being sent is cancelled.
+//! Runs each create in a task of its own, apart from its client's connection.
+//!
+//! hyper drops a request's future when the client disconnects. The only record of a paid task would be
+//! lost with it. Therefore a create that is being sent runs to its end, and the log has its outcome. A
+//! create that is not being sent is cancelled.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -34,61 +36,62 @@ pub struct DetachLayer {
     creates: Creates,
 }
 
-/// Runs creates on their own.
+/// Runs each create in a tokio task of its own, and calls the inner service directly for reads.
 #[derive(Clone)]
 pub struct Detach<S> {
     inner: S,
     creates: Creates,
 }
 
-/// Waits for a create that runs on its own. Dropping it tells that the client has left.
+/// Waits for the outcome of a detached create. Dropping it means that the client has disconnected.
 pub struct DetachFuture {
     outcome: oneshot::Receiver<Result<Response, Error>>,
     create: Arc<PendingCreate>,
 }
 
-/// What the creates of one thread share.
+/// State that all creates of one thread share.
 #[derive(Clone)]
 struct Creates {
-    /// Waited for at shutdown.
+    /// Tracks the detached tasks; a shutdown waits for them.
     running: TaskTracker,
-    /// One permit for each that waits for a late answer.
+    /// One permit for each create that waits for a late response.
     late: Arc<Semaphore>,
 }
 
-/// A create that has no outcome. Dropped so, as at the end of the process, it is logged.
+/// Guard for a create without an outcome. If it is dropped while armed, for example at the end of the
+/// process, it logs the create as given up.
 struct Unfinished(Option<Arc<PendingCreate>>);
 
-/// The body of a create's answer, whose task is read while it passes. What its client leaves unread is
-/// read on without it.
+/// Body of the response to a create. It reads the task id from the bytes as they pass. If the client
+/// leaves a part of the body unread, a detached task reads the rest.
 struct AnswerBody {
-    /// `None` once it is read elsewhere.
+    /// `None` after a drop: a detached task may own the reader by then.
     reading: Option<AnswerReader>,
     running: TaskTracker,
 }
 
-/// Reads an answer.
+/// Reads the body of a response and extracts the task from it.
 struct AnswerReader {
     body: Body,
     text: Decoder<TaskReader>,
     status: StatusCode,
     ended: bool,
     create: Arc<PendingCreate>,
-    /// What to log if the client does not read it.
+    /// Ending to log if the client does not read the response.
     ending: Ending,
 }
 
-/// How long to wait for an answer after its client was told that there is none.
+/// Longest wait for a late response, from the moment when the client received a timeout error.
 const LATE: Duration = Duration::from_mins(5);
-/// How many creates of a thread may wait so at once. Each may hold a connection.
+/// Most creates of one thread that may wait for a late response at once. Each may hold a connection.
 const MOST_LATE: usize = 64;
-/// How long to read on in an answer whose client has left.
+/// Longest time to read the rest of a response after its client has disconnected.
 const READ_ON: Duration = Duration::from_mins(1);
 
 // === impl DetachLayer ===
 
 impl DetachLayer {
-    /// Has `running` track what runs on its own, so that a shutdown can wait for it.
+    /// Tracks the detached tasks in `running`, so that a shutdown can wait for them.
     pub fn new(running: TaskTracker) -> Self {
         let late = Arc::new(Semaphore::new(MOST_LATE));
         Self {
@@ -131,7 +134,7 @@ where
         let create = Arc::new(create);
         request.set_pending(Arc::clone(&create));
         let (sender, outcome) = oneshot::channel();
-        // Every service here is ready always, so a clone is too.
+        // Every service of this stack is always ready, and so is a clone of it.
         let run =
             self.creates
                 .clone()
@@ -150,7 +153,7 @@ impl Future for DetachFuture {
         let outcome = ready!(Pin::new(&mut self.outcome).poll(cx));
         self.create.answer();
         Poll::Ready(outcome.unwrap_or_else(|_| {
-            // It panicked, which a bug in this program could make it do.
+            // The task ended without an outcome: it panicked, because of a bug in this program.
             Err(Error::Disconnected("the exchange was aborted".into()))
         }))
     }
@@ -160,7 +163,8 @@ impl Drop for DetachFuture {
     fn drop(&mut self) {
         self.create.client_left();
         self.outcome.close();
-        // It came in the same moment. An answer tells by itself.
+        // The outcome may have arrived at the same moment. A response needs no line here: the drop of
+        // its body logs it.
         if let Ok(Err(error)) = self.outcome.try_recv() {
             self.create.log_failure(&error, Ending::CarriedThrough);
         }
@@ -170,7 +174,7 @@ impl Drop for DetachFuture {
 // === impl Creates ===
 
 impl Creates {
-    /// Runs a create to its end, and tells its client or the log.
+    /// Runs a create to its end, and sends the outcome to its client, or to the log.
     async fn run<S>(
         self,
         inner: S,
@@ -193,7 +197,7 @@ impl Creates {
             Ok(answer) => {
                 let answer = self.read_task(answer, &create, Ending::CarriedThrough);
                 unfinished.disarm();
-                // Nobody there: the body reads on when it is dropped.
+                // If the client has disconnected, the body reads the rest when it is dropped.
                 let _ = client.send(Ok(answer));
             }
             Err(mut error) => {
@@ -209,7 +213,7 @@ impl Creates {
         }
     }
 
-    /// Waits for an answer whose client was told that there is none, and logs it.
+    /// Waits for the late response to a create whose client has received a timeout error, and logs it.
     async fn listen(&self, late: LateAnswer, create: &Arc<PendingCreate>, unfinished: Unfinished) {
         let Ok(_permit) = self.late.try_acquire() else {
             return;
@@ -227,7 +231,7 @@ impl Creates {
         }
     }
 
-    /// Has the task of an answer read while it passes.
+    /// Wraps a response so that its task is read while the body passes.
     fn read_task(&self, answer: Response, create: &Arc<PendingCreate>, ending: Ending) -> Response {
         let (head, body) = answer.into_parts();
         let reading = AnswerReader {
@@ -246,7 +250,8 @@ impl Creates {
     }
 }
 
-/// Reads ahead in the request, so that its external id is known before it is sent, and sends it.
+/// Reads ahead in the request body, so that the external id is known before anything is sent, and then
+/// sends the request.
 async fn exchange<S>(mut inner: S, request: ReplayableRequest) -> Result<Response, Error>
 where
     S: Service<ReplayableRequest, Response = Response, Error = Error>,
@@ -258,7 +263,7 @@ where
 // === impl Unfinished ===
 
 impl Unfinished {
-    /// Somebody else tells the outcome.
+    /// Disarms the guard: another part logs or delivers the outcome.
     fn disarm(mut self) {
         self.0 = None;
     }
@@ -312,7 +317,7 @@ impl Drop for AnswerBody {
         };
         if !reading.is_over() {
             let unfinished = Unfinished(Some(Arc::clone(&reading.create)));
-            // Without a runtime the process ends: `unfinished` tells.
+            // Without a runtime the process is ending; then the drop of `unfinished` logs the create.
             if Handle::try_current().is_ok() {
                 let running = reading.read_on(unfinished).in_current_span();
                 self.running.spawn(running);
@@ -348,7 +353,7 @@ impl AnswerReader {
         Poll::Ready(step)
     }
 
-    /// Reads until the task is known or the body ends, and logs it.
+    /// Reads until the task is known or the body ends, and then logs the task.
     async fn read_on(mut self, unfinished: Unfinished) {
         let reading = async {
             while !self.is_over() {
@@ -368,7 +373,7 @@ impl AnswerReader {
         });
     }
 
-    /// Returns true if the rest of the body says nothing of the task.
+    /// Returns true if the rest of the body holds nothing about the task.
     fn is_over(&self) -> bool {
         self.ended || self.has_task()
     }

@@ -1,5 +1,5 @@
-//! Answers what is still in flight when the drain is over. Without an answer a client would see its
-//! connection end, and some clients then send the request again.
+//! Answers the requests that are still in flight when the drain is over. Without a response a client
+//! would only see its connection end, and some clients then send the request again.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub struct DrainLayer {
     lifecycle: Arc<Lifecycle>,
 }
 
-/// Ends each request when the drain is over.
+/// Ends each request with an error when the drain is over.
 #[derive(Clone)]
 pub struct Drain<S> {
     inner: S,
@@ -28,13 +28,13 @@ pub struct Drain<S> {
 }
 
 pin_project! {
-    /// Waits for the answer, or for the end of the drain.
+    /// Waits for the response, or for the end of the drain.
     pub struct DrainFuture<F> {
         #[pin]
         inner: F,
         effect: Effect,
         lifecycle: Arc<Lifecycle>,
-        // There once the drain has begun: shutting down polls each connection.
+        // Set at the first poll after the drain has begun: a shutdown polls each connection.
         end: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     }
 }
@@ -42,7 +42,7 @@ pin_project! {
 // === impl DrainLayer ===
 
 impl DrainLayer {
-    /// Obeys `lifecycle`.
+    /// Ends requests when `lifecycle` reaches [`Phase::Ended`].
     pub fn new(lifecycle: Arc<Lifecycle>) -> Self {
         Self { lifecycle }
     }

@@ -1,4 +1,4 @@
-//! The layers, one a file; `stack.rs` puts them in their order.
+//! The layers, one per file. `stack.rs` sets their order.
 
 pub mod authenticate;
 pub mod cors;
@@ -14,5 +14,5 @@ use futures_util::future::{Either, Ready};
 
 use crate::error::Error;
 
-/// The future of a layer that either refuses at once or does what the inner service does.
+/// Future of a layer that either refuses a request at once or passes it to the inner service.
 pub type Refusable<F> = Either<Ready<Result<Response, Error>>, F>;

@@ -1,9 +1,9 @@
-//! Sends again what may be sent again: never a create that may have worked, and never more than
-//! upstream can bear.
+//! Retries a failed request if that is safe: never a create that may have had an effect, and never more
+//! often than upstream can bear.
 //!
-//! One place decides. Connections hand a request back when, and only when, nothing of it was sent
-//! (see `upstream`), nothing below this layer sends anything twice, and what an error allows stands
-//! in [`Error::resend`].
+//! This layer alone decides about retries. A connection hands a request back only if nothing of it was
+//! sent (see `upstream`). Nothing below this layer sends anything twice. [`Error::resend`] states the
+//! rule for each error.
 
 use std::mem;
 use std::sync::Arc;
@@ -25,29 +25,30 @@ use crate::request::replayable::ReplayableRequest;
 use crate::telemetry::CREATES;
 use crate::telemetry::metrics::Metrics;
 
-/// How often and for how long (`retry.attempts`, `retry.total_time`).
+/// Limits of retries (`retry.attempts`, `retry.total_time`).
 #[derive(Clone, Copy, Debug)]
 pub struct RetryLimits {
-    /// Attempts in all; 1 for no resending.
+    /// Attempts in all, the first included; 1 means no retry.
     pub attempts: u64,
-    /// No attempt starts later than this after the first.
+    /// Latest start of an attempt, counted from the arrival of the request.
     pub total_time: Duration,
 }
 
-/// Judges what came of the attempts of one request.
+/// Decides after each attempt if the request is sent again.
 ///
-/// tower asks one for all requests for a copy of the first attempt, and then clones it for the request.
-/// Only the clone is asked to judge, so that `again` is never set on the one for all.
+/// tower's `Retry` keeps one policy for all requests. It calls `clone_request` on that one for the first
+/// attempt, then clones the policy for the request and calls `retry` on the clone only. So `again` is
+/// never set on the shared policy.
 #[derive(Clone)]
 pub struct RetryPolicy {
     shared: Arc<RetryShared>,
-    /// Those of this request: a reload changes them for the next one.
+    /// Limits of this request. A reload changes them only for later requests.
     limits: RetryLimits,
     begun: Option<Instant>,
     attempts: u64,
-    /// Whether an attempt was made with a token minted for it.
+    /// True if an attempt was made with a token minted for it.
     renewed: bool,
-    /// Whether the next attempt is a further one of the same request.
+    /// True if the next attempt is a retry of the same request.
     again: bool,
 }
 
@@ -60,19 +61,20 @@ struct RetryShared {
     metrics: Arc<Metrics>,
 }
 
-/// What the budget remembers, counts a second whatever the traffic, and adds of the requests.
+/// Retry budget: the time that it looks back, the retries per second that it allows at any traffic, and
+/// the share of requests that it allows as further retries.
 const BUDGET: (Duration, u32, f32) = (Duration::from_secs(10), 10, 0.2);
 
-/// The longest first wait, doubled for each further one: a connection or a gateway is often back
-/// at once.
+/// Longest wait before the first retry, doubled for each further one. A connection or a gateway often
+/// works again at once.
 const SOON: Duration = Duration::from_millis(250);
-/// The same for a limit; the vendor advises a back-off from 1 s.
+/// Longest wait before the first retry after a rate limit. The vendor advises a back-off from 1 s.
 const LATER: Duration = Duration::from_secs(1);
 
 // === impl RetryPolicy ===
 
 impl RetryPolicy {
-    /// Resends within `limits`, and within one budget for all clones.
+    /// Makes a policy that retries within `limits`. All its clones share one retry budget.
     pub fn new(
         limits: RetryLimits,
         tokens: Arc<Tokens>,
@@ -97,12 +99,12 @@ impl RetryPolicy {
         }
     }
 
-    /// Holds the next requests to other limits.
+    /// Sets the limits of requests that arrive from now on.
     pub fn set_limits(&self, limits: RetryLimits) {
         self.shared.limits.store(limits);
     }
 
-    /// How long to wait before the next attempt; `None` for no further one.
+    /// Returns the wait before the next attempt; `None` if there is none.
     fn wait(&mut self, effect: Effect, error: &Error) -> Option<Duration> {
         let longest = match error.resend() {
             Resend::Never | Resend::ByClient => return None,
@@ -127,7 +129,7 @@ impl RetryPolicy {
             self.shared.metrics.resend_withheld("time");
             return None;
         }
-        // Full jitter: many that failed together do not come back together.
+        // Full jitter: requests that failed together are not sent again together.
         let doubled = longest.saturating_mul(1 << self.attempts.saturating_sub(1).min(16));
         Some(asked.unwrap_or_else(|| doubled.min(left).mul_f64(fastrand::f64())))
     }
@@ -171,7 +173,7 @@ impl Policy<ReplayableRequest, Response, Error> for RetryPolicy {
         None
     }
 
-    /// Called before each attempt: with a copy, `retry` is asked what to make of its outcome.
+    /// Runs before each attempt. If it returns a copy, tower passes the attempt's result to `retry`.
     fn clone_request(&mut self, request: &ReplayableRequest) -> Option<ReplayableRequest> {
         if !mem::take(&mut self.again) {
             self.begun = Some(request.context().begun());
@@ -185,7 +187,7 @@ impl Policy<ReplayableRequest, Response, Error> for RetryPolicy {
     }
 }
 
-/// What upstream asks for, in seconds or as a date (RFC 9110, section 10.2.3).
+/// Returns the wait in `Retry-After`, given in seconds or as a date (RFC 9110, section 10.2.3).
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?;
     if let Ok(seconds) = value.parse() {

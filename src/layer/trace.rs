@@ -1,5 +1,5 @@
-//! One id, one span, one outcome and one count for each request, refused ones included. It adds the
-//! id to the answer and changes nothing else.
+//! Gives each request one id, one span, one outcome and one count, refused requests included. It adds
+//! the id to the response and changes nothing else.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -24,7 +24,7 @@ use crate::request::id::RequestId;
 use crate::telemetry::metrics::{Metrics, method_label};
 use crate::telemetry::{CREATES, printable};
 
-/// Names the request in its answer.
+/// Response header with the id of the request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("kling-proxy-request-id");
 
 /// Adds [`Trace`] to a service.
@@ -33,7 +33,7 @@ pub struct TraceLayer {
     metrics: Arc<Metrics>,
 }
 
-/// Accompanies each request from its head to the end of its answer.
+/// Counts and logs each request, from its head to the end of its response.
 #[derive(Clone)]
 pub struct Trace<S> {
     inner: S,
@@ -41,7 +41,7 @@ pub struct Trace<S> {
 }
 
 pin_project! {
-    /// Waits for the answer, inside the request's span.
+    /// Waits for the response, inside the span of the request.
     pub struct TraceFuture<F> {
         #[pin]
         inner: F,
@@ -49,7 +49,7 @@ pin_project! {
     }
 }
 
-/// What is kept of a request until it is answered.
+/// State of a request until its response. Its drop logs a client that disconnects before that.
 struct Unanswered {
     subject: Subject,
     span: Span,
@@ -57,7 +57,7 @@ struct Unanswered {
     answered: bool,
 }
 
-/// What a log line says of a request.
+/// Fields of a request that its log lines show.
 #[derive(Clone)]
 struct Subject {
     context: RequestContext,
@@ -66,12 +66,12 @@ struct Subject {
 }
 
 pin_project! {
-    /// A body that counts its request as in flight until it is dropped.
+    /// Response body that counts its request as in flight until it is dropped.
     pub struct Counted {
         #[pin]
         body: Body,
         context: RequestContext,
-        // A create whose task is not known yet.
+        // Set for a create whose log line waits until the task is known.
         unlogged: Option<Box<(Subject, StatusCode)>>,
     }
 }
@@ -79,7 +79,7 @@ pin_project! {
 // === impl TraceLayer ===
 
 impl TraceLayer {
-    /// Counts in `metrics`.
+    /// Makes a layer that counts requests in `metrics`.
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self { metrics }
     }
@@ -113,8 +113,8 @@ where
     fn call(&mut self, request: Request) -> Self::Future {
         let context = RequestContext::new(RequestId::of(request.headers()), self.metrics.enter());
         let effect = Effect::of(&request);
-        // Formatting a span for each poll would cost more than the guard, so it is there for those
-        // who look for details; the outcome names the request itself.
+        // Formatting a span at each poll would cost more than the guard. So the span exists at `debug`
+        // only; the log line of the outcome names the request itself.
         let span = tracing::debug_span!("request", id = context.id().as_str());
         let unanswered = Unanswered {
             subject: Subject {
@@ -172,8 +172,8 @@ where
 // === impl Unanswered ===
 
 impl Unanswered {
-    /// Logs the outcome, but for that of a create that went well: its task may stand in a part of the
-    /// answer that has not come yet. Returns what is to be logged then.
+    /// Logs the outcome of a request, except that of a successful create: its task may be in a part of
+    /// the response that has not arrived yet. Returns the subject and status for that later line.
     fn log(&self, response: &Response) -> Option<Box<(Subject, StatusCode)>> {
         let Self {
             subject, effect, ..
@@ -193,7 +193,7 @@ impl Unanswered {
 
 // === impl Subject ===
 
-/// Logs an event that is complete in itself: the span is there at `debug` only.
+/// Logs an event with all fields of the request, because the span exists at `debug` only.
 macro_rules! event {
     ($subject:ident, $status:ident, $level:ident, target: $target:expr, $($more:tt)*) => {
         tracing::$level!(
@@ -231,7 +231,7 @@ impl Subject {
         }
     }
 
-    /// Reads that went well are many and say little.
+    /// Logs a successful read at `debug`: there are many of them, and they show little.
     fn log_read(&self, status: StatusCode) {
         event!(self, status, debug, target: module_path!(), "answered");
     }
@@ -256,7 +256,7 @@ impl Drop for Unanswered {
         if self.answered {
             return;
         }
-        // `detach` tells what comes of a create.
+        // The `detach` layer logs the outcome of a create.
         let Subject { context, uri, .. } = &self.subject;
         tracing::debug!(
             request_id = context.id().as_str(),
@@ -286,7 +286,7 @@ impl http_body::Body for Counted {
                 subject.log_create(*status);
                 *this.unlogged = None;
             } else if let Some(Err(_)) = step {
-                // `detach` tells that the answer is not whole.
+                // The `detach` layer logs that the response is incomplete.
                 *this.unlogged = None;
             }
         }

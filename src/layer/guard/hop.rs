@@ -1,5 +1,5 @@
-//! Ends a loop of proxies at its first turn. A proxy whose upstream is on this machine may be that
-//! upstream's upstream, through others or at once, and a request would go round for ever.
+//! Detects a loop of proxies in its first round. If upstream is on this machine, it may be this proxy
+//! itself, or another proxy whose upstream is this one. A request would then go round for ever.
 
 use http::header::Entry;
 use http::{HeaderMap, HeaderValue};
@@ -9,27 +9,29 @@ use crate::request::headers::HOP;
 use crate::request::id::RequestId;
 use crate::upstream::Origin;
 
-/// A proxy that may be a part of a loop.
+/// Mark of a proxy that may be part of a loop.
 pub struct Hop {
-    /// The name of this process, which no other has.
+    /// Random id of this process.
     id: HeaderValue,
 }
 
 // === impl Hop ===
 
 impl Hop {
-    /// `None` if upstream is not on this machine: then others learn nothing of us.
+    /// Makes a mark for a proxy with this upstream. Returns `None` if upstream is not on this machine,
+    /// so that foreign servers learn nothing of the proxy.
     pub fn to(origin: &Origin) -> Option<Self> {
         origin.loopback_port().map(|_| Self {
             id: RequestId::random().into_value(),
         })
     }
 
-    /// Adds our id to those that a request has.
+    /// Adds the id of this process to those that the request carries.
     ///
     /// # Errors
     ///
-    /// [`Error::BadRequest`] if it is there already: the request came through here before.
+    /// [`Error::BadRequest`] if the id is already present: the request has passed through this proxy
+    /// before.
     pub fn mark(&self, headers: &mut HeaderMap) -> Result<(), Error> {
         let mut ids = match headers.entry(HOP) {
             Entry::Vacant(entry) => {

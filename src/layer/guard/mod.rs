@@ -1,5 +1,5 @@
-//! Refuses what may not be forwarded, before anything is spent: no token of ours is minted, no
-//! connection made, no byte of a body taken. The first check that fails answers.
+//! Refuses requests that may not be forwarded, before they cost anything: no token is minted, no
+//! connection is opened, no byte of the body is read. The first check that fails decides the error.
 
 pub mod hop;
 mod refusal;
@@ -36,15 +36,15 @@ use crate::telemetry::metrics::Metrics;
 /// Adds [`Guard`] to a service.
 #[derive(Clone)]
 pub struct GuardLayer {
-    /// What is refused.
+    /// Rules that each request must pass.
     pub rules: Reloadable<Rules>,
-    /// Counts what each client has in flight; `None` on listeners that limit no requests.
+    /// Requests that each client has in flight; `None` on listeners that do not limit requests.
     pub shares: Option<Arc<Shares>>,
-    /// Who may be a part of a loop.
+    /// Detects loops of proxies; `None` if upstream is not on this machine.
     pub hop: Option<Arc<Hop>>,
-    /// Refuses everything while the proxy drains.
+    /// Phase of the proxy. While it drains, each request is refused.
     pub lifecycle: Arc<Lifecycle>,
-    /// Where refusals and clients are counted.
+    /// Counts refusals, and admitted requests per client.
     pub metrics: Arc<Metrics>,
 }
 
@@ -55,14 +55,15 @@ pub struct Guard<S> {
     layer: GuardLayer,
 }
 
-/// What becomes of a request that is not refused.
+/// Outcome of the checks for a request that is not refused.
 enum Admission {
     Pass,
-    /// It is answered here: a browser sends it without token and body, to ask for its page.
+    /// A CORS preflight, answered here. A browser sends it without token and body before the page's
+    /// request.
     Preflight,
 }
 
-/// Private Network Access: a public page asks for an address of this machine.
+/// Header of Private Network Access: a page from a public network asks for an address of this machine.
 const REQUEST_PRIVATE_NETWORK: HeaderName =
     HeaderName::from_static("access-control-request-private-network");
 const ALLOW_PRIVATE_NETWORK: HeaderName =
@@ -101,7 +102,7 @@ impl GuardLayer {
         if let Some(shares) = &self.shares {
             let peer = request.extensions().get::<Peer>();
             let share = share.or_else(|| Some(shares.of(*peer?)));
-            // `trace` has counted this request already.
+            // The `trace` layer has already counted this request as in flight.
             let in_flight = self.metrics.in_flight();
             let place = shares.take(share, in_flight, rules.in_flight);
             if let Some(place) = place.map_err(|NoPlace| Error::Overloaded(rules.in_flight))? {
@@ -161,7 +162,7 @@ where
     }
 }
 
-/// Whether a browser asks, for a page, if that may send another request (Fetch Standard, 3.2.2).
+/// Returns true if the request is a CORS preflight (Fetch Standard, section 3.2.2).
 fn is_preflight(request: &Request) -> bool {
     request.method() == Method::OPTIONS
         && request.headers().contains_key(ORIGIN)
@@ -170,7 +171,8 @@ fn is_preflight(request: &Request) -> bool {
             .contains_key(ACCESS_CONTROL_REQUEST_METHOD)
 }
 
-/// Allows an allowed page what it asks for: what it then sends is checked like any other request.
+/// Answers a preflight and allows everything that it asks for. The request that follows is checked like
+/// any other.
 fn allow(asked: &HeaderMap) -> Response {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
@@ -188,7 +190,7 @@ fn allow(asked: &HeaderMap) -> Response {
     response
 }
 
-/// Bounds a body that did not declare its size.
+/// Limits the size of a body that did not declare it.
 fn limit_body(body: &mut Body, limit: u64) {
     if body.size_hint().upper().is_some() {
         return;

@@ -1,4 +1,4 @@
-//! What may pass: rules over the head of a request, in the order in which the guard asks them.
+//! Rules about the head of a request, in the order in which the guard checks them.
 
 use std::sync::Arc;
 
@@ -12,22 +12,23 @@ use crate::auth::client_token::{Client, ClientTokens};
 use crate::error::{Error, TokenSource};
 use crate::kling::api_path::is_under;
 
-/// What may pass.
+/// Rules that decide if a request is forwarded.
 #[derive(Clone)]
 pub struct Rules {
     /// Accepted host names, without port (`access.allowed_hosts`).
     pub allowed_hosts: Vec<String>,
-    /// Web origins that may call (`access.allowed_origins`).
+    /// Web origins whose pages may send requests (`access.allowed_origins`).
     pub allowed_origins: Vec<HeaderValue>,
-    /// Methods that pass; all if empty (`access.allowed_methods`).
+    /// Methods that are forwarded; all if empty (`access.allowed_methods`).
     pub allowed_methods: Vec<Method>,
-    /// Prefixes, on whole segments, of paths that pass; all if empty (`access.allowed_paths`).
+    /// Prefixes of paths that are forwarded, compared by whole segments; all paths if empty
+    /// (`access.allowed_paths`).
     pub allowed_paths: Vec<String>,
-    /// Who may call; `None` for anyone who can connect.
+    /// Accepted client tokens; `None` if anyone who can connect may send requests.
     pub client_tokens: Option<Arc<ClientTokens>>,
-    /// Largest request body (`limits.request_body`).
+    /// Largest request body, in bytes (`limits.request_body`).
     pub request_body: ByteSize,
-    /// Most requests at once (`limits.in_flight`).
+    /// Most requests in flight at once (`limits.in_flight`).
     pub in_flight: u64,
     /// Decides what a refusal advises.
     pub purpose: Purpose,
@@ -53,7 +54,7 @@ const LONGEST_METHOD: usize = 32;
 // === impl Rules ===
 
 impl Rules {
-    /// What may pass on the admin listener: the same hosts, and no page but its own.
+    /// Returns the rules for the admin listener: the same hosts, and no page of another origin.
     #[must_use]
     pub fn for_admin(&self) -> Self {
         Self {
@@ -62,7 +63,7 @@ impl Rules {
         }
     }
 
-    /// Rules about hosts, pages and the largest body. All else may pass.
+    /// Makes rules that restrict only the hosts, the origins and the size of the body.
     pub fn of_hosts(
         allowed_hosts: Vec<String>,
         allowed_origins: Vec<HeaderValue>,
@@ -80,7 +81,8 @@ impl Rules {
         }
     }
 
-    /// Exactly one `Host`, and one of ours. Nothing else says which host is meant.
+    /// Checks that there is exactly one `Host` header, and that it names an allowed host. No other
+    /// header can name the host.
     ///
     /// # Errors
     ///
@@ -98,7 +100,8 @@ impl Rules {
         }
     }
 
-    /// Only browsers send these headers, and they do not let a page forge them.
+    /// Checks `Origin` and `Sec-Fetch-Site`. Only browsers send these headers, and a page cannot forge
+    /// them.
     ///
     /// # Errors
     ///
@@ -119,7 +122,8 @@ impl Rules {
         }
     }
 
-    /// A tunnel could lead anywhere, and a trace would show what we added.
+    /// Checks the method. `CONNECT` is never forwarded, because a tunnel could lead anywhere; nor is
+    /// `TRACE`, because its response would show the headers that the proxy added.
     ///
     /// # Errors
     ///
@@ -135,7 +139,8 @@ impl Rules {
         }
     }
 
-    /// A path is listed both as it is forwarded and as a server might read it.
+    /// Checks that a path is allowed in both forms: as it is forwarded, and as a server might resolve
+    /// it.
     ///
     /// # Errors
     ///
@@ -155,7 +160,7 @@ impl Rules {
         }
     }
 
-    /// Whoever calls shows a token, if there are tokens to show. `None` where there are none.
+    /// Returns the client whose token the request carries; `None` if no tokens are configured.
     ///
     /// # Errors
     ///
@@ -180,7 +185,7 @@ impl Rules {
     }
 }
 
-/// The host of `host[:port]`; `None` if it is not of that form.
+/// Returns the host of `host[:port]`; `None` if the text does not have that form.
 fn without_port(authority: &str) -> Option<&str> {
     let end = match authority.strip_prefix('[') {
         Some(rest) => rest.find(']')? + 2,
@@ -212,11 +217,12 @@ pub fn is_web_origin(origin: &str) -> bool {
 /// As often a path may be encoded: no client encodes one twice, and each time costs as much as the first.
 const MOST_ENCODINGS: usize = 4;
 
-/// A path as a server might read it: decoded until nothing is left to decode, since a server behind a
-/// server may decode again, and without what `;` begins in a segment, as servlets read it. `None` if
-/// servers would not agree: a part that is not decoded or that becomes a separator, a byte that is no
-/// visible ASCII character (overlong and full-width forms of `.` and `/` are such), or a segment of
-/// dots, which leads elsewhere.
+/// Resolves a path as a server might: decodes it until nothing is left to decode, since a server behind
+/// a server may decode again, and removes the part of a segment from `;` on, as servlets do.
+///
+/// Returns `None` if servers would not agree on the result: if a part stays encoded or becomes a
+/// separator, if a byte is not a visible ASCII character (overlong and full-width forms of `.` and `/`
+/// are not), or if a segment is `.` or `..`, which leads to another path.
 fn resolved(path: &str) -> Option<String> {
     let mut decoded = path.as_bytes().to_vec();
     for _ in 0..MOST_ENCODINGS {
@@ -235,7 +241,8 @@ fn resolved(path: &str) -> Option<String> {
     Some(names?.join("/"))
 }
 
-/// A path on this proxy. An absolute target may name it by the same name as `Host`.
+/// Checks that the request target is a path on this proxy. A target in absolute form must name the same
+/// host as `Host`.
 ///
 /// # Errors
 ///
@@ -258,8 +265,8 @@ pub fn check_target(target: &Uri, headers: &HeaderMap) -> Result<(), Error> {
     }
 }
 
-/// No coding but `chunked`, and that once. hyper reads `gzip, chunked` too, but what it hands on
-/// would have lost its `gzip`.
+/// Checks that the transfer coding is exactly one `chunked`, or absent. hyper accepts `gzip, chunked`
+/// too, but it removes only `chunked`, and the forwarded body would no longer be marked as `gzip`.
 ///
 /// # Errors
 ///
@@ -276,7 +283,7 @@ pub fn check_framing(headers: &HeaderMap) -> Result<(), Error> {
     }
 }
 
-/// Paths of ours; so far there is nothing.
+/// Refuses paths below `/_proxy`, which are reserved. Nothing is served there so far.
 ///
 /// # Errors
 ///
@@ -347,7 +354,7 @@ mod tests {
             ("/v1/videos/%u002e%u002e/images", false),
             ("/v1/videos/%", false),
             ("/v1/videos/%25252561", true),
-            // Encoded once more than is looked at: what is left to decode is refused.
+            // Encoded once more than is decoded: the rest that is still encoded is refused.
             ("/v1/videos/%2525252561", false),
         ] {
             for entry in ["/v1/videos", "/v1/videos/"] {

@@ -1,4 +1,4 @@
-//! The body of an error, as docs/errors.md describes it.
+//! The JSON body of an error response, as docs/errors.md describes it.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ use crate::kling::idempotency::Effect;
 use crate::kling::service_code::Needs;
 use crate::request::context::RequestContext;
 
-/// Kling's envelope with one more member. The members are public, and so is their order.
+/// Kling's envelope with one more member, `error`. The members and their order are a public interface.
 #[derive(Serialize)]
 pub(super) struct ErrorBody<'a> {
     code: i64,
@@ -22,7 +22,7 @@ pub(super) struct ErrorBody<'a> {
     error: Detail<'a>,
 }
 
-/// The `error` member: the row of the code, and what the proxy knows of this request.
+/// The `error` member: the row of the code, and facts about this request that the proxy knows.
 #[derive(Serialize)]
 struct Detail<'a> {
     r#type: &'static str,
@@ -45,7 +45,7 @@ const USUAL_SIZE: usize = 2 << 10;
 // === impl ErrorBody ===
 
 impl<'a> ErrorBody<'a> {
-    /// Describes an error of a request with this effect and these facts.
+    /// Describes an error of a request with this effect and context.
     pub(super) fn new(error: &'a Error, effect: Effect, context: &'a RequestContext) -> Self {
         let (mut message, mut request_id, mut data) = (None, None, None);
         if let Error::Service { envelope, .. } = error {

@@ -1,5 +1,5 @@
-//! Turns every error into the one response that docs/errors.md describes. Inside of this layer a
-//! request may fail; outside it cannot.
+//! Turns every error into the response that docs/errors.md describes. Inside this layer a request may
+//! fail; outside it cannot.
 
 mod body;
 
@@ -30,30 +30,28 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
 
-/// Which status an error has (`errors.status`).
+/// Table of statuses for error responses (`errors.status`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusMapping {
-    /// That of the vendor's table.
+    /// The status of the vendor's table.
     Documented,
-    /// Another than 429 where sending again cannot help, for clients that retry every 429.
+    /// Another status than 429 if a retry cannot help, for clients that retry every 429.
     Actionable,
 }
 
-/// Which body an error of upstream has (`errors.format`).
+/// Body format of an error that upstream sent (`errors.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorBodyFormat {
-    /// Ours.
+    /// The proxy's JSON body, in the form of Kling's envelope.
     Kling,
-    /// Upstream's, untouched, with its status; our headers are added.
+    /// The unchanged body and status of upstream, with the proxy's headers added.
     Upstream,
 }
 
-/// How errors look (`errors.*`).
+/// Form of error responses (`errors.*`).
 #[derive(Clone, Copy, Debug)]
 pub struct ErrorFormat {
-    /// See [`StatusMapping`].
     pub statuses: StatusMapping,
-    /// See [`ErrorBodyFormat`].
     pub format: ErrorBodyFormat,
 }
 
@@ -63,7 +61,7 @@ pub struct NormaliseLayer {
     format_: Reloadable<ErrorFormat>,
 }
 
-/// Answers errors.
+/// Turns each error of the inner service into a response.
 #[derive(Clone)]
 pub struct Normalise<S> {
     inner: S,
@@ -71,7 +69,7 @@ pub struct Normalise<S> {
 }
 
 pin_project! {
-    /// Waits for the answer or the error.
+    /// Waits for the response, or turns the error into one.
     pub struct NormaliseFuture<F> {
         #[pin]
         inner: F,
@@ -84,7 +82,7 @@ pin_project! {
 // === impl NormaliseLayer ===
 
 impl NormaliseLayer {
-    /// Makes errors look as `format_` says when they are answered.
+    /// Makes a layer that formats each error by the value that `format_` holds when the request arrives.
     pub fn new(format_: Reloadable<ErrorFormat>) -> Self {
         Self { format_ }
     }
@@ -140,7 +138,8 @@ where
     type Future = NormaliseFuture<S::Future>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        // Every layer inside is ready always: what limits requests answers them.
+        // Every layer inside is always ready: layers that limit requests answer them with an error
+        // instead.
         Poll::Ready(Ok(()))
     }
 
@@ -171,10 +170,10 @@ where
     }
 }
 
-/// Makes a head, upstream's or a new one, that of our body.
+/// Adapts a head, upstream's or a new one, to the proxy's JSON body.
 fn ours(mut head: response::Parts, status: StatusCode) -> response::Parts {
     head.status = status;
-    // Upstream's words for its own status.
+    // The reason phrase belongs to upstream's status.
     head.extensions.remove::<ReasonPhrase>();
     head.headers.remove(CONTENT_LENGTH);
     head.headers.remove(CONTENT_ENCODING);
@@ -182,14 +181,14 @@ fn ours(mut head: response::Parts, status: StatusCode) -> response::Parts {
     head
 }
 
-/// Says besides the body what failed, and whether and when to send again.
+/// Adds headers with the type of the error, and with advice about a retry.
 fn advise(head: &mut response::Parts, row: &'static Row, retryable: bool) {
     let should_retry = HeaderValue::from_static(if retryable { "true" } else { "false" });
     let headers = &mut head.headers;
     headers.insert(ERROR_TYPE, HeaderValue::from_static(row.kind));
     headers.insert(SHOULD_RETRY, should_retry);
     if !retryable {
-        // Clients that obey it would send again whatever `x-should-retry` says.
+        // Clients that obey `retry-after` would send again even if `x-should-retry` is `false`.
         headers.remove(RETRY_AFTER);
     } else if WITH_RETRY_AFTER.contains(&head.status) && !headers.contains_key(RETRY_AFTER) {
         headers.insert(RETRY_AFTER, HeaderValue::from(row.retry_after.as_secs()));
