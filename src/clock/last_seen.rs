@@ -1,11 +1,12 @@
-//! The time at which something happened last.
+//! The time at which an event happened last.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A time to the second, or never. All threads read it, and one of them writes it at most once a second.
+/// Time of the last event, in whole seconds, or never. All threads read it, and one of them writes it at
+/// most once a second.
 pub struct LastSeen {
     start: Instant,
     /// Whole seconds after `start`, plus one; 0 for never.
@@ -15,7 +16,7 @@ pub struct LastSeen {
 // === impl LastSeen ===
 
 impl LastSeen {
-    /// Starts with an event that has not happened.
+    /// Starts without an event.
     pub fn never() -> Self {
         Self {
             start: Instant::now(),
@@ -23,7 +24,7 @@ impl LastSeen {
         }
     }
 
-    /// Records that it happens now. Returns true for the first time in this second.
+    /// Records an event that happens now. Returns true for the first event in this second.
     pub fn note(&self, now: Instant) -> bool {
         let now = self.second(now);
         let is_news = self.second.load(Relaxed) != now;
@@ -33,10 +34,10 @@ impl LastSeen {
         is_news
     }
 
-    /// Returns the time since then, in whole seconds; `None` for never.
+    /// Returns the time since the last event, in whole seconds; `None` if there was none.
     pub fn ago(&self) -> Option<Duration> {
         let second = self.second.load(Relaxed);
-        // Mostly it has not happened, and the clock need not be read.
+        // Usually there was no event, and then the clock is not read.
         (second > 0).then(|| {
             let now = self.second(Instant::now());
             Duration::from_secs(now.saturating_sub(second))
@@ -47,7 +48,7 @@ impl LastSeen {
         1 + (now - self.start).as_secs()
     }
 
-    /// As if so much more time had passed.
+    /// Makes the last event older by this time.
     #[cfg(test)]
     pub(crate) fn age(&mut self, time: Duration) {
         self.start -= time;

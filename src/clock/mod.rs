@@ -1,22 +1,22 @@
-//! The wall clock, as an argument: it decides when a token is minted, used and replaced.
+//! The wall clock, as an argument. It decides when a token is minted, used and replaced.
 
 pub mod last_seen;
 
 use std::time::SystemTime;
 
-/// Tells the wall-clock time.
+/// A source of wall-clock time.
 pub trait Clock: Send + Sync + 'static {
-    /// The time now. It may jump either way: machines sleep, and clocks are corrected.
+    /// Returns the time now. It may jump either way: machines sleep, and clocks are corrected.
     fn now(&self) -> SystemTime;
 
-    /// Which correction the time has that [`now`](Self::now) tells.
+    /// Returns the number of the correction that [`now`](Self::now) applies.
     fn correction(&self) -> Correction {
         Correction::default()
     }
 }
 
-/// Names what a clock is corrected by. A clock that is set anew gets another name, so that what was made
-/// by the time before is told from what is made by the time now.
+/// Number of a clock correction. A clock gets a new number each time its correction changes, so that
+/// tokens minted before and after the change can be told apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Correction(pub u32);
 
