@@ -1,14 +1,14 @@
-//! Which credential Kling takes on which path.
+//! Kinds of credential that Kling accepts on each path.
 //!
-//! Key pairs sign for the older paths only; an API key is good for all (vendor's page "Authentication", as
-//! quoted by `aself101/kling-api`, read 2026-11-22).
+//! Tokens of key pairs are accepted on the older paths only; an API key is accepted on all (vendor's
+//! page "Authentication", as quoted by `aself101/kling-api`, read 2026-11-22).
 
-/// Credentials that Kling takes on a path.
+/// Kinds of credential that Kling accepts on a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accepts {
     /// The token of a key pair, or an API key.
     Any,
-    /// An API key alone.
+    /// An API key, but no token of a key pair.
     ApiKey,
 }
 
@@ -26,13 +26,13 @@ const PATHS: [(&str, Accepts); 8] = [
 // === impl Accepts ===
 
 impl Accepts {
-    /// What a path takes; `None` for one that is not Kling's, as far as is known.
+    /// Returns the kinds of credential that a path accepts; `None` if it is not a known path of Kling.
     pub fn of(path: &str) -> Option<Self> {
         let row = PATHS.iter().find(|(prefix, _)| is_under(path, prefix));
         row.map(|(_, accepts)| *accepts)
     }
 
-    /// The same, but `None` also for a path that a server might resolve to another one.
+    /// Returns the same, but `None` also for a path that a server might resolve to another one.
     pub fn of_plain(path: &str) -> Option<Self> {
         let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"/-_.".contains(&b);
         let is_dots = |segment: &str| [".", ".."].contains(&segment);

@@ -1,4 +1,4 @@
-//! Reads Kling's envelope, `{"code": …, "message": …, "request_id": …, "data": …}`, from whole and
+//! Reads Kling's envelope, `{"code": …, "message": …, "request_id": …, "data": …}`, from complete and
 //! from partial JSON texts.
 
 use std::borrow::Cow;
@@ -13,36 +13,37 @@ use crate::kling::service_code;
 /// The top-level members of an envelope.
 #[derive(Debug, Default)]
 pub struct Envelope {
-    /// 0 for success; else a service code. A string of digits is read as that number, also with white
-    /// space around them, and so is a number whose fraction is 0.
+    /// 0 for success; else a service code. A string of digits is read as that number, with or without
+    /// white space around them. A number with a fraction of 0 is read as an integer.
     pub code: i64,
-    /// What upstream says of it.
+    /// Message of upstream about the code.
     pub message: Option<String>,
     /// Upstream's name for the request. Never empty.
     pub request_id: Option<String>,
-    /// Any further data, to the letter: its integers do not fit a float. Never `null`.
+    /// Further data as unchanged JSON text, because its integers do not fit a float. Never `null`.
     pub data: Option<Box<RawValue>>,
 }
 
-/// What the beginning of a text says of its top-level `code`.
+/// Result of looking for the top-level `code` in the beginning of a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Peek {
-    /// It is an envelope with this code.
+    /// The text is an envelope with this code.
     Code(i64),
-    /// Whatever follows, it is not an envelope.
+    /// The text is not an envelope, however it goes on.
     NoEnvelope,
-    /// What follows decides.
+    /// The rest of the text is needed to decide.
     #[default]
     Undecided,
 }
 
-/// A byte order mark: some programs begin a text in UTF-8 with it. It is no part of the JSON, and a
-/// reader may ignore it (RFC 8259, section 8.1).
+/// Byte order mark. Some programs begin a UTF-8 text with it. It is not part of the JSON, and a reader
+/// may ignore it (RFC 8259, section 8.1).
 const MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// Looks for the code in the beginning of a text, and reads no further than it must.
+/// Looks for the code in the beginning of a text. It reads no further than it must.
 pub fn peek(beginning: &[u8]) -> Peek {
-    // How Kling writes a success: reading it as JSON would cost a poll a thousand instructions more.
+    // Fast path for the form in which Kling writes a success: parsing JSON would cost each poll a
+    // thousand instructions more.
     if beginning.starts_with(br#"{"code":0,"#) {
         return Peek::Code(service_code::SUCCESS);
     }
@@ -50,12 +51,12 @@ pub fn peek(beginning: &[u8]) -> Peek {
     match (members.code, end) {
         (Peek::Undecided, End::Cut) => Peek::Undecided,
         (Peek::Undecided, _) => Peek::NoEnvelope,
-        // Where the reader stopped behind it, `serde_json` misses the rest.
+        // If the reader stopped behind the code, `serde_json` reports that the rest is missing.
         (decided, _) => decided,
     }
 }
 
-/// Reads a text that is all there. `None` if it is not an envelope. Bytes that are not UTF-8 become
+/// Reads a complete text. Returns `None` if it is not an envelope. Bytes that are not UTF-8 become
 /// U+FFFD.
 pub fn read(text: &[u8]) -> Option<Envelope> {
     match Members::read(text, false) {
@@ -64,7 +65,8 @@ pub fn read(text: &[u8]) -> Option<Envelope> {
     }
 }
 
-/// Reads what the beginning of a longer text holds, like [`read`]. `None` if that shows no envelope.
+/// Reads the members in the beginning of a longer text, like [`read`]. Returns `None` if they do not
+/// show an envelope.
 pub fn read_beginning(beginning: &[u8]) -> Option<Envelope> {
     match Members::read(beginning, false) {
         (members, End::Whole | End::Cut) => members.into_envelope(),
@@ -72,18 +74,18 @@ pub fn read_beginning(beginning: &[u8]) -> Option<Envelope> {
     }
 }
 
-/// A text, or the beginning of one, without its byte order mark.
+/// Returns a text, or the beginning of one, without its byte order mark.
 fn without_mark(text: &[u8]) -> &[u8] {
     match text.strip_prefix(MARK) {
         Some(rest) => rest,
-        // Cut off inside the mark.
+        // The text is cut off inside the mark.
         None if MARK.starts_with(text) => &[],
         None => text,
     }
 }
 
-/// Whether the error is only that the text ends. Of a number that is cut behind one of these
-/// characters `serde_json` says instead that it is malformed.
+/// Returns true if the error means only that the text ends too early. For a number that is cut off after
+/// one of these characters, `serde_json` reports a malformed number instead.
 fn may_go_on(error: &serde_json::Error, beginning: &[u8]) -> bool {
     let in_number = || matches!(beginning.last(), Some(b'-' | b'+' | b'.' | b'e' | b'E'));
     match error.classify() {
@@ -93,26 +95,26 @@ fn may_go_on(error: &serde_json::Error, beginning: &[u8]) -> bool {
     }
 }
 
-/// How a text ended.
+/// State of the JSON at the end of a text.
 #[derive(Clone, Copy)]
 enum End {
-    /// As JSON does.
+    /// The text is one complete JSON value.
     Whole,
-    /// Too early: what follows may make it JSON.
+    /// The JSON is incomplete; the rest of the text may complete it.
     Cut,
-    /// Whatever follows, it is not JSON.
+    /// The text is not JSON, however it goes on.
     Malformed,
 }
 
-/// Collects members as they are read, so that what stands before a cut is not lost.
+/// Members that are collected while they are read, so that those before a cut are not lost.
 #[derive(Default)]
 struct Members {
-    /// [`Peek::NoEnvelope`] for a code that [`integer`] does not read.
+    /// [`Peek::NoEnvelope`] if [`integer`] cannot read the code.
     code: Peek,
     message: Option<String>,
     request_id: Option<String>,
     data: Option<Box<RawValue>>,
-    /// Stop as soon as the code is known.
+    /// True to stop as soon as the code is known.
     until_code: bool,
 }
 
@@ -130,15 +132,15 @@ enum Name {
 // === impl Members ===
 
 impl Members {
-    /// Reads the members of a text, or of the beginning of one; of that with `until_code` only as
-    /// much as tells the code.
+    /// Reads the members of a text, or of the beginning of one. With `until_code` it stops as soon as
+    /// the code is known.
     fn read(text: &[u8], until_code: bool) -> (Self, End) {
         let text = without_mark(text);
         let (mut members, mut outcome) = Self::read_utf8(text, until_code);
         let is_enough = until_code && members.code != Peek::Undecided;
-        // `serde_json` refuses strings that are not UTF-8. Few texts have such: those are read twice,
-        // and all others are not looked through for them. No quote is lost: only bytes that are not
-        // ASCII are replaced.
+        // `serde_json` refuses strings that are not UTF-8. Few texts have such strings: only those are
+        // read twice, and other texts are not searched for them. The replacement changes only bytes that
+        // are not ASCII, so no quote is lost.
         if !is_enough
             && outcome.as_ref().is_err_and(serde_json::Error::is_syntax)
             && let Cow::Owned(replaced) = String::from_utf8_lossy(text)
@@ -202,7 +204,8 @@ impl<'de> Visitor<'de> for &mut Members {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut code = Peek::Undecided;
         while let Some(name) = map.next_key()? {
-            // Only now: a code at the very end of a beginning may lack its last digits.
+            // The code is stored only when something follows it: at the end of a cut text its last
+            // digits may be missing.
             self.code = code;
             if self.until_code && code != Peek::Undecided {
                 return Ok(());
@@ -210,7 +213,7 @@ impl<'de> Visitor<'de> for &mut Members {
             match name {
                 Name::Code => {
                     let value = map.next_value::<&RawValue>()?;
-                    // Of two codes the first counts, as it does for `peek`.
+                    // If there are two codes, the first counts, as it does for `peek`.
                     if code == Peek::Undecided {
                         code = integer(value.get()).map_or(Peek::NoEnvelope, Peek::Code);
                     }
@@ -230,7 +233,7 @@ impl<'de> Visitor<'de> for &mut Members {
     }
 }
 
-/// `1303`, `1303.0`, `"1303"` or `" 1303"`.
+/// Reads an integer that is written as `1303`, `1303.0`, `"1303"` or `" 1303"`.
 fn integer(json: &str) -> Option<i64> {
     if json.starts_with('"') {
         let text: String = serde_json::from_str(json).ok()?;
@@ -245,7 +248,7 @@ fn integer(json: &str) -> Option<i64> {
     })
 }
 
-/// A string; of anything else, its JSON text; of `null`, nothing.
+/// Returns the content of a JSON string, `None` for `null`, and the JSON text of any other value.
 fn text(json: &RawValue) -> Option<String> {
     let json = json.get();
     let quoted = json
@@ -477,7 +480,7 @@ mod tests {
         }
     }
 
-    /// A code, and one of the ways to write it.
+    /// Generates a code, and one of the ways to write it.
     fn code() -> impl Strategy<Value = (i64, String)> {
         prop_oneof![
             any::<i64>().prop_map(|code| (code, code.to_string())),
@@ -486,7 +489,7 @@ mod tests {
         ]
     }
 
-    /// Mostly UTF-8.
+    /// Generates messages, some of which are not UTF-8.
     fn message() -> impl Strategy<Value = Vec<u8>> {
         prop_oneof![
             any::<String>().prop_map(String::into_bytes),
@@ -494,7 +497,7 @@ mod tests {
         ]
     }
 
-    /// A string of JSON, but for bytes that are no UTF-8.
+    /// Returns a JSON string, except that bytes that are not UTF-8 stay as they are.
     fn quoted(text: &[u8]) -> Vec<u8> {
         let escaped = text.iter().flat_map(|byte| match byte {
             b'"' | b'\\' => vec![b'\\', *byte],

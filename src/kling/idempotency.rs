@@ -1,25 +1,25 @@
-//! Whether a request only reads or may create something that is paid for.
+//! Classifies requests: those that only read, and those that may create something that is paid for.
 
 use http::{Method, Request};
 
-/// What sending a request again could cost.
+/// Effect of a request upstream, and so the cost of sending it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// It changes nothing: sending it again costs nothing.
+    /// The request changes nothing: sending it again costs nothing.
     Read,
-    /// It may create a task: sending it again may bill its user twice.
+    /// The request may create a task: sending it again may bill the user twice.
     Create,
 }
 
-/// `POST` paths that only read: cursor lists, in the vendor's documentation of 2026-11-22.
+/// `POST` paths that only read: lists with a cursor, in the vendor's documentation of 2026-11-22.
 const READ_PATHS: [&str; 2] = ["/tasks", "/solutions"];
-/// As [`READ_PATHS`], with one more segment behind.
+/// Parent of further `POST` paths that only read; they have exactly one more segment.
 const READ_PARENT: &str = "/account/billing/";
 
 // === impl Effect ===
 
 impl Effect {
-    /// Judges a request by its method and path. In doubt it is a create.
+    /// Classifies a request by its method and path. In doubt it is a create.
     pub fn of<B>(request: &Request<B>) -> Self {
         let read = match *request.method() {
             Method::GET | Method::HEAD | Method::OPTIONS => true,

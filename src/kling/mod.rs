@@ -1,4 +1,4 @@
-//! Knowledge of Kling's API. Nothing here does I/O.
+//! Facts about Kling's API. Nothing here does I/O.
 
 pub mod api_path;
 pub mod envelope;

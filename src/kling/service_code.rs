@@ -1,8 +1,8 @@
-//! The table of service codes: Kling's and the proxy's own, with every fact that depends on a code.
+//! The table of service codes, Kling's and the proxy's own, with every fact that depends on a code.
 //!
-//! To add a code, add a row. Rows below 9000 have the vendor's words ("General Information", error codes,
-//! read 2026-11-22). Rows from 9000 on are made by the proxy; [`Error`](crate::error::Error) names them by
-//! the constants below the table.
+//! To add a code, add a row. The texts of rows below 9000 are quotations of the vendor ("General
+//! Information", error codes, read 2026-11-22). Rows from 9000 on belong to the proxy;
+//! [`Error`](crate::error::Error) refers to them by the constants below the table.
 
 use std::time::Duration;
 
@@ -10,51 +10,52 @@ use http::StatusCode;
 
 use crate::kling::idempotency::Effect;
 
-/// A service code and all that follows from it.
+/// A service code, and every fact that depends on it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Row {
     /// The number in the body's `code`.
     pub code: u16,
     /// The subject of the code.
     pub class: Class,
-    /// The documented HTTP status.
+    /// The HTTP status in the documentation.
     pub status: StatusCode,
     /// The status under `errors.status = "actionable"`: not 429 if sending again cannot help.
     pub actionable_status: StatusCode,
-    /// A stable name: `error.type` in bodies and logs, and a metric label.
+    /// Stable name of the code: `error.type` in bodies and logs, and a metric label.
     pub kind: &'static str,
     /// The rule for sending the same request again, for clients and for the proxy.
     pub resend: Resend,
     /// The `Retry-After` of a status in [`WITH_RETRY_AFTER`], if upstream sent none. Whole seconds.
     pub retry_after: Duration,
-    /// The vendor's heading, or ours.
+    /// The vendor's heading for a group of codes, or the proxy's own.
     pub definition: &'static str,
-    /// The meaning of the code.
+    /// Meaning of the code, for the user.
     pub explanation: &'static str,
-    /// The advice to the user.
+    /// Advice to the user about this code.
     pub solution: &'static str,
-    /// `error.hint`: advice beyond the vendor's.
+    /// Further advice of the proxy, in `error.hint`.
     pub hint: Option<&'static str>,
-    /// Phrases of messages that say more than the code.
+    /// Phrases in Kling's messages that give more detail than the code.
     pub phrases: &'static [Phrase],
-    /// Ends the client's connection after the answer, because the next request has no known beginning.
+    /// True to close the client's connection after the response, because the start of the next request
+    /// cannot be found.
     pub closes_connection: bool,
 }
 
 /// The subject of a code: the credential, the clock, the account, the request, or a part that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// No error.
+    /// The request succeeded; not an error.
     Success,
-    /// The credential was refused.
+    /// Kling refused the credential of the request.
     Credential,
     /// The request arrived without a credential.
     CredentialMissing,
     /// The token was refused because the clocks differ.
     TokenTime,
-    /// The account may not have this. Its credential is known.
+    /// The credential is known, but its account may not use this function.
     Account,
-    /// The request is wrong.
+    /// The parameters of the request are wrong.
     Parameters,
     /// The content or a policy of the platform forbids it.
     Policy,
@@ -62,21 +63,21 @@ pub enum Class {
     Limit,
     /// The account does not admit the address of this machine.
     Address,
-    /// Kling failed.
+    /// Kling had an internal error.
     Internal,
-    /// A code that the table does not have.
+    /// Kling sent a code that is not in the table.
     Unknown,
     /// The proxy does not forward the request.
     Request,
-    /// The proxy has no usable answer of upstream.
+    /// The proxy has no usable response from upstream.
     UpstreamFailure,
     /// The proxy has no credential to send.
     CredentialUnavailable,
-    /// The proxy takes no more requests for now.
+    /// The proxy accepts no more requests for now.
     Capacity,
 }
 
-/// The rule for sending a failed request again. A client and the proxy may differ.
+/// The rule for sending a failed request again. It may differ for a client and for the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resend {
     /// Nobody sends it again: it would fail again.
@@ -87,32 +88,31 @@ pub enum Resend {
     Unsent,
     /// Client and proxy send any request again, later: it was refused before a task existed.
     Refused,
-    /// As [`Refused`](Self::Refused), but the proxy sends it once, with a token by the corrected clock.
+    /// As [`Refused`](Self::Refused), but the proxy sends it again only once, with a token by the
+    /// corrected clock.
     NewToken,
     /// The client sends any request again, later: it had no effect. The proxy does not: it refused the
     /// request itself, or would be refused again.
     ByClient,
 }
 
-/// A part of Kling's messages that asks for the other kind of credential.
+/// Part of a Kling message that asks for the other kind of credential.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Phrase {
-    /// The part of the message.
+    /// Text to look for in the message.
     pub text: &'static str,
-    /// The kind of credential that it asks for.
+    /// Kind of credential that the message asks for.
     pub needs: Needs,
 }
 
-/// A kind of credential.
+/// Kind of credential that a message asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Needs {
-    /// An API key.
     ApiKey,
-    /// An access key with its secret key.
     KeyPair,
 }
 
-/// The code of a success.
+/// Service code of a successful request.
 pub const SUCCESS: i64 = 0;
 
 /// Statuses whose answers carry `Retry-After`, if the request may be sent again.
@@ -121,9 +121,9 @@ pub const WITH_RETRY_AFTER: [StatusCode; 2] = [
     StatusCode::SERVICE_UNAVAILABLE,
 ];
 
-/// The usual `Retry-After`: for waits that end with a task or a restart. A task takes 9 s and up.
+/// The usual `Retry-After`, for waits that end with a task or a restart. A task takes at least 9 s.
 const LONG_WAIT: Duration = Duration::from_secs(5);
-/// The `Retry-After` of a rate: the vendor advises a back-off from 1 s.
+/// `Retry-After` of a rate limit: the vendor advises a back-off from 1 s.
 const SHORT_WAIT: Duration = Duration::from_secs(1);
 
 const WRONG_CREDENTIAL: &str = "the proxy's credential was refused, not what the client sent: \
@@ -140,7 +140,8 @@ const NO_API_KEY: Phrase = Phrase {
     needs: Needs::KeyPair,
 };
 
-/// All rows, sorted by code. The columns that `row` sets to the usual value are set by methods behind it.
+/// All rows, sorted by code. `row` sets the other columns to their usual values; the methods after it
+/// change them.
 #[rustfmt::skip]
 pub const TABLE: &[Row] = &[
     row(0, Class::Success, StatusCode::OK, "ok", Resend::Never,
@@ -272,61 +273,61 @@ pub const TABLE: &[Row] = &[
          "Try again when it has been started again"]),
 ];
 
-/// The row of every code that Kling sends and the table does not have, for example because Kling added it
-/// since. The status of its answer says if it may be sent again.
+/// Row for each code that Kling sends and the table does not have, for example because Kling added it
+/// later. The status of the response decides if the request may be sent again.
 #[rustfmt::skip]
 pub static UNKNOWN: Row =
     row(0, Class::Unknown, StatusCode::BAD_GATEWAY, "unknown_service_code", Resend::Never,
         ["Unknown service code", "Kling sent a code that its table does not list",
          "See the message, and Kling's documentation"]);
 
-/// The proxy's answer to a malformed request.
+/// Row of the proxy for a malformed request.
 pub const BAD_REQUEST: &Row = own(9000);
-/// The proxy's answer to a request for a foreign host.
+/// Row of the proxy for a request to a foreign host.
 pub const HOST_NOT_ALLOWED: &Row = own(9001);
-/// The proxy's answer to a web page.
+/// Row of the proxy for a web page.
 pub const ORIGIN_NOT_ALLOWED: &Row = own(9002);
-/// The proxy's answer to a client without a valid token.
+/// Row of the proxy for a client without a valid token.
 pub const CLIENT_TOKEN_INVALID: &Row = own(9003);
-/// The proxy's answer to a path outside of the allow-list.
+/// Row of the proxy for a path outside of the allow-list.
 pub const PATH_NOT_ALLOWED: &Row = own(9004);
-/// The proxy's answer to a method outside of the allow-list.
+/// Row of the proxy for a method outside of the allow-list.
 pub const METHOD_NOT_ALLOWED: &Row = own(9005);
-/// The proxy's answer to a body over the limit.
+/// Row of the proxy for a body over the limit.
 pub const BODY_TOO_LARGE: &Row = own(9006);
-/// The proxy's answer to an unknown path of its own.
+/// Row of the proxy for an unknown path of its own.
 pub const NOT_FOUND: &Row = own(9007);
-/// The proxy's answer to a body that stalls.
+/// Row of the proxy for a body that stalls.
 pub const CLIENT_TOO_SLOW: &Row = own(9008);
-/// The proxy's answer if it cannot connect to upstream.
+/// Row of the proxy for a failure to connect to upstream.
 pub const UPSTREAM_UNREACHABLE: &Row = own(9101);
-/// The proxy's answer if upstream does not answer in time.
+/// Row of the proxy for an upstream that does not respond in time.
 pub const UPSTREAM_TIMEOUT: &Row = own(9102);
-/// The proxy's answer if upstream's is not in Kling's form.
+/// Row of the proxy for a response of upstream that is not in Kling's form.
 pub const UPSTREAM_BAD_RESPONSE: &Row = own(9103);
-/// The proxy's answer if the connection to upstream is lost.
+/// Row of the proxy for a lost connection to upstream.
 pub const UPSTREAM_DISCONNECTED: &Row = own(9104);
-/// The proxy's answer if it has no credential.
+/// Row of the proxy for requests that have no credential to be sent with.
 pub const CREDENTIALS_UNAVAILABLE: &Row = own(9201);
-/// The proxy's answer if too many requests are in flight.
+/// Row of the proxy for too many requests in flight.
 pub const OVERLOADED: &Row = own(9301);
-/// The proxy's answer while it shuts down.
+/// Row of the proxy for requests during its shutdown.
 pub const DRAINING: &Row = own(9302);
 
-/// Finds the row of a code that Kling sent. The proxy's own codes are unknown there.
+/// Finds the row of a code that Kling sent. A code from the proxy's own range counts as unknown.
 pub fn sent_by_kling(code: i64) -> &'static Row {
     let known = find(code).filter(|row| row.code < Row::FIRST_OF_PROXY);
     known.unwrap_or(&UNKNOWN)
 }
 
-/// Finds the row of a code.
+/// Finds the row of a code, of Kling or of the proxy.
 pub fn find(code: i64) -> Option<&'static Row> {
     let code = u16::try_from(code).ok()?;
     let index = TABLE.binary_search_by_key(&code, |row| row.code).ok()?;
     TABLE.get(index)
 }
 
-/// Finds a row of the proxy's own. A constant without its row does not compile.
+/// Finds a row of the proxy's own. A constant without a row does not compile.
 const fn own(code: u16) -> &'static Row {
     let mut index = 0;
     while TABLE[index].code != code {
@@ -335,7 +336,7 @@ const fn own(code: u16) -> &'static Row {
     &TABLE[index]
 }
 
-/// Makes a row with the usual values in its other columns.
+/// Makes a row whose other columns have the usual values.
 const fn row(
     code: u16,
     class: Class,
@@ -364,7 +365,7 @@ const fn row(
 // === impl Row ===
 
 impl Row {
-    /// The first code of the proxy's own.
+    /// First code of the proxy's own range.
     const FIRST_OF_PROXY: u16 = 9000;
 
     /// Returns the sender of the code: `upstream` or `proxy`.
@@ -423,8 +424,8 @@ impl Class {
         matches!(self, Self::Credential | Self::CredentialMissing)
     }
 
-    /// Returns true if the credential or the time of its token was refused, so that Kling did not say if it
-    /// knows the account.
+    /// Returns true if the credential or the time of its token was refused. Such an answer does not show
+    /// if Kling knows the account.
     pub fn refuses_token(self) -> bool {
         self.refuses_credential() || self == Self::TokenTime
     }
@@ -442,8 +443,8 @@ impl Class {
         matches!(self, Self::Request | Self::Capacity)
     }
 
-    /// Returns a stable name, and what errors of this class say of the credential, the clock, the account or
-    /// the request.
+    /// Returns a stable name, and a description of what errors of this class mean for the credential,
+    /// the clock, the account or the request.
     pub fn describe(self) -> (&'static str, &'static str) {
         match self {
             Self::Success => ("success", "no error"),
@@ -529,7 +530,7 @@ mod tests {
         }
     }
 
-    /// The groups that the metrics, the tokens and `check` ask for.
+    /// Checks the groups of classes that the metrics, the tokens and `check` use.
     #[test]
     fn every_code_belongs_to_its_class() {
         let codes = |belongs: fn(Class) -> bool| -> Vec<u16> {

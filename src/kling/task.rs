@@ -1,61 +1,61 @@
-//! The names of a task, which is what is paid for: by them it is found again.
+//! The ids of a task. A task is paid for, and can be found again only by its ids.
 
 use std::io;
 
 use memchr::memchr2;
 use serde_json::Number;
 
-/// What a request or an answer calls a task.
+/// Ids of a task in a request or a response.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Task {
-    /// Kling's name.
+    /// Id that Kling gave the task.
     pub id: Option<String>,
-    /// The client's own, unique in the account.
+    /// Id that the client gave the task, unique in the account.
     pub external_id: Option<String>,
 }
 
-/// Reads the names of a task from JSON that comes in pieces of any size, while it passes.
+/// Reads the ids of a task from a JSON text that arrives in chunks of any size, while it passes.
 ///
-/// It keeps nothing of the text but the names, and is lenient: what stands before a cut or an error
-/// counts. A name of another type than expected hides no other, and of two the first counts.
+/// It keeps only the ids, and is lenient: ids before a cut or an error count. An id of an unexpected
+/// type does not hide the other one, and if there are two, the first counts.
 #[derive(Default)]
 pub struct TaskReader {
     root: Root,
     state: TextState,
-    /// How many objects and arrays are open.
+    /// Number of objects and arrays that are open.
     depth: usize,
-    /// The members around the current value, outermost first, as deep as names can be.
+    /// Members around the current value, outermost first, down to the depth of the deepest id.
     path: [Member; DEEPEST],
-    /// The current string or number, as it stands in the text.
+    /// The current string or number, as its JSON text.
     token: Vec<u8>,
     token_is_string: bool,
-    /// Where the names were found, in the order of preference.
+    /// Ids found so far, one slot for each member that may hold one, in the order of preference.
     ids: [Option<String>; 2],
     external_ids: [Option<String>; 3],
     is_complete: bool,
 }
 
-/// Which text it is: that tells where the names are.
+/// Kind of text, which decides where the ids are.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Root {
-    /// The body of a create: at the top.
+    /// Body of a create, which has the ids at the top level.
     #[default]
     Request,
-    /// The answer to one: in `data`.
+    /// Response to a create, which has the ids in `data`.
     Answer,
 }
 
-/// Where in the text the next byte is.
+/// State of the reader before the next byte.
 #[derive(Clone, Copy, Default)]
 enum TextState {
     #[default]
     OutsideStrings,
     InString,
-    /// Behind a backslash.
+    /// After a backslash in a string.
     Escaped,
 }
 
-/// A member of an object, as far as it matters here.
+/// Members that may hold an id, or lead to one.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Member {
     Data,
@@ -69,20 +69,20 @@ enum Member {
     Other,
 }
 
-/// The deepest name: `data.task_info.external_task_id`.
+/// Depth of the deepest id: `data.task_info.external_task_id`.
 const DEEPEST: usize = 3;
-/// The longest name that is read, in bytes of JSON; longer ones are ignored.
+/// Longest id that is read, in bytes of JSON; longer ones are ignored.
 const LONGEST: usize = 1024;
 
 // === impl TaskReader ===
 
 impl TaskReader {
-    /// Reads the body of a create, in either generation of the API.
+    /// Makes a reader for the body of a create, in either generation of the API.
     pub fn of_request() -> Self {
         Self::default()
     }
 
-    /// Reads the answer to a create, in either generation of the API.
+    /// Makes a reader for the response to a create, in either generation of the API.
     pub fn of_answer() -> Self {
         Self {
             root: Root::Answer,
@@ -90,7 +90,7 @@ impl TaskReader {
         }
     }
 
-    /// Reads the next bytes.
+    /// Reads the next chunk of the text.
     pub fn push(&mut self, mut bytes: &[u8]) {
         while let (Some((&first, rest)), false) = (bytes.split_first(), self.is_complete) {
             bytes = match self.state {
@@ -108,7 +108,7 @@ impl TaskReader {
         }
     }
 
-    /// The names that were read so far.
+    /// Returns the ids that were read so far.
     pub fn task(&self) -> Task {
         Task {
             id: self.ids.iter().flatten().next().cloned(),
@@ -116,12 +116,12 @@ impl TaskReader {
         }
     }
 
-    /// Returns true if what follows holds no further name.
+    /// Returns true if the rest of the text holds no further id.
     pub fn is_complete(&self) -> bool {
         self.is_complete
     }
 
-    /// Reads up to the end of a string, or of what is there. Returns the rest.
+    /// Reads up to the end of a string, or of the chunk. Returns the rest of the chunk.
     fn read_string<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
         let end = memchr2(b'"', b'\\', bytes).unwrap_or(bytes.len());
         let (text, rest) = bytes.split_at(end);
@@ -184,7 +184,7 @@ impl TaskReader {
             .extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
-    /// A string or a number is over: notes it if it is a name.
+    /// Ends a string or a number, and stores it if it is an id.
     fn end_value(&mut self) {
         use Member::{Data, ExternalId, ExternalTaskId, Id, Options, TaskId, TaskInfo};
         let Some(path) = self.path.get(..self.depth) else {
@@ -206,7 +206,7 @@ impl TaskReader {
             *place = if self.token_is_string {
                 unescape(&self.token)
             } else {
-                // A number stands for a text.
+                // A number counts as its text.
                 let number = serde_json::from_slice::<Number>(&self.token).ok();
                 number.map(|number| number.to_string())
             };
@@ -214,11 +214,11 @@ impl TaskReader {
     }
 }
 
-/// Takes the text of a decoder.
+/// Receives the output of a decoder.
 impl io::Write for TaskReader {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.push(bytes);
-        // Nothing taken is how a writer says that it has enough.
+        // A result of 0 stops the decoder: the reader needs no more.
         Ok(if self.is_complete { 0 } else { bytes.len() })
     }
 
@@ -251,7 +251,7 @@ impl Member {
     }
 }
 
-/// The text of a JSON string, given without its quotes.
+/// Unescapes the text of a JSON string, given without its quotes.
 fn unescape(token: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(token);
     if text.contains('\\') {
@@ -268,7 +268,7 @@ mod tests {
 
     use super::*;
 
-    /// What is read from a text that comes in pieces of this size.
+    /// Returns the ids that are read from a text in chunks of this size.
     fn read(mut reader: TaskReader, text: &[u8], size: usize) -> [String; 2] {
         for piece in text.chunks(size) {
             reader.push(piece);
@@ -343,7 +343,7 @@ mod tests {
         assert_eq!(found, ["7", ""]);
     }
 
-    /// Any JSON, with the members that matter among others.
+    /// Generates any JSON, in which some members have names that the reader looks for.
     fn value() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(Value::Null),
@@ -370,7 +370,7 @@ mod tests {
         })
     }
 
-    /// The same, by way of the whole text.
+    /// Finds the ids in a complete value, for comparison.
     fn expected(data: &Value) -> [String; 2] {
         let text = |value: &Value| match value {
             Value::String(text) if serde_json::to_string(text).unwrap().len() <= LONGEST => {
@@ -398,7 +398,8 @@ mod tests {
             } else {
                 answer.to_string()
             };
-            // Two nested places have one preference here, and an order of their own in the text.
+            // `task_info` and `options` share one slot: the reader takes the first in the text,
+            // `expected` takes `task_info`.
             let both = !answer["data"]["task_info"]["external_task_id"].is_null()
                 && !answer["data"]["options"]["external_task_id"].is_null();
             prop_assume!(!both);
