@@ -1,5 +1,6 @@
-//! A log line as a JSON object, in the order that docs/operations.md shows. `tracing_subscriber`'s own
-//! JSON format has the span before the target, and the name of the span in it.
+//! Formats a log line as a JSON object, with its members in the order that docs/operations.md shows.
+//! `tracing_subscriber`'s own JSON format puts the span before the target, and adds the name of the
+//! span.
 
 use std::fmt;
 
@@ -13,10 +14,10 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::clock::{Clock, SystemClock};
 
-/// Formats an event as a [line](self).
+/// Formats an event as one [log line](self).
 pub(super) struct JsonLine;
 
-/// The members of a line.
+/// Serializes an event as the members of a line.
 struct LineMembers<'a> {
     event: &'a Event<'a>,
     /// The fields of the innermost span, if it has any.

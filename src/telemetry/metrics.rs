@@ -1,8 +1,8 @@
-//! Every metric, its name and its labels.
+//! All metrics, with their names and labels.
 //!
-//! Labels come from closed sets, and children that each request uses are looked up once, so that
-//! counting is an atomic addition. Counters of what goes wrong stand at 0 from the start: to
-//! Prometheus, one that comes to be with its first event has not increased.
+//! Label values come from closed sets. Counters that each request uses are looked up once, so that
+//! counting is an atomic addition. Error counters start at 0: Prometheus sees no increase in a counter
+//! that only appears with its first event.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,8 @@ use prometheus::{
 use crate::kling::service_code::{self, Class, TABLE};
 use crate::telemetry;
 
-/// Upper bounds of the duration buckets in seconds: those OpenTelemetry advises for HTTP, to 10.
+/// Upper bounds of the duration buckets, in seconds: those that OpenTelemetry advises for HTTP, up to
+/// 10.
 const BUCKETS: [f64; 14] = [
     0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 ];
@@ -34,8 +35,9 @@ const METHODS: [Method; 6] = [
 const OTHER_METHOD: &str = "_OTHER";
 const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 
-/// The registry and a handle on each metric. Clones count in the same ones: a thread that has a clone
-/// shares with others what is counted, and not who holds it, which would change twice a request.
+/// The registry, and a handle to each metric. All clones count in the same metrics. Each thread has its
+/// own clone, so that threads share only the counters, and not a reference count that would change twice
+/// per request.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
@@ -65,7 +67,7 @@ impl Metrics {
     ///
     /// # Errors
     ///
-    /// Only if two metrics here had one name, which every start would show.
+    /// Fails only if two metrics here had the same name, which every start would show.
     pub fn new() -> Result<Self, prometheus::Error> {
         let registrar = Registrar::new()?;
         registrar.version()?;
@@ -136,11 +138,11 @@ impl Metrics {
         })
     }
 
-    /// The exposition in Prometheus' text format.
+    /// Returns all metrics in Prometheus' text format.
     ///
     /// # Errors
     ///
-    /// Only if a metric's name were invalid, which every scrape would show.
+    /// Fails only if a metric had an invalid name, which every scrape would show.
     pub fn render(&self) -> Result<String, prometheus::Error> {
         self.log_lines_dropped.reset();
         self.log_lines_dropped.inc_by(telemetry::lines_dropped());
@@ -149,7 +151,7 @@ impl Metrics {
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    /// Counts a request in; dropping the guard counts it out.
+    /// Counts a request as in flight until the returned guard is dropped.
     pub fn enter(self: &Arc<Self>) -> InFlight {
         self.in_flight.inc();
         InFlight {
@@ -158,7 +160,7 @@ impl Metrics {
         }
     }
 
-    /// Makes the guard of a request that does not count, such as one to the admin listener.
+    /// Makes a guard for a request that is not counted, such as one to the admin listener.
     pub fn enter_uncounted(self: &Arc<Self>) -> InFlight {
         InFlight {
             metrics: Arc::clone(self),
@@ -166,12 +168,12 @@ impl Metrics {
         }
     }
 
-    /// How many requests are in flight.
+    /// Returns the number of requests in flight.
     pub fn in_flight(&self) -> u64 {
         u64::try_from(self.in_flight.get()).unwrap_or_default()
     }
 
-    /// A request was answered.
+    /// Counts a response, and records the time from the head of the request to the head of the response.
     pub fn answered(&self, method: &Method, status: StatusCode, after: Duration) {
         let known = METHODS.iter().position(|known| known == method);
         let row = known.unwrap_or(METHODS.len());
@@ -182,7 +184,7 @@ impl Metrics {
         self.duration.observe(after.as_secs_f64());
     }
 
-    /// Upstream was asked: with success, or with this type of error.
+    /// Counts an attempt to send a request upstream: successful, or with this type of error.
     pub fn attempted(&self, error: Option<&'static str>) {
         match error {
             None => self.answers.inc(),
@@ -190,44 +192,44 @@ impl Metrics {
         }
     }
 
-    /// The guard refused a request with this type of error.
+    /// Counts a request that the guard refused with this type of error.
     pub fn refused(&self, kind: &'static str) {
         self.refusals.with_label_values(&[kind]).inc();
     }
 
-    /// A client showed the token of this name.
+    /// Counts a request with the client token of this name.
     pub fn admitted(&self, client: &str) {
         self.clients.with_label_values(&[client]).inc();
     }
 
-    /// The file of client tokens was read.
+    /// Records whether the file of client tokens is valid.
     pub fn client_tokens_valid(&self, valid: bool) {
         self.client_tokens_valid.set(valid.into());
     }
 
-    /// A request could have been sent again, but for this.
+    /// Counts a retry that was allowed but not made, for this reason.
     pub fn resend_withheld(&self, reason: &'static str) {
         self.withheld.with_label_values(&[reason]).inc();
     }
 
-    /// A request body is not kept to be sent again, because of this bound.
+    /// Counts a request body that is not kept for a retry, because it exceeds this bound.
     pub fn body_not_kept(&self, bound: &'static str) {
         self.not_kept.with_label_values(&[bound]).inc();
     }
 
-    /// A token was to be minted.
+    /// Counts a token that was minted, or could not be.
     pub fn token_minted(&self, minted: bool) {
         let outcome = if minted { "ok" } else { "error" };
         self.minted.with_label_values(&[outcome]).inc();
     }
 
-    /// The current token ends at this second since the epoch.
+    /// Records the end of the current token, in seconds since the epoch.
     pub fn token_expires(&self, exp: u64) {
         self.token_expiry
             .set(i64::try_from(exp).unwrap_or(i64::MAX));
     }
 
-    /// Upstream's clock is this far ahead of this machine's, in seconds.
+    /// Records the offset of upstream's clock from this machine's clock, in seconds; positive if ahead.
     pub fn clock_offset(&self, seconds: f64) {
         self.clock_offset.set(seconds);
     }
@@ -258,7 +260,7 @@ impl Registrar {
         self.register(IntCounterVec::new(Opts::new(name, help), labels)?)
     }
 
-    /// Registers counters by one label whose values are known. All of them stand at 0 from the start.
+    /// Registers counters by one label whose values are known. All of them start at 0.
     fn known(
         &self,
         name: &str,
@@ -305,7 +307,7 @@ fn kinds(counted: fn(Class) -> bool) -> Vec<&'static str> {
     rows.map(|row| row.kind).collect()
 }
 
-/// The method as a label or a field: one of a closed set.
+/// Returns the method as a label or a field: one of a closed set.
 pub fn method_label(method: &Method) -> &str {
     if METHODS.contains(method) {
         method.as_str()
@@ -323,7 +325,7 @@ pub struct InFlight {
 // === impl InFlight ===
 
 impl InFlight {
-    /// Where it is counted.
+    /// Returns the metrics that count the request.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
     }

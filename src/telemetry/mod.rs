@@ -1,4 +1,4 @@
-//! Sets up what is logged, where and how.
+//! Sets up the log: its lines, their format and their destination.
 
 mod line;
 pub mod metrics;
@@ -20,24 +20,24 @@ use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 use self::line::JsonLine;
 use self::queue::{DROPPED, Lines, QUEUE};
 
-/// How log lines look (`log.format`).
+/// Format of log lines (`log.format`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
     /// `Pretty` on a terminal, else `Json`.
     Auto,
-    /// For people.
+    /// Text for people, with colours on a terminal.
     Pretty,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// A hold on which lines are logged, to change that while running.
+/// Handle to change the filter of log lines at run time.
 pub struct Filter(Handle<Targets, Registry>);
 
 // === impl Filter ===
 
 impl Filter {
-    /// Logs what this filter lets through from now on.
+    /// Applies this filter to all later log lines.
     pub fn set(&self, filter: Targets) {
         if let Err(error) = self.0.reload(filter) {
             tracing::warn!(%error, "cannot change what is logged");
@@ -45,10 +45,11 @@ impl Filter {
     }
 }
 
-/// Logs to standard error from now on, as the first caller in the process says.
+/// Starts logging to standard error, with this format and filter. Only the first call in a process has
+/// an effect.
 ///
-/// Lines are let through by target and level. `EnvFilter` also looks at the fields of spans, for
-/// which it brings a regular expression engine: a twentieth of the program.
+/// The filter compares target and level. `EnvFilter` compares the fields of spans too, and needs a
+/// regular expression engine for that, which is a twentieth of the program.
 pub fn init(format: LogFormat, filter: Targets) -> Filter {
     let (filter, handle) = reload::Layer::new(filter);
     let terminal = std::io::stderr().is_terminal();
@@ -61,26 +62,27 @@ pub fn init(format: LogFormat, filter: Targets) -> Filter {
     };
     start_writing();
     let subscriber = tracing_subscriber::registry().with(filter).with(lines);
-    // Only a test that sets up twice gets here; the first setting stands.
+    // Only a test that sets up logging twice gets here; the first setup stays.
     if let Err(error) = subscriber.try_init() {
         tracing::debug!(%error, "logging is set up already");
     }
     Filter(handle)
 }
 
-/// Writes a line for the person at the terminal, behind the log lines before it.
+/// Writes a line for the user at the terminal, after the log lines before it.
 pub fn print(line: &str) {
     start_writing();
     QUEUE.push(line.as_bytes(), true);
 }
 
-/// Starts the thread that writes lines. Without it they fill the queue, which readiness tells.
+/// Starts the thread that writes lines. If it cannot start, lines fill the queue, and readiness reports
+/// that.
 fn start_writing() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| drop(QUEUE.start()));
 }
 
-/// Waits until all lines are written, for at most a second: the process is about to end.
+/// Waits until all lines are written, for at most one second, because the process is about to end.
 pub fn finish() {
     QUEUE.flush(LAST_LINES);
 }
@@ -90,26 +92,26 @@ pub fn is_stuck() -> bool {
     QUEUE.is_stuck()
 }
 
-/// How many log lines were lost since the start.
+/// Returns the number of log lines lost since the start.
 pub fn lines_dropped() -> u64 {
     DROPPED.load(Relaxed)
 }
 
-/// How long the end of the process waits for the reader of the log.
+/// Longest wait for the reader of the log at the end of the process.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
-/// As much of a foreign text as is logged, in bytes.
+/// Longest part of a foreign text that is logged, in bytes.
 const LONGEST: usize = 1024;
 
-/// The beginning of a foreign text, with everything escaped that is not seen where it is printed:
-/// control characters, of which JSON leaves U+0080 to U+009F as they are; line and paragraph
-/// separators, which some readers take for the end of a line; and format characters, which can turn a
-/// line around or hide a part of it.
+/// Returns the beginning of a foreign text, with invisible characters escaped: control characters, of
+/// which JSON leaves U+0080 to U+009F unescaped; line and paragraph separators, which some readers take
+/// for the end of a line; and format characters, which can reverse a line or hide a part of it.
 pub fn printable(text: &str) -> Cow<'_, str> {
     let end = text.floor_char_boundary(LONGEST);
     let (text, rest) = text.split_at(end);
     let special = |byte| !matches!(byte, b' '..=b'~');
-    // Mostly it is plain ASCII, which unlike characters is looked at in many bytes at a time.
+    // Usually the text is plain ASCII. Checking bytes is faster than checking characters, since many
+    // bytes are checked at a time.
     let plain = !text
         .bytes()
         .fold(false, |found, byte| found | special(byte));
@@ -130,7 +132,7 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     escaped.into()
 }
 
-/// Whether a character does something to a text, rather than being seen in it.
+/// Returns true if a character is invisible and only has an effect on the text around it.
 fn is_unseen(c: char) -> bool {
     use GeneralCategory::{Control, Format, LineSeparator, ParagraphSeparator};
     matches!(
@@ -139,7 +141,7 @@ fn is_unseen(c: char) -> bool {
     )
 }
 
-/// The target of the log lines of creates.
+/// Target of the log lines about creates.
 pub const CREATES: &str = "kling_proxy::creates";
 
 #[cfg(test)]

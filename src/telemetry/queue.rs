@@ -1,5 +1,5 @@
-//! The queue of log lines. One thread writes them to standard error, so that a reader that stalls, or a
-//! full disk, holds up nothing else.
+//! The queue of log lines. One thread writes them to standard error, so that a stalled reader, or a full
+//! disk, does not block the rest of the program.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,72 +13,72 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use super::CREATES;
 
-/// The queue of this process.
+/// The only queue of this process.
 pub(super) static QUEUE: LineQueue = LineQueue::new(MOST, PATIENCE);
 
-/// Lines that were dropped since the start, because the queue was full or could not be written.
+/// Number of lines dropped since the start, because the queue was full or could not be written.
 pub(super) static DROPPED: AtomicU64 = AtomicU64::new(0);
 
-/// Lines that wait to be written, within a bound.
+/// Lines that wait to be written, up to a limit.
 pub(super) struct LineQueue {
-    /// The most that waits or is being written, in bytes.
+    /// Limit of the lines that wait or are being written, in bytes.
     capacity: usize,
-    /// How long the line of a create waits for room.
+    /// Longest wait for room, for the line of a create.
     patience: Duration,
     state: Mutex<QueueState>,
-    /// Notified when the first line comes.
+    /// Notified when a line is added to an empty queue.
     filled: Condvar,
-    /// Notified when lines were written, if a thread waits for that.
+    /// Notified when lines have been written, if a thread waits for that.
     written: Condvar,
 }
 
 struct QueueState {
     lines: Vec<u8>,
-    /// How many bytes the writer has taken and not written yet.
+    /// Bytes that the writer has taken and not written yet.
     taken: usize,
-    /// Lines that were dropped since the log told so.
+    /// Number of lines dropped since the log last reported such a number.
     dropped: u64,
-    /// Whether the writer is about to log how many were dropped.
+    /// True while the writer logs the number of dropped lines.
     is_telling: bool,
-    /// Why lines were lost, if none was written since.
+    /// Cause of lost lines; `None` after a line was written.
     trouble: Option<Trouble>,
-    /// How many threads wait for lines to be written.
+    /// Number of threads that wait for lines to be written.
     waiting: usize,
 }
 
-/// Why lines are lost.
+/// Cause of lost log lines, for readiness.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Trouble {
-    /// There is no room.
+    /// The queue has no room.
     Full,
-    /// There is no room, and a line waited for it in vain.
+    /// The queue has no room, and a line has waited for it in vain.
     InVain,
-    /// They cannot be written.
+    /// Standard error accepts no bytes.
     Failing,
 }
 
-/// Puts each line into the queue.
+/// Makes a [`QueuedLine`] for each event of the log.
 pub(super) struct Lines;
 
-/// Puts a line into the queue.
+/// Puts one line into the queue.
 pub(super) struct QueuedLine {
-    /// Whether to wait for room, for at most [`PATIENCE`].
+    /// True to wait for room, for at most [`PATIENCE`].
     is_patient: bool,
 }
 
-/// The most that waits, in bytes.
+/// Limit of the lines that wait, in bytes.
 const MOST: usize = 1 << 20;
-/// How long the line of a create waits for room. Once that was in vain, none waits before a line is
-/// written again.
+/// Longest wait for room, for the line of a create. After a wait in vain, no line waits until one has
+/// been written again.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// How long after a failure a line that tells of it is written, if no other comes before.
+/// Time after a failure until a line about it is written, if no other line comes before.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// As much is written at once, in bytes: what a pipe takes in one piece, so that nobody else's output
-/// comes between (pipe(7)).
+/// Most bytes of one write: a pipe takes them in one piece, so that no output of another process comes
+/// between (pipe(7)).
 const PIECE: usize = 4096;
-/// How long to wait for a reader of a pipe that does not block.
+/// Wait before a retry, for the reader of a pipe that does not block.
 const MOMENT: Duration = Duration::from_millis(10);
 
 // === impl LineQueue ===
@@ -118,7 +118,7 @@ impl LineQueue {
         Ok(())
     }
 
-    /// Takes a line, or drops it.
+    /// Adds a line to the queue, or drops it if there is no room.
     pub(super) fn push(&self, line: &[u8], is_patient: bool) {
         let has_no_room = |state: &mut QueueState| state.bytes() + line.len() > self.capacity;
         let mut state = self.lock();
@@ -134,27 +134,28 @@ impl LineQueue {
             }
             return;
         }
-        // To notify is a system call, whether somebody waits or not.
+        // Notifying is a system call, even if no thread waits.
         if state.bytes() == 0 {
             self.filled.notify_one();
         }
         state.lines.extend_from_slice(line);
     }
 
-    /// Waits until everything is written, for at most so long.
+    /// Waits until everything is written, for at most `limit`.
     pub(super) fn flush(&self, limit: Duration) {
         let is_busy = |state: &mut QueueState| state.bytes() > 0 || state.is_telling;
         drop(self.wait_while(self.lock(), limit, is_busy));
     }
 
-    /// Returns true if lines were lost and none was written since.
+    /// Returns true if lines were lost and no line was written after that.
     pub(super) fn is_stuck(&self) -> bool {
         self.lock().trouble.is_some()
     }
 
-    /// Waits for lines and writes them. Tells how many were lost before, once that line has room too;
-    /// and while none can be written, since a proxy that is not ready may have no other line to try
-    /// that with. `is_torn` says that the last line before is not whole.
+    /// Waits for lines and writes them. Passes the number of lost lines to `tell` as soon as a line
+    /// about them has room too. While writing fails, it calls `tell` each [`RETRY`], since a proxy that
+    /// is not ready may have no other line to try with. `is_torn` is true if the last line was written
+    /// in part.
     fn write(&self, to: &mut impl Write, is_torn: &mut bool, tell: impl Fn(u64)) {
         let is_empty = |state: &mut QueueState| state.lines.is_empty();
         let state = self.lock();
@@ -170,7 +171,8 @@ impl LineQueue {
             drop(state);
             tell(lost);
             let mut state = self.lock();
-            // Nothing is logged any more that could be lost: the filter lets no warning through.
+            // No line came of that, because the filter passes no warning; then there are no lines to
+            // lose either.
             if state.lines.is_empty() {
                 state.trouble = None;
             }
@@ -194,8 +196,8 @@ impl LineQueue {
         }
     }
 
-    /// Makes room of so many bytes, of which so many lines could not be written. Returns how many
-    /// lost lines to tell of.
+    /// Frees the room of `bytes`, and counts the `dropped` lines among them that could not be written.
+    /// Returns the number of lost lines to log now.
     fn wrote(&self, bytes: usize, dropped: u64) -> u64 {
         let mut state = self.lock();
         state.taken -= bytes;
@@ -234,14 +236,15 @@ impl LineQueue {
     }
 }
 
-/// Returns the length of the whole lines at the beginning that a pipe takes in one piece.
+/// Returns the length of the whole lines at the beginning that a pipe takes in one piece. It is one line
+/// at least.
 fn piece(lines: &[u8]) -> usize {
     let most = &lines[..lines.len().min(PIECE)];
     let end = memrchr(b'\n', most).or_else(|| memchr(b'\n', lines));
     end.map_or(lines.len(), |end| end + 1)
 }
 
-/// Writes whole lines. Returns what could not be written.
+/// Writes whole lines. Returns the bytes that could not be written.
 fn write_piece<'a>(to: &mut impl Write, mut piece: &'a [u8], is_torn: &mut bool) -> &'a [u8] {
     if *is_torn && to.write_all(b"\n").is_err() {
         return piece;
@@ -254,7 +257,7 @@ fn write_piece<'a>(to: &mut impl Write, mut piece: &'a [u8], is_torn: &mut bool)
                 piece = &piece[written..];
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // Another process has made it so. Its reader may be well.
+            // Another process has made the pipe non-blocking. The reader may just be slow.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(MOMENT),
             Ok(_) | Err(_) => break,
         }
@@ -265,7 +268,7 @@ fn write_piece<'a>(to: &mut impl Write, mut piece: &'a [u8], is_torn: &mut bool)
 // === impl QueueState ===
 
 impl QueueState {
-    /// Returns how many bytes wait or are being written.
+    /// Returns the number of bytes that wait or are being written.
     fn bytes(&self) -> usize {
         self.lines.len() + self.taken
     }
@@ -311,14 +314,14 @@ mod tests {
 
     use super::*;
 
-    /// No test waits for so long.
+    /// Limit for waits that end early; no test takes that long.
     const LONG: Duration = Duration::from_mins(1);
     const SHORT: Duration = Duration::from_millis(1);
 
-    /// Has room for so many bytes, and then fails.
+    /// Accepts a number of bytes, and then fails.
     struct Broken(Vec<u8>, usize);
 
-    /// Does something at each write.
+    /// Calls a function at each write.
     struct While<F>(F);
 
     impl Write for Broken {
@@ -347,14 +350,14 @@ mod tests {
         }
     }
 
-    /// Writes what waits, and returns how many lost lines were told of.
+    /// Writes the lines that wait, and returns the reported number of lost lines.
     fn write(queue: &LineQueue, to: &mut impl Write) -> u64 {
         let told = Cell::new(0);
         queue.write(to, &mut false, |lost| told.set(told.get() + lost));
         told.get()
     }
 
-    /// A queue without room, though one line waits only.
+    /// Returns a full queue, in which a single line waits.
     fn full(patience: Duration) -> LineQueue {
         let queue = LineQueue::new(5, patience);
         queue.push(b"full\n", false);
@@ -372,7 +375,7 @@ mod tests {
         assert_eq!((&*written, queue.is_stuck()), (&b"full\n"[..], false));
     }
 
-    /// Also when others have just been dropped.
+    /// The line waits even if other lines have just been dropped.
     #[test]
     fn line_of_a_create_waits_for_room() {
         let queue = full(LONG);
@@ -389,7 +392,7 @@ mod tests {
         assert_eq!(written, b"full\npaid\n");
     }
 
-    /// The rest of a mebibyte may take a slow reader longer than a line waits.
+    /// A slow reader may need longer for a whole mebibyte than a line waits.
     #[test]
     fn each_write_makes_room() {
         let line = [&[b'x'; PIECE - 1][..], b"\n"].concat();
@@ -407,14 +410,14 @@ mod tests {
         let queue = full(SHORT);
         queue.push(b"paid\n", true);
         assert!(queue.is_stuck());
-        // Without a reader: each of these would wait.
+        // There is no reader, so each of these lines would wait.
         for _ in 0..100_000 {
             queue.push(b"paid\n", true);
         }
         assert_eq!(write(&queue, &mut Vec::new()), 100_001);
     }
 
-    /// Else the number would be lost with the line.
+    /// Without room the number of lost lines would be lost with its line.
     #[test]
     fn lost_lines_are_told_once_there_is_room_for_that() {
         let line = [&[b'x'; PIECE - 1][..], b"\n"].concat();
@@ -438,7 +441,7 @@ mod tests {
         let (mut broken, mut is_torn) = (Broken(Vec::new(), 6), false);
         queue.write(&mut broken, &mut is_torn, |_| panic!("not yet"));
         assert!(queue.is_stuck());
-        // No other line comes, so one is made of the failure.
+        // No other line comes, so the writer makes one about the failure.
         let told = Cell::new(0);
         queue.write(&mut broken, &mut is_torn, |lost| told.set(lost));
         assert_eq!(told.take(), 2);
@@ -446,7 +449,7 @@ mod tests {
         queue.push(b"four\n", false);
         queue.write(&mut broken, &mut is_torn, |lost| told.set(lost));
         assert_eq!((told.get(), queue.is_stuck()), (2, false));
-        // No line is glued to one that was torn.
+        // A line break separates the next line from the torn one.
         assert_eq!(String::from_utf8(broken.0).unwrap(), "one\ntw\nfour\n");
     }
 
