@@ -129,7 +129,8 @@ const SHORT_WAIT: Duration = Duration::from_secs(1);
 const WRONG_CREDENTIAL: &str = "the proxy's credential was refused, not what the client sent: \
                                 check the keys of the proxy, and that `upstream.url` is the region \
                                 that issued them";
-const WRONG_CLOCK: &str = "this machine's clock and upstream's differ: correct this one's";
+const WRONG_CLOCK: &str =
+    "this machine's clock and upstream's differ: correct this machine's clock";
 
 const NO_KEY_PAIRS: Phrase = Phrase {
     text: "does not support AK/SK",
@@ -206,12 +207,13 @@ pub const TABLE: &[Row] = &[
     row(1303, Class::Limit, StatusCode::TOO_MANY_REQUESTS, "concurrency_limited", Resend::Refused,
         ["Trigger strategy", "Concurrency or QPS exceeds the prepaid resource package limit",
          "Reduce the request frequency, try again later, or contact customer service to increase the limit"])
-        .hint("all keys of the account share its slots, and a task holds one until it ends: \
-               poll those that run, then send this again"),
+        .hint("all keys of an account share its slots, and a task holds a slot until it ends: \
+               wait for running tasks, then send this again"),
     row(1304, Class::Address, StatusCode::TOO_MANY_REQUESTS, "ip_not_allowed", Resend::Never,
         ["Trigger strategy", "Trigger the platform’s IP whitelisting policy",
          "Contact customer service"])
-        .hint("the account admits some addresses only: add this machine's public one").actionable(StatusCode::FORBIDDEN),
+        .hint("the account accepts only listed IP addresses: add the public address of this machine")
+        .actionable(StatusCode::FORBIDDEN),
     row(5000, Class::Internal, StatusCode::INTERNAL_SERVER_ERROR, "internal_error", Resend::Reads,
         ["Internal error", "Server internal error",
          "Try again later, or contact customer service"]),
@@ -244,14 +246,14 @@ pub const TABLE: &[Row] = &[
         ["Refused by the proxy", "The request body is larger than the proxy allows",
          "Send less, or raise `limits.request_body`"]),
     row(9007, Class::Request, StatusCode::NOT_FOUND, "not_found", Resend::Never,
-        ["Refused by the proxy", "Paths below `/_proxy` are reserved by the proxy and there is nothing at this one",
+        ["Refused by the proxy", "Paths below `/_proxy` are reserved by the proxy, and nothing is served at this path",
          "Health and metrics are on the admin listener, `admin.address`"]),
     row(9008, Class::Request, StatusCode::REQUEST_TIMEOUT, "client_too_slow", Resend::Never,
         ["Refused by the proxy", "The request body stalled for longer than the proxy waits, or came too slowly",
          "Send the body without long pauses, or raise `upstream.idle_timeout`"]),
     row(9101, Class::UpstreamFailure, StatusCode::BAD_GATEWAY, "upstream_unreachable", Resend::Unsent,
         ["Upstream failure", "No connection to upstream could be made, so nothing was sent",
-         "Check the network, name resolution, `upstream.url`, and `upstream.proxy` where it is set"]),
+         "Check the network, name resolution, `upstream.url`, and `upstream.proxy` if it is set"]),
     row(9102, Class::UpstreamFailure, StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", Resend::Reads,
         ["Upstream failure", "Upstream did not answer in time; the request may have been carried out",
          "Try a read again later; look a create up first. The limit is `upstream.response_timeout`"]),
@@ -265,12 +267,12 @@ pub const TABLE: &[Row] = &[
         ["No credential", "The proxy has no usable credential, so nothing was sent",
          "Set KLING_API_KEY, or KLING_ACCESS_KEY and KLING_SECRET_KEY, for the proxy"]),
     row(9301, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "overloaded", Resend::ByClient,
-        ["Refused by the proxy", "Too many requests are in flight, of all clients or of one while others want some",
+        ["Refused by the proxy", "Too many requests are in flight, of all clients, or of one client while others need some",
          "Send fewer at once, or raise `limits.in_flight`"])
         .retry_after(SHORT_WAIT),
     row(9302, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "draining", Resend::ByClient,
         ["Refused by the proxy", "The proxy is shutting down",
-         "Try again when it has been started again"]),
+         "Try again after the proxy has restarted"]),
 ];
 
 /// Row for each code that Kling sends and the table does not have, for example because Kling added it
@@ -430,7 +432,8 @@ impl Class {
         self.refuses_credential() || self == Self::TokenTime
     }
 
-    /// Returns true if the metrics count errors of this class as attempts: upstream was asked, or could not be.
+    /// Returns true if the metrics count errors of this class as attempts: upstream was asked, or could
+    /// not be reached.
     pub fn counts_as_attempt(self) -> bool {
         match self {
             Self::Success | Self::CredentialUnavailable => false,

@@ -73,7 +73,7 @@ impl Metrics {
         registrar.version()?;
         let attempts = registrar.known(
             "upstream_attempts_total",
-            "Requests sent upstream, by what came of them: response, or the error's type.",
+            "Requests sent upstream, by outcome: response, or the error's type.",
             "outcome",
             &[
                 kinds(Class::counts_as_attempt),
@@ -83,7 +83,7 @@ impl Metrics {
         )?;
         let client_tokens_valid = registrar.gauge(
             "client_tokens_valid",
-            "Whether the file of client tokens is right: 1, and 0 while it is wrong or holds none; 1 without one.",
+            "1 if the file of client tokens is valid, or none is set; 0 if it is wrong or empty.",
         )?;
         client_tokens_valid.set(1);
         Ok(Self {
@@ -94,19 +94,19 @@ impl Metrics {
             attempts,
             refusals: registrar.known(
                 "guard_refusals_total",
-                "Requests refused unsent, by the error's type.",
+                "Requests that the guard refused before anything was sent, by the error's type.",
                 "reason",
                 &kinds(Class::counts_as_refusal),
             )?,
             clients: registrar.counters(
                 "client_requests_total",
-                "Requests that showed a client token, by its name.",
+                "Requests that sent a client token, by its name.",
                 &["client"],
             )?,
             client_tokens_valid,
             withheld: registrar.known(
                 "resends_withheld_total",
-                "Requests that could be sent again but were not, by what was exhausted: body, budget or time.",
+                "Retries that were allowed but not made, by reason: body, budget or time.",
                 "reason",
                 &["body", "budget", "time"],
             )?,
@@ -128,11 +128,11 @@ impl Metrics {
             )?,
             clock_offset: registrar.register(Gauge::new(
                 "clock_offset_seconds",
-                "How far ahead of this machine's the clock is that tokens are made by: upstream's, as far as it is known.",
+                "Offset of the clock that tokens use from this machine's clock; positive if ahead.",
             )?)?,
             log_lines_dropped: registrar.register(IntCounter::new(
                 "log_lines_dropped_total",
-                "Log lines that were lost: standard error did not take them.",
+                "Log lines that were lost because standard error did not accept them.",
             )?)?,
             registry: registrar.0,
         })

@@ -111,7 +111,7 @@ fn explain_shows_how_a_code_is_treated() {
         (
             "1004",
             "hint",
-            "this machine's clock and upstream's differ: correct this one's",
+            "this machine's clock and upstream's differ: correct this machine's clock",
         ),
         ("1302", "resent", "yes, after a longer wait each time"),
         (
@@ -167,7 +167,8 @@ fn explain_shows_how_a_code_is_treated() {
         ]
         .map(|name| row[name].clone())
     };
-    let hint = "the account admits some addresses only: add this machine's public one";
+    let hint =
+        "the account accepts only listed IP addresses: add the public address of this machine";
     let expected = json!(["address", "no", null, 429, 403, hint, false, []]);
     assert_eq!(json!(chosen("1304")), expected);
     let expected = json!(["capacity", "no", 1, 503, 503, null, false, []]);

@@ -185,8 +185,8 @@ mod tests {
                 r#""solution":"Reduce the request frequency, try again later, or contact customer "#,
                 r#"service to increase the limit","#,
                 r#""retryable":true,"attempts":1,"#,
-                r#""hint":"all keys of the account share its slots, and a task holds one until it "#,
-                r#"ends: poll those that run, then send this again"}}"#,
+                r#""hint":"all keys of an account share its slots, and a task holds a slot until "#,
+                r#"it ends: wait for running tasks, then send this again"}}"#,
             )
         );
     }
@@ -199,8 +199,8 @@ mod tests {
                 r#"{"code":9007,"message":"nothing is at this reserved path","request_id":"ours","#,
                 r#""error":{"type":"not_found","source":"proxy","upstream_status":null,"#,
                 r#""definition":"Refused by the proxy","#,
-                r#""explanation":"Paths below `/_proxy` are reserved by the proxy and there is "#,
-                r#"nothing at this one","#,
+                r#""explanation":"Paths below `/_proxy` are reserved by the proxy, and nothing "#,
+                r#"is served at this path","#,
                 r#""solution":"Health and metrics are on the admin listener, `admin.address`","#,
                 r#""retryable":false,"attempts":1}}"#,
             )
