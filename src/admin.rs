@@ -1,7 +1,7 @@
-//! The admin listener: health, metrics and control, never reachable through the data listener.
+//! The admin listener: health, metrics and control. None of it can be reached through the data listener.
 //!
-//! Probes and scrapers come by pod address, so health and metrics answer anyone who can connect;
-//! they show nothing of requests, keys or settings.
+//! Probes and scrapers connect to the pod address, so health and metrics are open to everyone who can
+//! connect. They show nothing of requests, keys or settings.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,17 +22,17 @@ use crate::reloadable::Reloadable;
 use crate::telemetry;
 use crate::telemetry::metrics::Metrics;
 
-/// How long a probe waits before it counts as failed.
+/// Longest wait of a probe before it counts as failed.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Where the process is told to end.
+/// Path of the request that ends the process.
 const QUIT: &str = "/quit";
-/// Where readiness is told.
+/// Path of the readiness probe.
 pub const READY: &str = "/health/ready";
 
-/// No inline code, and nothing from elsewhere.
+/// Content security policy that allows no inline code, and no files of other origins.
 const OWN_FILES_ONLY: HeaderValue = HeaderValue::from_static("default-src 'self'");
 
-/// What is shown.
+/// State that the endpoints show.
 #[derive(Clone)]
 struct AdminState {
     lifecycle: Arc<Lifecycle>,
@@ -40,10 +40,10 @@ struct AdminState {
     rules: Reloadable<Rules>,
 }
 
-/// What changes the state of the process, for this machine alone.
+/// Requests that change the state of the process, accepted on this machine only.
 #[derive(Clone)]
 pub struct Control {
-    /// Told to end the process; `None` where that is not allowed (`admin.quit`).
+    /// Notified to end the process; `None` if `admin.quit` does not allow it.
     pub quit: Option<Arc<Notify>>,
 }
 
@@ -58,11 +58,12 @@ struct Health {
 // === impl Control ===
 
 impl Control {
-    /// Does what a request asks for.
+    /// Runs the action that a request names, and answers it.
     ///
     /// # Errors
     ///
-    /// [`Error::NotFound`] and [`Error::MethodNotAllowed`].
+    /// [`Error::NotFound`] for an unknown path, or if `admin.quit` is off; [`Error::MethodNotAllowed`]
+    /// for another method than `POST`.
     pub fn answer(&self, request: &Request) -> Result<Response, Error> {
         match (&self.quit, request.uri().path(), request.method()) {
             (Some(quit), QUIT, &Method::POST) => {
@@ -75,7 +76,7 @@ impl Control {
     }
 }
 
-/// The routes of health and metrics.
+/// Builds the routes for health and metrics.
 pub fn router(
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
@@ -93,18 +94,18 @@ pub fn router(
         })
 }
 
-/// Whether the start is over.
+/// Answers the startup probe: ok once the start is over.
 async fn startup(State(shown): State<AdminState>) -> Response {
     let phase = shown.lifecycle.phase();
     health(phase, phase > Phase::Starting)
 }
 
-/// Whether a restart would not help: it answers.
+/// Answers the liveness probe: always ok, because a process that answers needs no restart.
 async fn live(State(shown): State<AdminState>) -> Response {
     health(shown.lifecycle.phase(), true)
 }
 
-/// Whether new requests should come here.
+/// Answers the readiness probe: ok if new requests may be sent to this process.
 async fn ready(State(shown): State<AdminState>) -> Response {
     let phase = shown.lifecycle.phase();
     if phase == Phase::Ready && telemetry::is_stuck() {
@@ -123,7 +124,8 @@ async fn ready(State(shown): State<AdminState>) -> Response {
     health(phase, phase == Phase::Ready)
 }
 
-/// Makes a browser that shows an answer run nothing of it: upstream's text may be in there.
+/// Adds headers that keep a browser from running anything in a response, which may contain text of
+/// upstream.
 pub fn set_security_headers(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.insert(CONTENT_SECURITY_POLICY, OWN_FILES_ONLY);

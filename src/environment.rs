@@ -9,13 +9,13 @@ pub struct Environment(Vec<(OsString, OsString)>);
 // === impl Environment ===
 
 impl Environment {
-    /// Returns the value of a variable. An empty one counts as unset.
+    /// Returns the value of a variable. An empty variable counts as unset.
     pub fn get(&self, name: &str) -> Option<&OsStr> {
         let (_, value) = self.0.iter().find(|(key, _)| key == name)?;
         (!value.is_empty()).then_some(value)
     }
 
-    /// Returns all variables, empty ones too.
+    /// Returns all variables, including the empty ones.
     pub fn variables(&self) -> impl Iterator<Item = &(OsString, OsString)> {
         self.0.iter()
     }

@@ -1,4 +1,4 @@
-//! Every way a request can fail.
+//! All ways in which a request can fail.
 
 use std::fmt::{self, Write};
 use std::pin::Pin;
@@ -15,10 +15,11 @@ use crate::kling::envelope::Envelope;
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::{self, Class, Resend, Row};
 
-/// A cause from another crate.
+/// Any error of another crate, as the cause of a failure.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Why a request failed: a variant for each thing that its sender would treat differently.
+/// Reason for which a request failed, with one variant for each case that its sender would treat
+/// differently.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The request is malformed, or its target is not a path on this proxy.
@@ -38,65 +39,65 @@ pub enum Error {
     /// A path that is not in the allow-list.
     #[error("this path is not in `access.allowed_paths`")]
     PathNotAllowed,
-    /// A method that is never forwarded, or not in the allow-list.
+    /// The method is never forwarded, or is not in the allow-list.
     #[error("this method is not forwarded")]
     MethodNotAllowed,
     /// The request body exceeds `limits.request_body`.
     #[error("the request body is over `limits.request_body`, {limit} bytes")]
     BodyTooLarge {
-        /// The bound, in bytes.
+        /// Value of `limits.request_body`, in bytes.
         limit: u64,
-        /// Whether upstream was sent some of it: of a body that did not declare its size.
+        /// True if a part of the body was already sent upstream, because its size was not declared.
         begun: bool,
     },
-    /// The client's connection ended inside of the body, or its chunks are malformed.
+    /// The client's connection ended in the middle of the body, or its chunks are malformed.
     #[error("the request body was cut off or is malformed")]
     BodyCutOff,
-    /// Nothing is at this reserved path.
+    /// The path is reserved for the proxy, and nothing is served there.
     #[error("nothing is at this reserved path")]
     NotFound,
-    /// The request body stalled.
+    /// The request body made no progress for this time, or came too slowly.
     #[error("the request body stalled for {0:?}")]
     ClientTooSlow(Duration),
-    /// Name resolution, TCP or TLS failed: not a byte of the request was sent.
+    /// Name resolution, TCP or TLS failed, so that no byte of the request was sent.
     #[error("cannot connect to upstream")]
     Unreachable(#[source] BoxError),
-    /// The egress proxy does not lead to upstream, and would say the same again: not a byte of the request
+    /// The egress proxy refused to connect to upstream, and would do so again. No byte of the request
     /// was sent.
     #[error("cannot connect to upstream: the egress proxy answered {0}")]
     EgressRefused(StatusCode),
     /// Upstream did not answer in time, or stopped reading the request.
     #[error("no answer from upstream within {limit:?}")]
     UpstreamTimeout {
-        /// How long upstream had.
+        /// Time limit that upstream exceeded.
         limit: Duration,
-        /// The answer to a create that was sent: it may still come.
+        /// For a create that was sent: the response, which may still come.
         late: Option<LateAnswer>,
     },
-    /// Upstream answered with an error that is no envelope.
+    /// Upstream sent an error whose body is not an envelope.
     #[error("upstream answered {} without a service code", .answer.head.status)]
     BadResponse {
         /// The answer as it came.
         answer: Box<Answer>,
-        /// How its body begins, where it is text.
+        /// Beginning of its body, if it is text.
         excerpt: Option<String>,
     },
-    /// What upstream sent is not HTTP.
+    /// Upstream sent something that is not HTTP.
     #[error("upstream's answer is not HTTP")]
     NotHttp(#[source] BoxError),
-    /// The connection was lost after the request was sent, before the head of an answer.
+    /// The connection was lost after the request was sent and before the head of a response arrived.
     #[error("upstream closed the connection before it answered")]
     Disconnected(#[source] BoxError),
     /// The proxy was shut down while a create was in flight.
     #[error("the proxy was shut down before upstream answered")]
     ShutDown,
-    /// There is no token.
+    /// No token could be minted.
     #[error("no credential can be sent")]
     Credentials(#[source] MintError),
-    /// Over `limits.in_flight`.
+    /// Too many requests are in flight; the number is `limits.in_flight`.
     #[error("over `limits.in_flight`, {0} requests")]
     Overloaded(u64),
-    /// The proxy is shutting down.
+    /// The proxy is shutting down and starts no new request.
     #[error("the proxy is shutting down")]
     Draining,
     /// Kling refused the request with a service code.
@@ -104,7 +105,7 @@ pub enum Error {
     Service {
         /// The answer as it came.
         answer: Box<Answer>,
-        /// What its body says.
+        /// Envelope that was read from its body.
         envelope: Envelope,
     },
 }
@@ -123,39 +124,38 @@ pub enum TokenSource {
 pub struct Answer {
     /// Status and headers, without hop-by-hop ones.
     pub head: response::Parts,
-    /// The body as it came.
+    /// The body, unchanged since it arrived.
     pub body: SyncWrapper<Body>,
 }
 
-/// An answer that may come although its client was told that none did.
+/// A response that may still arrive although its client has received a timeout error.
 pub struct LateAnswer(SyncWrapper<PendingAnswer>);
 
-/// Waits for an answer.
 type PendingAnswer = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
 
-/// What the log tells of an error.
+/// Fields of an error that the log shows.
 #[derive(Debug)]
 pub struct FailureRecord {
-    /// The code of the body.
+    /// The number in the body's `code`.
     pub code: i64,
-    /// [`Error::kind`].
+    /// Stable name of the error, from [`Error::kind`].
     pub kind: &'static str,
-    /// The error and its causes.
+    /// The error and its causes in one line, from [`chain`].
     pub cause: String,
-    /// Kling's name for the request, which its support asks for.
+    /// Kling's id of the request, which Kling's support asks for.
     pub upstream_request_id: Option<String>,
 }
 
 // === impl Error ===
 
 impl Error {
-    /// No answer within this time.
+    /// Makes the error for an upstream that did not respond within this time.
     pub fn upstream_timeout(limit: Duration) -> Self {
         let late = None;
         Self::UpstreamTimeout { limit, late }
     }
 
-    /// What is wrong with a request whose body fails like this.
+    /// Makes the error for a request whose body failed with `failure`.
     pub fn of_body(failure: BoxError) -> Self {
         match failure.downcast::<Self>() {
             Ok(error) => *error,
@@ -163,7 +163,7 @@ impl Error {
         }
     }
 
-    /// Takes the answer that may still come.
+    /// Takes the response that may still arrive.
     pub fn take_late(&mut self) -> Option<LateAnswer> {
         match self {
             Self::UpstreamTimeout { late, .. } => late.take(),
@@ -174,13 +174,13 @@ impl Error {
     /// Returns the number in the body's `code`.
     pub fn code(&self) -> i64 {
         match self {
-            // An unknown code has a row that stands for all of them.
+            // All unknown codes share one row, so the row cannot give the code.
             Self::Service { envelope, .. } => envelope.code,
             _ => self.row().code.into(),
         }
     }
 
-    /// Returns the row of the code.
+    /// Returns the row of the error's code.
     pub fn row(&self) -> &'static Row {
         match self {
             Self::BadRequest(_) | Self::BodyCutOff => service_code::BAD_REQUEST,
@@ -203,22 +203,23 @@ impl Error {
         }
     }
 
-    /// A stable name of low cardinality: `error.type` in bodies and logs.
+    /// Returns a stable name of low cardinality: `error.type` in bodies and logs.
     pub fn kind(&self) -> &'static str {
         self.row().kind
     }
 
-    /// The documented status; upstream's own where none is documented for what it sent.
+    /// Returns the documented status, or upstream's own if none is documented for its response.
     pub fn status(&self) -> StatusCode {
         self.bare_status().unwrap_or(self.row().status)
     }
 
-    /// The status for clients that send every 429 again (`errors.status = "actionable"`).
+    /// Returns the status for clients that retry every 429 (`errors.status = "actionable"`).
     pub fn actionable_status(&self) -> StatusCode {
         self.bare_status().unwrap_or(self.row().actionable_status)
     }
 
-    /// Upstream's status, where nothing else tells what its answer means.
+    /// Returns upstream's status if nothing else shows the meaning of its response, and 502 if that
+    /// status is no error.
     fn bare_status(&self) -> Option<StatusCode> {
         let answer = match self {
             Self::BadResponse { answer, .. } => answer,
@@ -234,7 +235,7 @@ impl Error {
         })
     }
 
-    /// What upstream answered, where it did.
+    /// Returns the response of upstream, if there is one.
     pub fn answer(&self) -> Option<&Answer> {
         match self {
             Self::Service { answer, .. } | Self::BadResponse { answer, .. } => Some(answer),
@@ -242,7 +243,7 @@ impl Error {
         }
     }
 
-    /// [`answer`](Self::answer), by value.
+    /// Returns the same as [`answer`](Self::answer), by value.
     pub fn into_answer(self) -> Option<Answer> {
         match self {
             Self::Service { answer, .. } | Self::BadResponse { answer, .. } => Some(*answer),
@@ -250,16 +251,17 @@ impl Error {
         }
     }
 
-    /// Whether the same request, with this effect, may be sent again as it is.
+    /// Returns true if a client may send the same request again, unchanged, given its effect.
     pub fn retryable(&self, effect: Effect) -> bool {
         match self.bare_status() {
-            // A status alone cannot speak for a create.
+            // A status alone does not prove that a create had no effect.
             Some(status) => effect == Effect::Read && status.is_server_error(),
             None => self.row().resend.allows(effect),
         }
     }
 
-    /// Returns true if no task can have come of a create that failed so, and it may be sent again.
+    /// Returns true if a create that failed with this error cannot have made a task, so that it may be
+    /// sent again.
     pub fn proves_no_task(&self) -> bool {
         match self.resend() {
             Resend::Unsent | Resend::Refused | Resend::NewToken | Resend::ByClient => true,
@@ -269,11 +271,11 @@ impl Error {
 
     /// Returns the rule for sending the same request again that the proxy itself follows.
     ///
-    /// Narrower than [`retryable`](Self::retryable), which advises clients: some variants say more than
-    /// the row that they share with others.
+    /// It allows less than [`retryable`](Self::retryable), which is advice for clients: some variants
+    /// give more detail than the row that they share with others.
     pub fn resend(&self) -> Resend {
         match self {
-            // The egress proxy would refuse again.
+            // The egress proxy would refuse it again.
             Self::EgressRefused(_) => Resend::ByClient,
             Self::NotHttp(_) => Resend::Never,
             Self::BadResponse { answer, .. } => match answer.head.status {
@@ -302,16 +304,16 @@ impl TokenSource {
 // === impl LateAnswer ===
 
 impl LateAnswer {
-    /// An answer that `exchange` will have.
+    /// Makes a late response from the future of the exchange.
     pub fn new(exchange: impl Future<Output = Result<Response, Error>> + Send + 'static) -> Self {
         Self(SyncWrapper::new(Box::pin(exchange)))
     }
 
-    /// Waits for the answer.
+    /// Waits for the response to arrive.
     ///
     /// # Errors
     ///
-    /// That upstream answered with, or that of a connection that was lost after all.
+    /// The error that upstream sent, or that of a connection that was lost after all.
     pub async fn wait(self) -> Result<Response, Error> {
         self.0.into_inner().await
     }
@@ -326,7 +328,8 @@ impl fmt::Debug for LateAnswer {
 // === impl Answer ===
 
 impl Answer {
-    /// Takes an answer as it came; rare enough not to lie in every result.
+    /// Wraps a response in a box. Errors with a response are rare, so results should not be large for
+    /// them.
     pub fn boxed(answer: Response) -> Box<Self> {
         let (head, body) = answer.into_parts();
         let body = SyncWrapper::new(body);
@@ -351,13 +354,14 @@ impl From<&Error> for FailureRecord {
     }
 }
 
-/// Most such lines are shorter, in bytes.
+/// Initial capacity of a line, in bytes; most lines are shorter.
 const USUAL: usize = 128;
 
-/// An error and its causes in one line. A cause that its effect already quotes is left out.
+/// Formats an error and its causes in one line. A cause is left out if the text of its effect already
+/// ends with it.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut line = String::with_capacity(USUAL);
-    // To write to a string cannot fail.
+    // Writing to a string cannot fail.
     let _ = write!(line, "{error}");
     let mut next = error.source();
     while let Some(cause) = next {

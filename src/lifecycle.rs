@@ -1,26 +1,28 @@
-//! Where in its life the proxy is: the health endpoints tell it, the guard obeys it.
+//! The phase of the proxy, from its start to its end. The health endpoints show it, and the guard acts
+//! on it.
 
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use tokio::sync::Notify;
 
-/// The phases in their order. A phase is never left for an earlier one.
+/// The phases, in order. A phase never changes back to an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Phase {
-    /// Settings and credentials are there; the first token or a listener is not.
+    /// Settings and credentials are loaded, but the first token or a listener is still missing.
     Starting,
-    /// It serves.
+    /// The proxy serves requests, until it is told to end.
     Ready,
-    /// It was told to end and still serves, so that load balancers can turn away (`shutdown.delay`).
+    /// The proxy has received the signal to end and still serves, so that load balancers can remove it
+    /// (`shutdown.delay`).
     Stopping,
-    /// What is in flight ends; nothing new is begun.
+    /// Requests in flight go on to their end; no new request begins.
     Draining,
-    /// What is still in flight is given up.
+    /// Requests that are still in flight are given up.
     Ended,
 }
 
-/// A latch on the current [`Phase`].
+/// Holds the current [`Phase`], and wakes those that wait for the last one.
 #[derive(Debug, Default)]
 pub struct Lifecycle {
     phase: AtomicU8,
@@ -38,7 +40,7 @@ impl Phase {
         Self::Ended,
     ];
 
-    /// A stable name for the health endpoints.
+    /// Returns a stable name for the health endpoints.
     pub fn name(self) -> &'static str {
         match self {
             Self::Starting => "starting",
@@ -52,7 +54,7 @@ impl Phase {
 // === impl Lifecycle ===
 
 impl Lifecycle {
-    /// Goes on to a phase; stays where it is if that has passed already.
+    /// Moves to a phase. It has no effect if the current phase is later.
     pub fn enter(&self, phase: Phase) {
         self.phase.fetch_max(phase as u8, Relaxed);
         if phase == Phase::Ended {
@@ -60,7 +62,7 @@ impl Lifecycle {
         }
     }
 
-    /// Waits for [`Phase::Ended`].
+    /// Waits until the phase is [`Phase::Ended`].
     pub async fn ended(&self) {
         let notified = self.ended.notified();
         if self.phase() != Phase::Ended {
@@ -68,7 +70,6 @@ impl Lifecycle {
         }
     }
 
-    /// The phase now.
     pub fn phase(&self) -> Phase {
         let phase = self.phase.load(Relaxed);
         Phase::ALL
@@ -77,7 +78,7 @@ impl Lifecycle {
             .unwrap_or(Phase::Ended)
     }
 
-    /// Whether nothing new may begin.
+    /// Returns true if no new request may begin.
     pub fn is_draining(&self) -> bool {
         self.phase() >= Phase::Draining
     }

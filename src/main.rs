@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use tikv_jemallocator::Jemalloc;
 
-/// glibc's allocator takes an eighth more of the CPU when requests come together, and a third more
-/// memory for an idle connection; musl's is known to be slower still.
+/// jemalloc as the allocator. glibc's takes an eighth more CPU for requests that arrive together, and a
+/// third more memory for an idle connection; musl's is known to be slower still.
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 

@@ -4,23 +4,23 @@ use std::sync::Arc;
 
 use arc_swap::{ArcSwap, Guard};
 
-/// A shared value; every clone sees the latest one. Reading takes no lock.
+/// A shared value that can be replaced. Every clone reads the latest value, without a lock.
 pub struct Reloadable<T>(Arc<ArcSwap<T>>);
 
 // === impl Reloadable ===
 
 impl<T> Reloadable<T> {
-    /// Shares a value.
+    /// Makes a shared value with this content.
     pub fn new(value: T) -> Self {
         Self(Arc::new(ArcSwap::from_pointee(value)))
     }
 
-    /// The value now. Hold it for the length of a look, not across an `.await`.
+    /// Returns the current value. Hold it for a short read only, not across an `.await`.
     pub fn load(&self) -> Guard<Arc<T>> {
         self.0.load()
     }
 
-    /// Replaces the value for whoever looks from now on.
+    /// Replaces the value for all later reads.
     pub fn store(&self, value: T) {
         self.0.store(Arc::new(value));
     }

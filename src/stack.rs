@@ -1,4 +1,4 @@
-//! THE order of the layers: the only place that knows all of them.
+//! The order of the layers. No other file knows all of them.
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -38,67 +38,67 @@ use crate::sandbox::{self, Sandbox};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
 
-/// What a proxy is made of.
+/// Parts from which a proxy is built.
 pub struct Parts {
-    /// What is shown to upstream.
+    /// Credential of the proxy's account at upstream.
     pub credential: Credential,
-    /// How tokens are made of it.
+    /// Times in the life of the tokens that are minted from it.
     pub validity: Validity,
-    /// Decides what passes.
+    /// Rules that each request must pass.
     pub rules: Rules,
-    /// The form of errors.
+    /// Form of error responses (`errors.*`).
     pub errors: ErrorFormat,
-    /// Bounds of resending.
+    /// Limits of retries: their number and time.
     pub retry: RetryLimits,
-    /// Bounds of what is kept to be sent again.
+    /// Limits of the memory for bodies that are kept for retries.
     pub replay: ReplayLimits,
-    /// Where requests go.
+    /// Scheme, host and port of upstream.
     pub origin: Origin,
-    /// Leads there.
+    /// Opens connections to upstream, directly or through the egress proxy.
     pub dial: Arc<dyn Dial>,
-    /// How long upstream may take.
+    /// Time limits for connections to upstream and for its responses.
     pub timeouts: Timeouts,
-    /// The wall clock.
+    /// Wall clock of this machine, without correction.
     pub clock: Arc<dyn Clock>,
-    /// Where everything is counted.
+    /// Metrics of the whole process.
     pub metrics: Arc<Metrics>,
 }
 
-/// What the stacks of all threads share.
+/// State that the stacks of all threads share.
 #[derive(Clone)]
 pub struct Shared {
-    /// What may pass.
+    /// Rules of the data listener.
     pub rules: Reloadable<Rules>,
-    /// What may pass on the admin listener.
+    /// Rules of the admin listener.
     pub admin_rules: Reloadable<Rules>,
-    /// What each client has in flight.
+    /// Requests in flight, per client.
     pub shares: Arc<Shares>,
-    /// What an upstream on this machine is told.
+    /// Mark that detects loops of proxies; `None` if upstream is not on this machine.
     pub hop: Option<Arc<Hop>>,
-    /// How errors look.
+    /// Form of error responses (`errors.*`).
     pub errors: Reloadable<ErrorFormat>,
-    /// What is sent again.
+    /// Policy that decides about retries.
     pub retry_policy: RetryPolicy,
-    /// What is kept to be sent again.
+    /// Budget of memory for bodies that are kept for retries.
     pub replay_budget: Arc<ReplayBudget>,
-    /// Where bearers come from.
+    /// Source of bearer tokens for upstream.
     pub tokens: Arc<Tokens>,
-    /// Where requests go.
+    /// Scheme, host and port of upstream.
     pub origin: Origin,
-    /// How they go there.
+    /// Client that sends requests to upstream.
     pub upstream: Upstream,
-    /// What time it is.
+    /// Wall clock of this machine, without correction.
     pub clock: Arc<dyn Clock>,
-    /// Whether to serve at all.
+    /// Phase of the proxy, from start to end.
     pub lifecycle: Arc<Lifecycle>,
-    /// What to count in.
+    /// Metrics of the whole process.
     pub metrics: Arc<Metrics>,
 }
 
 // === impl Shared ===
 
 impl Shared {
-    /// Puts the parts together. Nothing runs yet.
+    /// Builds the shared state from the parts. Nothing runs yet.
     pub fn new(parts: Parts) -> Self {
         let Parts {
             credential,
@@ -153,15 +153,15 @@ impl Shared {
         }
     }
 
-    /// The whole path of a request, for one thread: its connections to upstream are its own.
-    /// `detached` tracks what goes on after its client has gone.
+    /// Builds the whole path of a request for one thread, which has its own connections to upstream.
+    /// `detached` tracks the creates that go on after their client has disconnected.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> drain -> guard -> original -> detach -> retry -> authenticate
-    ///          -> upstream
+    /// listener -> trace -> cors -> normalise -> drain -> guard -> replayable -> detach -> retry
+    ///          -> authenticate -> upstream
     /// ```
     ///
-    /// There is no router: that cost a poll more than all the checks of the guard, for one prefix.
+    /// There is no router: for one prefix it cost a poll more than all the checks of the guard.
     pub fn stack(
         &self,
         detached: &TaskTracker,
@@ -170,21 +170,21 @@ impl Shared {
     + use<> {
         let (replay_budget, is_marked) = (Arc::clone(&self.replay_budget), self.hop.is_some());
         ServiceBuilder::new()
-            .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, refusals too
-            .layer(CorsLayer::new(self.rules.clone())) // pages read errors too
-            .layer(NormaliseLayer::new(self.errors.clone())) // inside, a request may fail; outside, it cannot
-            .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers what a shutdown gives up
+            .layer(TraceLayer::new(Arc::clone(&self.metrics))) // one id and one span, also if refused
+            .layer(CorsLayer::new(self.rules.clone())) // allowed pages can read errors too
+            .layer(NormaliseLayer::new(self.errors.clone())) // outside of this layer nothing fails
+            .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers requests that a shutdown gives up
             .layer(GuardLayer {
                 rules: self.rules.clone(),
                 shares: Some(Arc::clone(&self.shares)),
                 hop: self.hop.clone(),
                 lifecycle: Arc::clone(&self.lifecycle),
                 metrics: Arc::clone(&self.metrics),
-            }) // refuses before anything is spent
-            // Without the client's credentials from here on.
+            }) // refuses requests before they cost anything
+            // From here on requests do not have the client's credentials.
             .map_request(move |inbound| ReplayableRequest::new(inbound, &replay_budget, is_marked))
-            .layer(DetachLayer::new(detached.clone())) // a paid task outlives its client
-            .layer(RetryLayer::new(self.retry_policy.clone())) // never a create that may have worked
+            .layer(DetachLayer::new(detached.clone())) // a create goes on without its client
+            .layer(RetryLayer::new(self.retry_policy.clone())) // never retries a create that may have worked
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
                 self.origin.host(),
@@ -192,8 +192,9 @@ impl Shared {
             .service(self.upstream.for_thread())
     }
 
-    /// What the admin listener serves. Health and metrics answer whoever can connect, since probes
-    /// and scrapers come by pod address. `control` is for this machine alone, behind the same guard.
+    /// Builds the service of the admin listener. Health and metrics are open to everyone who can
+    /// connect, since probes and scrapers connect to the pod address. `control` is for this machine
+    /// alone, and behind the guard.
     pub fn admin(&self, control: Option<Control>) -> Router {
         let open = admin::router(
             Arc::clone(&self.lifecycle),
@@ -212,7 +213,7 @@ impl Shared {
                 rules: self.admin_rules.clone(),
                 shares: None,
                 hop: None,
-                lifecycle: Arc::default(), // it serves to the end, to tell how that goes
+                lifecycle: Arc::default(), // it answers to the end, to show the progress
                 metrics: Arc::clone(&self.metrics),
             })
             .service(service_fn(move |inbound: ProxyRequest| {
@@ -222,8 +223,8 @@ impl Shared {
     }
 }
 
-/// What the sandbox serves where it listens alone: all but its files, which pages show, is behind the
-/// guard that the proxy has.
+/// Builds the service of a sandbox with its own listener. Requests pass the same guard as in the proxy,
+/// except those for its files, which pages show.
 pub fn sandbox(
     sandbox: Sandbox,
     rules: Rules,
@@ -247,7 +248,7 @@ pub fn sandbox(
         })
         .service(service_fn(move |inbound: ProxyRequest| {
             let answer = all_else.call(inbound.request);
-            // The layers pass on errors of ours only.
+            // The layers only pass errors of type [`Error`], so a reset travels as an extension.
             let kept = |reset: sandbox::Reset| Extension(reset).into_response();
             answer.map(move |answer| Ok::<_, Error>(answer.unwrap_or_else(kept)))
         }));
