@@ -6,10 +6,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
 use http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Method, StatusCode};
 use serde::Serialize;
@@ -53,6 +53,19 @@ struct Health {
     status: &'static str,
     phase: &'static str,
     reasons: Vec<&'static str>,
+}
+
+// === impl Health ===
+
+impl Health {
+    /// Answers with this body and a newline.
+    fn answer(&self, status: StatusCode) -> Response {
+        // A struct of texts cannot fail to serialise.
+        let mut body = serde_json::to_vec(self).unwrap_or_default();
+        body.push(b'\n');
+        let media_type = HeaderValue::from_static("application/json");
+        (status, [(CONTENT_TYPE, media_type)], body).into_response()
+    }
 }
 
 // === impl Control ===
@@ -145,12 +158,12 @@ async fn exposition(State(shown): State<AdminState>) -> Response {
 
 fn health(phase: Phase, well: bool) -> Response {
     match (well, phase) {
-        (true, _) => Json(Health {
+        (true, _) => Health {
             status: "ok",
             phase: phase.name(),
             reasons: vec![],
-        })
-        .into_response(),
+        }
+        .answer(StatusCode::OK),
         (false, Phase::Starting) => unavailable(phase, "no token has been minted yet"),
         (false, _) => unavailable(phase, "the proxy is shutting down"),
     }
@@ -162,5 +175,5 @@ fn unavailable(phase: Phase, reason: &'static str) -> Response {
         phase: phase.name(),
         reasons: vec![reason],
     };
-    (StatusCode::SERVICE_UNAVAILABLE, Json(health)).into_response()
+    health.answer(StatusCode::SERVICE_UNAVAILABLE)
 }

@@ -1,6 +1,7 @@
 //! `kling-proxy completions` and `kling-proxy man`: scripts for shells and manual pages for packages,
 //! generated from the definition of the command line.
 
+use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -18,9 +19,11 @@ pub(super) fn completions(shell: Shell) {
     let _ = io::stdout().write_all(&script);
 }
 
-/// Writes one manual page per command into a folder.
+/// Writes one manual page per command into a folder. Makes the folder if it is missing.
 pub(super) fn man(folder: &Path) -> Result<(), Failure> {
-    clap_mangen::generate_to(command_line(), folder).map_err(|error| {
+    let made = fs::create_dir_all(folder);
+    let written = made.and_then(|()| clap_mangen::generate_to(command_line(), folder));
+    written.map_err(|error| {
         let folder = folder.display();
         Failure::new(Exit::Failed, format!("cannot write to {folder}: {error}"))
     })

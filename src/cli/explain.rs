@@ -1,15 +1,29 @@
 //! `kling-proxy explain`: the meaning of service codes, and their treatment by the proxy.
 
+use std::str::FromStr;
+
 use serde::Serialize;
 
 use super::{Exit, Failure, Output, say};
 use crate::kling::idempotency::Effect;
-use crate::kling::service_code::{self, Needs, Phrase, Resend, Row, TABLE, WITH_RETRY_AFTER};
+use crate::kling::service_code::{
+    self, Class, Needs, Phrase, Resend, Row, TABLE, UNKNOWN, WITH_RETRY_AFTER,
+};
+
+/// The argument of `explain`.
+#[derive(Clone, Copy)]
+pub(super) enum CodeOrType {
+    /// A number, which the table may not have.
+    Code(i64),
+    /// The row of a type.
+    Type(&'static Row),
+}
 
 /// A row of the table, in the form of the JSON output.
 #[derive(Serialize)]
 struct ShownCode {
-    code: u16,
+    /// `None` for the row of all codes that the table does not have.
+    code: Option<u16>,
     status: u16,
     actionable_status: u16,
     r#type: &'static str,
@@ -33,10 +47,11 @@ struct ShownPhrase {
     needs: &'static str,
 }
 
-pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
+pub(super) fn run(code: Option<CodeOrType>, output: Output) -> Result<(), Failure> {
     let row = match code {
         None => None,
-        Some(code) => Some(service_code::find(code).ok_or_else(|| {
+        Some(CodeOrType::Type(row)) => Some(row),
+        Some(CodeOrType::Code(code)) => Some(service_code::find(code).ok_or_else(|| {
             Failure::new(
                 Exit::Failed,
                 format!("{code} is not in the table; `explain` lists all"),
@@ -53,22 +68,24 @@ pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
             ));
             for row in TABLE {
                 let Row {
-                    code,
-                    kind,
-                    explanation,
-                    resend,
-                    ..
+                    code, kind, resend, ..
                 } = row;
                 let status = row.status.as_u16();
+                let texts = [row.explanation, row.definition];
+                let meaning = texts.into_iter().find(|text| *text != NONE);
                 say(format_args!(
-                    "{code:<5} {status:<7} {kind:<28} {:<10} {:<7} {explanation}",
+                    "{code:<5} {status:<7} {kind:<28} {:<10} {:<7} {}",
                     retryable(*resend).0,
-                    resent(*resend).0
+                    resent(*resend).0,
+                    meaning.unwrap_or_default()
                 ));
             }
         }
         (Output::Text, Some(row)) => {
-            say(format_args!("{} {}", row.code, row.kind));
+            match shown_code(row) {
+                Some(code) => say(format_args!("{code} {}", row.kind)),
+                None => say(row.kind),
+            }
             for (name, text) in columns(row) {
                 say(format_args!("  {name:<12} {text}"));
             }
@@ -77,12 +94,41 @@ pub(super) fn run(code: Option<i64>, output: Output) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The vendor's table has this where it has no text.
+const NONE: &str = "-";
+
+/// Returns the code of a row; `None` for the row of all codes that the table does not have.
+fn shown_code(row: &Row) -> Option<u16> {
+    (row.class != Class::Unknown).then_some(row.code)
+}
+
+// === impl CodeOrType ===
+
+impl FromStr for CodeOrType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(code) = text.parse() {
+            return Ok(Self::Code(code));
+        }
+        let rows = || TABLE.iter().chain([&UNKNOWN]);
+        if let Some(row) = rows().find(|row| row.kind == text) {
+            return Ok(Self::Type(row));
+        }
+        let distance = |row: &&Row| strsim::levenshtein(row.kind, text);
+        let nearest = rows().min_by_key(distance).map_or("", |row| row.kind);
+        Err(format!(
+            "no code and no type of the table; the nearest is {nearest}"
+        ))
+    }
+}
+
 // === impl ShownCode ===
 
 impl From<&Row> for ShownCode {
     fn from(row: &Row) -> Self {
         Self {
-            code: row.code,
+            code: shown_code(row),
             status: row.status.as_u16(),
             actionable_status: row.actionable_status.as_u16(),
             r#type: row.kind,
@@ -122,21 +168,38 @@ fn columns(row: &Row) -> Vec<(&'static str, String)> {
         _ => "Kling",
     };
     let (class, subject) = row.class.describe();
+    let status = match row.class {
+        Class::Unknown => format!("Kling's, or {} if that is a success", row.status),
+        _ => row.status.to_string(),
+    };
     let mut columns = vec![
-        ("status", row.status.to_string()),
+        ("status", status),
         ("sent by", sender.to_owned()),
         ("class", format!("{class}: {subject}")),
-        ("definition", row.definition.to_owned()),
-        ("explanation", row.explanation.to_owned()),
-        ("solution", row.solution.to_owned()),
     ];
+    let texts = [
+        ("definition", row.definition),
+        ("explanation", row.explanation),
+        ("solution", row.solution),
+    ];
+    let given = texts.into_iter().filter(|(_, text)| *text != NONE);
+    columns.extend(given.map(|(name, text)| (name, text.to_owned())));
     columns.extend(row.hint.map(|hint| ("hint", hint.to_owned())));
     columns.extend(row.phrases.iter().map(|phrase| {
         let (_, needs) = needed(phrase.needs);
         ("message", format!("with \"{}\": {needs}", phrase.text))
     }));
-    columns.push(("retryable", retryable(row.resend).1.to_owned()));
-    columns.push(("resent", resent(row.resend).1.to_owned()));
+    match row.class {
+        Class::Success => columns.push(("retryable", "no: there is no error".to_owned())),
+        Class::Unknown => columns.push((
+            "retryable",
+            "a read, if the status is 5xx; a create, no".to_owned(),
+        )),
+        _ => {
+            columns.push(("retryable", retryable(row.resend).1.to_owned()));
+            columns.push(("resent", resent(row.resend).1.to_owned()));
+        }
+    }
     columns.extend(retry_after(row).map(|seconds| {
         let text = format!("{seconds} s, unless Kling names another time");
         ("retry-after", text)

@@ -25,16 +25,19 @@ pub(super) struct SettingsArgs {
     /// Address to listen on for clients [default: 127.0.0.1:5546]
     #[arg(long, global = true, value_name = "ADDRESS")]
     listen: Option<String>,
+    /// Short for --listen 127.0.0.1:PORT
+    #[arg(long, global = true, value_name = "PORT", conflicts_with = "listen")]
+    port: Option<u16>,
     /// Address to listen on for health and metrics, or "off" [default: 127.0.0.1:5547]
     #[arg(long, global = true, value_name = "ADDRESS")]
     admin: Option<String>,
-    /// URL of the API [default: api-singapore.klingai.com]
+    /// URL of the API [default: https://api-singapore.klingai.com]
     #[arg(long, global = true, value_name = "URL")]
     upstream: Option<String>,
-    /// Log lines: auto, pretty or json
+    /// Log lines: auto, pretty or json [default: auto]
     #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
-    /// Levels and targets of the lines to log, as in RUST_LOG
+    /// Levels and targets of the lines to log, as in RUST_LOG [default: info]
     #[arg(long, global = true, value_name = "FILTER")]
     log_filter: Option<String>,
 }
@@ -58,9 +61,9 @@ pub(super) fn command_line() -> clap::Command {
 fn heeds(command: &str, flag: &Id) -> bool {
     let flag = flag.as_str();
     match command {
-        "serve" => true,
-        "run" => !["listen", "admin"].contains(&flag),
-        "check" | "settings" => flag != "sandbox",
+        "serve" | "check" => true,
+        "run" => !["listen", "port", "admin"].contains(&flag),
+        "settings" => flag != "sandbox",
         "sandbox" => ["config", "log_format", "log_filter"].contains(&flag),
         "health" | "wait" => ["config", "admin"].contains(&flag),
         "token" => flag == "config",
@@ -90,8 +93,10 @@ pub(super) fn refuse_idle(matches: &ArgMatches) -> Result<(), Failure> {
 
 impl SettingsArgs {
     fn flags(&self) -> Flags {
+        let port = self.port.map(|port| format!("127.0.0.1:{port}"));
         let values = [
             ("listen.address", "--listen", &self.listen),
+            ("listen.address", "--port", &port),
             ("admin.address", "--admin", &self.admin),
             ("upstream.url", "--upstream", &self.upstream),
             ("log.format", "--log-format", &self.log_format),

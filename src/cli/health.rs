@@ -56,6 +56,14 @@ pub(super) fn wait(
     Ok(())
 }
 
+/// Reads a duration of the command line: a number alone is in seconds, as of timeout(1).
+pub(super) fn duration(text: &str) -> Result<Duration, humantime::DurationError> {
+    match text.parse() {
+        Ok(seconds) => Ok(Duration::from_secs(seconds)),
+        Err(_) => humantime::parse_duration(text),
+    }
+}
+
 /// Where the proxy of these settings answers.
 fn address(args: &SettingsArgs, environment: &Environment) -> Result<SocketAddr, Failure> {
     let (settings, _) = args.load(environment)?;
@@ -84,7 +92,7 @@ async fn ask(client: &Client, address: SocketAddr) -> Result<String, String> {
     };
     let Fetched { status, body, .. } = answer
         .map_err(|reason| format!("no proxy answers on {address} (admin.address): {reason}"))?;
-    let text = String::from_utf8_lossy(&body).into_owned();
+    let text = String::from_utf8_lossy(&body).trim_end().to_owned();
     if status.is_success() {
         Ok(text)
     } else {

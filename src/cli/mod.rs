@@ -31,6 +31,7 @@ use clap::{FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use tokio::runtime::Runtime;
 
+use self::explain::CodeOrType;
 use self::flags::{SettingsArgs, WithSandbox, command_line, refuse_idle};
 use crate::auth::credentials::{self, CommandError, Found, Places};
 use crate::environment::Environment;
@@ -83,6 +84,8 @@ enum Command {
     },
     /// Find out what is wrong: settings, files, credential, network, account
     Check {
+        #[command(flatten)]
+        with: WithSandbox,
         /// Skip all steps that need the network
         #[arg(long)]
         offline: bool,
@@ -98,9 +101,9 @@ enum Command {
     },
     /// Explain a service code, or list all
     Explain {
-        /// The code, such as 1303
+        /// The code or its type, such as 1303 or concurrency_limited
         #[arg(allow_negative_numbers = true)]
-        code: Option<i64>,
+        code: Option<CodeOrType>,
         /// Format of the command's output
         #[arg(long, value_enum, default_value_t)]
         output: Output,
@@ -111,8 +114,8 @@ enum Command {
     Health,
     /// Wait until a proxy is ready; exit 1 if that takes too long
     Wait {
-        /// Longest time to wait for the proxy
-        #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
+        /// Longest time to wait for the proxy; a number alone is in seconds
+        #[arg(long, default_value = "30s", value_parser = health::duration)]
         timeout: Duration,
     },
     /// Print the completions of a shell
@@ -122,9 +125,8 @@ enum Command {
         shell: Shell,
     },
     /// Write the manual pages, one per command
-    #[command(hide = true)] // for builders of packages, once per release
     Man {
-        /// The folder to write to
+        /// The folder to write to; it is made if it is missing
         folder: PathBuf,
     },
 }
@@ -168,9 +170,14 @@ command cannot be run, 127 if it does not exist, 78 for wrong settings or no cre
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
+  mkdir -p ~/.local/share/bash-completion/completions
   kling-proxy completions bash > ~/.local/share/bash-completion/completions/kling-proxy
+  mkdir -p ~/.config/fish/completions
   kling-proxy completions fish > ~/.config/fish/completions/kling-proxy.fish
-  kling-proxy completions zsh > ~/.zfunc/_kling-proxy    with ~/.zfunc in $fpath, before compinit";
+  mkdir -p ~/.zfunc
+  kling-proxy completions zsh > ~/.zfunc/_kling-proxy
+
+zsh needs ~/.zfunc in $fpath, before compinit.";
 
 /// The command line that needs no account.
 const TRIAL: &str = "kling-proxy --sandbox";
@@ -239,8 +246,13 @@ impl CommandLine {
                 return run::run(sandbox, &command, settings, &environment);
             }
             Some(Command::Sandbox { address }) => sandbox::run(address, &settings, &environment)?,
-            Some(Command::Check { offline, output }) => {
-                check::run(offline, output, &settings, &environment)?;
+            Some(Command::Check {
+                with,
+                offline,
+                output,
+            }) => {
+                let sandbox = sandbox || with.sandbox;
+                check::run(sandbox, offline, output, &settings, &environment)?;
             }
             Some(Command::Token { decode }) => token::run(decode, &settings, &environment)?,
             Some(Command::Explain { code, output }) => explain::run(code, output)?,

@@ -1,9 +1,10 @@
 //! The envelope of every response, and the service codes that it may carry.
 
+use axum::Extension;
 use axum::body::Body;
 use axum::http::StatusCode;
+use axum::http::header::{CONTENT_TYPE, HeaderValue};
 use axum::response::{Html, IntoResponse, Response};
-use axum::{Extension, Json};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -90,7 +91,11 @@ impl Reply {
             request_id,
             data,
         };
-        Ok((status, Json(envelope)).into_response())
+        // No member can fail to serialize.
+        let mut body = serde_json::to_vec(&envelope).unwrap_or_default();
+        body.push(b'\n');
+        let media_type = HeaderValue::from_static("application/json");
+        Ok((status, [(CONTENT_TYPE, media_type)], body).into_response())
     }
 }
 

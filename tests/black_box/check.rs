@@ -742,3 +742,24 @@ fn certificate_of_ours_is_judged_by_its_end_and_its_names() {
         (78, "certificate", "certificate_unusable")
     );
 }
+
+/// Neither an account nor a network is needed, and the keys of the environment are not looked at.
+#[test]
+fn check_with_sandbox_goes_the_way_to_the_embedded_sandbox() {
+    for command in [
+        Command::new(["check", "--sandbox"]),
+        Command::new(["--sandbox", "check"]).keys(),
+    ] {
+        let report = Report::of(command);
+        assert_eq!(report.finished.code, Some(0), "{}", report.json);
+        let names = report.names();
+        assert_eq!(names[..3], ["settings", "credential", "trust"], "{names:?}");
+        assert_eq!(*names.last().unwrap(), "account", "{names:?}");
+        let credential = report.step("credential")["found"].as_str().unwrap();
+        assert_has(credential, &["of the sandbox"]);
+    }
+    let offline = Report::of(Command::new(["check", "--sandbox", "--offline"]));
+    assert_eq!(offline.names(), ["settings", "credential", "trust"]);
+    let both = Command::new(["check", "--sandbox", "--upstream", "https://api.test"]).run();
+    assert_eq!(both.code, Some(2), "{both:?}");
+}

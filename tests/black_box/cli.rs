@@ -73,6 +73,32 @@ fn explain_shows_one_row_with_its_solution() {
 }
 
 #[test]
+fn explain_knows_codes_by_their_types() {
+    let by_code = Command::new(["explain", "1303"]).run();
+    let by_type = Command::new(["explain", "concurrency_limited"]).run();
+    assert_eq!(by_type.code, Some(0), "{by_type:?}");
+    assert_eq!(by_type.stdout, by_code.stdout);
+    // As a header and a metric have it.
+    let other = Command::new(["explain", "unknown_service_code"]).run();
+    assert_eq!(other.code, Some(0), "{other:?}");
+    assert_has(&other.stdout, &["unknown_service_code", "does not list"]);
+    let wrong = Command::new(["explain", "concurrency-limit"]).run();
+    assert_eq!(wrong.code, Some(2), "{wrong:?}");
+    assert_has(&wrong.stderr, &["the nearest is concurrency_limited"]);
+}
+
+#[test]
+fn explain_of_a_success_asks_for_nothing() {
+    let finished = Command::new(["explain", "0"]).run();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    assert_eq!(
+        finished.stdout,
+        "0 ok\n  status       200 OK\n  sent by      Kling\n  class        success: no error\n  \
+         definition   Request successful\n  retryable    no: there is no error",
+    );
+}
+
+#[test]
 fn explain_speaks_json() {
     let finished = Command::new(["explain", "1303", "--output", "json"]).run();
     let row: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap();
@@ -198,7 +224,8 @@ fn flag_without_effect_is_refused() {
         "token --admin off",
         "sandbox --upstream https://api.test",
         "completions bash --config x",
-        "--sandbox check",
+        "--sandbox token",
+        "run --port 1 -- true",
         "run --listen 127.0.0.1:1 -- true",
     ] {
         let words = line.split(' ');
@@ -280,8 +307,87 @@ fn each_command_has_a_manual_page() {
     assert_eq!(pages.collect::<BTreeSet<_>>(), want);
     let page = fs::read_to_string(folder.path().join("kling-proxy-wait.1")).unwrap();
     assert_has(&page, &[".TH kling-proxy-wait 1", "\\-\\-timeout"]);
-    let nowhere = Command::new(["man", "/nowhere"]).run();
+    assert!(want.contains("kling-proxy-man.1"), "{help}");
+    let new = folder.path().join("share/man/man1");
+    let finished = Command::new(["man", new.to_str().unwrap()]).run();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    assert!(new.join("kling-proxy.1").exists());
+    let nowhere = Command::new(["man", "/dev/null/nowhere"]).run();
     assert_eq!(nowhere.code, Some(1), "{nowhere:?}");
+    assert_has(&nowhere.stderr, &["/dev/null/nowhere"]);
+}
+
+/// Of each flag of a setting.
+#[test]
+fn defaults_that_help_prints_may_be_given() {
+    let help = Command::new(["settings", "--help"]).run().stdout;
+    let words: Vec<_> = help.split_whitespace().collect();
+    let mut seen = BTreeMap::new();
+    let mut flag = "";
+    for (index, word) in words.iter().enumerate() {
+        if word.starts_with("--") {
+            flag = word;
+        }
+        if *word == "[default:" {
+            seen.insert(flag, words[index + 1].trim_end_matches(']'));
+        }
+    }
+    let flags = [
+        ("--admin", "admin.address"),
+        ("--listen", "listen.address"),
+        ("--log-filter", "log.filter"),
+        ("--log-format", "log.format"),
+        ("--upstream", "upstream.url"),
+    ];
+    assert!(
+        seen.keys().copied().eq(flags.map(|(flag, _)| flag)),
+        "{help}"
+    );
+    for (flag, key) in flags {
+        let unset = Command::new(["settings"]).setting(key, "").run().stdout;
+        let given = Command::new(["settings", flag, seen[flag]]).run();
+        assert_eq!(given.code, Some(0), "{flag}: {given:?}");
+        let value = |text: &str| {
+            let line = text
+                .lines()
+                .find(|line| line.starts_with(&format!("{key} = ")));
+            line.map(|line| line.split(" # ").next().unwrap().trim().to_owned())
+        };
+        assert_eq!(value(&given.stdout), value(&unset), "{flag}");
+    }
+}
+
+#[test]
+fn port_is_that_of_the_data_listener_on_loopback() {
+    let finished = Command::new(["settings", "--port", "8080"]).run();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    assert_has(
+        &finished.stdout,
+        &[r#"listen.address = "127.0.0.1:8080""#, "# --port"],
+    );
+    for line in ["--port 1 --listen 127.0.0.1:1", "--port x", "--port 65536"] {
+        let finished = line
+            .split(' ')
+            .fold(Command::new(["settings"]), Command::argument);
+        let finished = finished.run();
+        assert_eq!(finished.code, Some(2), "{line}: {finished:?}");
+    }
+}
+
+#[test]
+fn example_of_completions_makes_the_folder() {
+    let help = Command::new(["completions", "--help"]).run().stdout;
+    let lines: Vec<_> = help.lines().map(str::trim).collect();
+    let mut examples = 0;
+    for (index, line) in lines.iter().enumerate() {
+        let Some((_, file)) = line.split_once(" > ") else {
+            continue;
+        };
+        let (folder, _) = file.rsplit_once('/').unwrap();
+        assert_eq!(lines[index - 1], format!("mkdir -p {folder}"), "{help}");
+        examples += 1;
+    }
+    assert_eq!(examples, 3, "{help}");
 }
 
 #[test]
@@ -301,6 +407,7 @@ fn help_says_what_a_newcomer_needs() {
             "health",
             "wait",
             "completions",
+            "man",
         ],
     );
     assert_has(&finished.stdout, &["--sandbox", "KLING_ACCESS_KEY", "5546"]);

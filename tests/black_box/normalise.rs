@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::support::{
-    Message, Proxy, SUCCESS, Step, Upstream, closed, get, gzip, kling, post, reply, request, send,
-    started, started_with, started_without_retry,
+    Command, Message, Proxy, SUCCESS, Step, Upstream, closed, get, gzip, kling, post, reply,
+    request, send, started, started_with, started_without_retry,
 };
 
 /// May a request with this answer be sent again?
@@ -529,4 +529,28 @@ fn create_arrives_at_most_once_whatever_becomes_of_its_connection() {
     creates.sort();
     creates.dedup();
     assert_eq!(creates.len(), arrived, "a create arrived twice");
+}
+
+/// So that a shell's prompt stands on a line of its own.
+#[test]
+fn body_of_an_error_ends_with_a_newline() {
+    let upstream = Upstream::ok();
+    upstream.script(|_| vec![send(kling(429, CONCURRENCY))]);
+    let proxy = Proxy::to(&upstream).setting("retry.attempts", "1").start();
+    for answer in [proxy.post("/v1/x", "{}"), proxy.get("/_proxy/nothing")] {
+        assert!(answer.status() >= 400, "{}", answer.head);
+        assert!(answer.text().ends_with("}}\n"), "{:?}", answer.text());
+    }
+    for path in ["/health/startup", "/health/live", "/health/ready"] {
+        let answer = proxy.admin(path);
+        assert!(
+            answer.text().ends_with("}\n"),
+            "{path}: {:?}",
+            answer.text()
+        );
+    }
+    let health = Command::new(["health"])
+        .setting("admin.address", proxy.listener("admin").to_string())
+        .run();
+    assert!(health.stdout.ends_with('}'), "{health:?}");
 }

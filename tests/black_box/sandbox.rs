@@ -536,3 +536,13 @@ fn wrong_tokens_are_refused_with_their_codes() {
         assert_eq!(answer.refusal(), refusal, "{lines}");
     }
 }
+
+#[test]
+fn answer_of_the_sandbox_ends_with_a_newline() {
+    let proxy = sandboxed().start();
+    for (prompt, status) in [("a cat", 200), ("sandbox:1301", 400)] {
+        let answer = create(&proxy, prompt);
+        assert_eq!(answer.status(), status);
+        assert!(answer.text().ends_with("}\n"), "{:?}", answer.text());
+    }
+}

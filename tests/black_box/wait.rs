@@ -53,9 +53,12 @@ fn failed_wait_tells_what_was_wrong_last() {
         (&stopping, "the proxy is shutting down"),
     ] {
         let asked = |command: Command| command.setting("admin.address", admin).run();
-        let wait = asked(Command::new(["wait", "--timeout", "1s"]));
-        assert_eq!((wait.code, &*wait.stdout), (Some(1), ""), "{wait:?}");
-        assert_has(&wait.stderr, &["not within 1s", reason]);
+        // A number alone is in seconds.
+        for limit in ["1s", "1"] {
+            let wait = asked(Command::new(["wait", "--timeout", limit]));
+            assert_eq!((wait.code, &*wait.stdout), (Some(1), ""), "{wait:?}");
+            assert_has(&wait.stderr, &["not within 1s", reason]);
+        }
         let health = asked(Command::new(["health"]));
         assert_eq!((health.code, &*health.stdout), (Some(1), ""), "{health:?}");
         assert_has(&health.stderr, &[reason]);

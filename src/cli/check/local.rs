@@ -30,16 +30,21 @@ pub(super) fn settings(
     settings: &Settings,
     rows: &[SettingRow],
     environment: &Environment,
+    with_sandbox: bool,
 ) -> Finding {
     let set = rows.iter().filter(|row| !row.is_default());
     let mut sources: Vec<_> = set.map(|row| row.source.as_str()).collect();
     sources.sort_unstable();
     sources.dedup();
-    let origin = &settings.upstream.origin;
-    let mut text = if sources.is_empty() {
-        format!("upstream is {origin}; all are defaults")
+    let upstream = if with_sandbox {
+        "the embedded sandbox".to_owned()
     } else {
-        format!("upstream is {origin}; set by {}", sources.join(", "))
+        settings.upstream.origin.to_string()
+    };
+    let mut text = if sources.is_empty() {
+        format!("upstream is {upstream}; all are defaults")
+    } else {
+        format!("upstream is {upstream}; set by {}", sources.join(", "))
     };
     let unused = proxy_variables(environment).join(" and ");
     if !unused.is_empty() {

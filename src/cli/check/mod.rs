@@ -10,18 +10,29 @@ mod region;
 mod report;
 mod verdict;
 
+use std::convert::Infallible;
+use std::future::pending;
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
 
 use self::account::Credentials;
 use self::network::Target;
-use self::report::{Fault, Report};
+use self::report::{Fault, Finding, Report};
+use super::serve::{embedded_sandbox, sandbox_credential};
 use super::{Exit, Failure, Output, SettingsArgs, runtime};
 use crate::auth::credentials::Places;
 use crate::clock::{Clock, SystemClock};
 use crate::environment::Environment;
-use crate::server::CertificateFiles;
+use crate::sandbox::Sandbox;
+use crate::server::{self, CertificateFiles, ConnectionLimits, Listener, Stop, Worker};
+
+/// Most connections to the embedded sandbox at once. The check makes one after the other.
+const SANDBOX_CONNECTIONS: usize = 8;
 
 pub(super) fn run(
+    with_sandbox: bool,
     offline: bool,
     output: Output,
     args: &SettingsArgs,
@@ -42,7 +53,7 @@ pub(super) fn run(
     };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     report.take("settings", || {
-        Ok(local::settings(&settings, &rows, environment))
+        Ok(local::settings(&settings, &rows, environment, with_sandbox))
     });
     if let Some(path) = &settings.access.client_tokens_file {
         report.take("client_tokens", || local::client_tokens(path, &clock));
@@ -60,6 +71,11 @@ pub(super) fn run(
         });
     }
     let credential = report.take("credential", || {
+        if with_sandbox {
+            let credential = sandbox_credential();
+            let text = format!("{} of the sandbox", credential.kind());
+            return Ok(Finding::new(credential, text));
+        }
         local::credential(&Places {
             environment,
             configured: &settings.credentials,
@@ -75,12 +91,16 @@ pub(super) fn run(
         return report.end();
     }
 
+    let (embedded, origin) = if with_sandbox {
+        let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox, &clock)?;
+        (Some((listener, sandbox)), origin)
+    } else {
+        (None, settings.upstream.origin.clone())
+    };
     let upstream = settings.upstream;
     let target = Target {
-        egress: upstream
-            .proxy
-            .and_then(|proxy| proxy.leading_to(&upstream.origin)),
-        origin: upstream.origin,
+        egress: upstream.proxy.and_then(|proxy| proxy.leading_to(&origin)),
+        origin,
         roots,
         timeouts: upstream.timeouts,
     };
@@ -90,11 +110,43 @@ pub(super) fn run(
         clock,
     };
     let runtime = runtime().map_err(|error| Failure::because(Exit::Failed, &error))?;
-    // The report has shown already why a step failed.
-    let _ = runtime.block_on(ask(&mut report, &target, credentials));
+    let (header_timeout, idle) = (settings.limits.header_timeout, upstream.timeouts.idle);
+    runtime.block_on(async {
+        let serving = async {
+            match embedded {
+                Some((listener, sandbox)) => serve(listener, sandbox, header_timeout, idle).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            // The report has shown already why a step failed.
+            _ = ask(&mut report, &target, credentials) => {}
+            never = serving => match never {},
+        }
+    });
     // Does not wait for a name that is still being resolved, so that the process can end.
     runtime.shutdown_background();
     report.end()
+}
+
+/// Serves the embedded sandbox for as long as the check takes.
+async fn serve(
+    listener: Listener,
+    sandbox: Sandbox,
+    header_timeout: Duration,
+    idle: Duration,
+) -> Infallible {
+    let limits = ConnectionLimits {
+        connections: Arc::new(Semaphore::new(SANDBOX_CONNECTIONS)),
+        heads: Arc::default(),
+        evictor: None,
+        header_timeout,
+        idle,
+    };
+    let (_stop, stopped) = watch::channel(Stop::Never);
+    // A failure shows in the check: its connection is not answered.
+    let _ = server::run(vec![listener], Worker::alone(), sandbox, limits, stopped).await;
+    pending().await
 }
 
 /// Runs the steps that need the network, until one fails. Each step needs the result of the one before.

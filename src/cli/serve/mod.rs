@@ -19,7 +19,7 @@ pub(super) use self::process::{
     raise_descriptor_limit,
 };
 pub(super) use self::running::Running;
-pub(super) use self::set_up::Proxy;
+pub(super) use self::set_up::{Proxy, embedded_sandbox, sandbox_credential};
 pub(super) use self::systemd::SdNotify;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, TRIAL, runtime, say};

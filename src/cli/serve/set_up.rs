@@ -142,7 +142,7 @@ fn found(configuration: &Configuration) -> Result<Credential, Failure> {
     Ok(credential)
 }
 
-fn sandbox_credential() -> Credential {
+pub(in crate::cli) fn sandbox_credential() -> Credential {
     let [access_key, secret_key] =
         [sandbox::ACCESS_KEY, sandbox::SECRET_KEY].map(|key| Secret::from(key.to_owned()));
     Credential::Pair {
@@ -151,7 +151,7 @@ fn sandbox_credential() -> Credential {
     }
 }
 
-fn embedded_sandbox(
+pub(in crate::cli) fn embedded_sandbox(
     options: sandbox::Options,
     clock: &Arc<dyn Clock>,
 ) -> Result<(Listener, Sandbox, Origin), Failure> {

@@ -63,11 +63,12 @@ impl<'a> ErrorBody<'a> {
         }
     }
 
-    /// Renders the body as JSON.
+    /// Renders the body as JSON and a newline, so that a shell's prompt stands on its own line.
     pub(super) fn render(&self) -> Vec<u8> {
         let mut json = Vec::with_capacity(USUAL_SIZE);
         // No member can fail to serialize, and a vector takes all that is written to it.
         let _ = serde_json::to_writer(&mut json, self);
+        json.push(b'\n');
         json
     }
 }
@@ -187,6 +188,7 @@ mod tests {
                 r#""retryable":true,"attempts":1,"#,
                 r#""hint":"all keys of an account share its slots, and a task holds a slot until "#,
                 r#"it ends: wait for running tasks, then send this again"}}"#,
+                "\n",
             )
         );
     }
@@ -203,6 +205,7 @@ mod tests {
                 r#"is served at this path","#,
                 r#""solution":"Health and metrics are on the admin listener, `admin.address`","#,
                 r#""retryable":false,"attempts":1}}"#,
+                "\n",
             )
         );
         let error = Error::BadResponse {
@@ -210,7 +213,7 @@ mod tests {
             excerpt: Some("<html>".to_owned()),
         };
         let body = rendered(&error, Effect::Read, &context());
-        let end = r#""retryable":true,"attempts":1,"excerpt":"<html>"}}"#;
+        let end = "\"retryable\":true,\"attempts\":1,\"excerpt\":\"<html>\"}}\n";
         assert!(body.contains(r#""request_id":"ours","#), "{body}");
         assert!(body.ends_with(end), "{body}");
     }
