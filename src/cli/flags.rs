@@ -31,8 +31,12 @@ pub(super) struct SettingsArgs {
     /// Address to listen on for health and metrics, or "off" [default: 127.0.0.1:5547]
     #[arg(long, global = true, value_name = "ADDRESS")]
     admin: Option<String>,
-    /// URL of the API [default: https://api-singapore.klingai.com]
-    #[arg(long, global = true, value_name = "URL")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "URL",
+        help = "URL of the API [default: https://api-singapore.klingai.com]"
+    )]
     upstream: Option<String>,
     /// Log lines: auto, pretty or json [default: auto]
     #[arg(long, global = true, value_name = "FORMAT")]
