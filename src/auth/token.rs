@@ -101,7 +101,7 @@ pub struct Authorization {
 struct Bearer {
     authorization: Authorization,
     /// Times of the token; `None` for an API key, which does not expire.
-    bounds: Option<TokenTimes>,
+    times: Option<TokenTimes>,
 }
 
 /// Limits of a token's use, in seconds since the epoch.
@@ -170,19 +170,19 @@ impl Credential {
         now: SystemTime,
         correction: Correction,
     ) -> Result<Bearer, MintError> {
-        let (token, bounds) = match self {
+        let (token, times) = match self {
             Self::Pair {
                 access_key,
                 secret_key,
             } => {
                 let claims = Claims::new(access_key, validity, now);
                 let token = Zeroizing::new(sign(&claims, secret_key)?);
-                let bounds = TokenTimes {
+                let times = TokenTimes {
                     nbf: claims.nbf,
                     stale: claims.exp.saturating_sub(validity.refresh_before.as_secs()),
                     exp: claims.exp,
                 };
-                (token, Some(bounds))
+                (token, Some(times))
             }
             Self::ApiKey(key) => (Zeroizing::new(key.expose().to_owned()), None),
         };
@@ -193,11 +193,11 @@ impl Credential {
         value.set_sensitive(true);
         let authorization = Authorization {
             value,
-            minted_by: bounds.map(|_| correction),
+            minted_by: times.map(|_| correction),
         };
         Ok(Bearer {
             authorization,
-            bounds,
+            times,
         })
     }
 }
@@ -337,7 +337,7 @@ impl Tokens {
         let minted = credential.bearer(*validity, now, correction);
         self.metrics.token_minted(minted.is_ok());
         let bearer = minted?;
-        if let Some(TokenTimes { exp, .. }) = bearer.bounds {
+        if let Some(TokenTimes { exp, .. }) = bearer.times {
             self.metrics.token_expires(exp);
             tracing::debug!(exp, "token minted");
         }
@@ -362,14 +362,14 @@ impl Bearer {
 
     fn is_valid(&self, now: SystemTime) -> bool {
         let now = unix_seconds(now);
-        self.bounds
-            .is_none_or(|bounds| bounds.nbf <= now && now < bounds.exp)
+        self.times
+            .is_none_or(|times| times.nbf <= now && now < times.exp)
     }
 
     fn is_fresh(&self, now: SystemTime) -> bool {
         let now = unix_seconds(now);
-        self.bounds
-            .is_none_or(|bounds| bounds.nbf <= now && now < bounds.stale)
+        self.times
+            .is_none_or(|times| times.nbf <= now && now < times.stale)
     }
 }
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use http::HeaderMap;
 use reqwest::Client;
-use rustls::RootCertStore;
 use tokio::time::{sleep, timeout};
 
 use super::http_client::{self, Fetched};
@@ -76,8 +75,7 @@ fn address(args: &SettingsArgs, environment: &Environment) -> Result<SocketAddr,
 
 /// Makes a client for the admin listener, which speaks plain HTTP.
 fn client() -> Result<Client, Failure> {
-    http_client::client(RootCertStore::empty().into(), None)
-        .map_err(|error| Failure::because(Exit::Failed, &error))
+    http_client::plain().map_err(|error| Failure::because(Exit::Failed, &error))
 }
 
 /// The answer of a proxy that is ready, else what is wrong.

@@ -7,10 +7,9 @@ use std::sync::Arc;
 use http::{HeaderMap, StatusCode};
 use reqwest::redirect::Policy;
 use reqwest::{Client, Proxy, retry};
-use rustls::crypto::ring;
-use rustls::{ClientConfig, Error as TlsError, RootCertStore};
+use rustls::RootCertStore;
 
-use crate::upstream::{EgressProxy, NAME};
+use crate::upstream::{EgressProxy, NAME, TlsError, client_config_with};
 
 /// Largest part of a body that is read, in bytes.
 const BODY_LIMIT: usize = 64 << 10;
@@ -27,7 +26,7 @@ pub(super) struct Fetched {
 /// A client cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ClientError {
-    #[error("cannot set up TLS")]
+    #[error(transparent)]
     Tls(#[from] TlsError),
     #[error("cannot set up an HTTP client")]
     Http(#[from] reqwest::Error),
@@ -40,12 +39,8 @@ pub(super) fn client(
     roots: Arc<RootCertStore>,
     egress: Option<&EgressProxy>,
 ) -> Result<Client, ClientError> {
-    let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
     let mut client = Client::builder()
-        .tls_backend_preconfigured(tls)
+        .tls_backend_preconfigured(client_config_with(roots)?)
         .no_proxy()
         .redirect(Policy::none())
         .retry(retry::never())
@@ -59,6 +54,11 @@ pub(super) fn client(
         client = client.proxy(proxy);
     }
     Ok(client.build()?)
+}
+
+/// Makes a client for plain HTTP on this machine. It trusts no TLS server.
+pub(super) fn plain() -> Result<Client, ClientError> {
+    client(RootCertStore::empty().into(), None)
 }
 
 /// Sends a GET and reads the beginning of the response.

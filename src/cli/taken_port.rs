@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use http::HeaderMap;
 use reqwest::Client;
-use rustls::RootCertStore;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::time::timeout;
@@ -57,10 +56,7 @@ pub(super) fn bind(address: SocketAddr, instead: &str) -> Result<TcpListener, Fa
 
 /// Returns true if a proxy, its admin listener or its sandbox answers at an address in time.
 fn is_proxy(address: SocketAddr) -> bool {
-    let (Ok(runtime), Ok(client)) = (
-        runtime(),
-        http_client::client(RootCertStore::empty().into(), None),
-    ) else {
+    let (Ok(runtime), Ok(client)) = (runtime(), http_client::plain()) else {
         return false;
     };
     let answer = runtime.block_on(async { timeout(PATIENCE, ask(&client, address)).await });

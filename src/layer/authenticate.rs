@@ -19,16 +19,16 @@ use crate::request::replayable::{Attempt, ReplayableRequest};
 
 /// Adds [`Authenticate`] to a service.
 #[derive(Clone)]
-pub struct AuthenticateLayer(Arc<AuthenticateInner>);
+pub struct AuthenticateLayer(Arc<AuthenticateShared>);
 
 /// Sets `Authorization` and `Host` of each attempt. The client's own values are not sent.
 #[derive(Clone)]
 pub struct Authenticate<S> {
     inner: S,
-    inner_: Arc<AuthenticateInner>,
+    shared: Arc<AuthenticateShared>,
 }
 
-struct AuthenticateInner {
+struct AuthenticateShared {
     tokens: Arc<Tokens>,
     host: HeaderValue,
 }
@@ -38,7 +38,7 @@ pin_project! {
     pub struct Authenticated<F> {
         #[pin]
         inner: F,
-        inner_: Arc<AuthenticateInner>,
+        shared: Arc<AuthenticateShared>,
         path: Option<PathAndQuery>,
     }
 }
@@ -48,7 +48,7 @@ pin_project! {
 impl AuthenticateLayer {
     /// Sends `tokens` to the upstream at `host`.
     pub fn new(tokens: Arc<Tokens>, host: HeaderValue) -> Self {
-        Self(Arc::new(AuthenticateInner { tokens, host }))
+        Self(Arc::new(AuthenticateShared { tokens, host }))
     }
 }
 
@@ -58,7 +58,7 @@ impl<S> Layer<S> for AuthenticateLayer {
     fn layer(&self, inner: S) -> Authenticate<S> {
         Authenticate {
             inner,
-            inner_: Arc::clone(&self.0),
+            shared: Arc::clone(&self.0),
         }
     }
 }
@@ -78,7 +78,7 @@ where
     }
 
     fn call(&mut self, original: ReplayableRequest) -> Self::Future {
-        let Authorization { value, minted_by } = match self.inner_.tokens.bearer() {
+        let Authorization { value, minted_by } = match self.shared.tokens.bearer() {
             Ok(authorization) => authorization,
             Err(error) => return Either::Left(future::ready(Err(Error::Credentials(error)))),
         };
@@ -89,11 +89,11 @@ where
         let mut attempt = original.attempt();
         attempt.minted_by = minted_by;
         let headers = attempt.request.headers_mut();
-        headers.insert(HOST, self.inner_.host.clone());
+        headers.insert(HOST, self.shared.host.clone());
         headers.insert(AUTHORIZATION, value);
         Either::Right(Authenticated {
             inner: self.inner.call(attempt),
-            inner_: Arc::clone(&self.inner_),
+            shared: Arc::clone(&self.shared),
             path,
         })
     }
@@ -115,7 +115,7 @@ where
         {
             let path = this.path.as_ref().map_or("/", PathAndQuery::path);
             let accepted = Accepts::of_plain(path);
-            this.inner_.tokens.was_refused(accepted);
+            this.shared.tokens.was_refused(accepted);
         }
         Poll::Ready(result)
     }
@@ -147,11 +147,11 @@ mod tests {
         };
         let credential = Credential::ApiKey(Secret::from(api_key.to_owned()));
         let metrics = Arc::new(Metrics::new().unwrap());
-        let bounds = ReplayLimits {
+        let limits = ReplayLimits {
             body: ByteSize::kib(1),
             memory: ByteSize::kib(1),
         };
-        let budget = Arc::new(ReplayBudget::new(bounds, Arc::clone(&metrics)));
+        let budget = Arc::new(ReplayBudget::new(limits, Arc::clone(&metrics)));
         let request = ProxyRequest::untraced(request, &metrics);
         let tokens = Tokens::new(credential, validity, Arc::new(SystemClock), metrics);
         let host = HeaderValue::from_static("kling.test");

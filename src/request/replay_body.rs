@@ -375,7 +375,7 @@ impl ReplayBudget {
     }
 
     /// Replaces the limits. Bytes that are already kept stay.
-    pub fn set_bounds(&self, limits: ReplayLimits) {
+    pub fn set_limits(&self, limits: ReplayLimits) {
         self.limits.store(limits);
     }
 

@@ -50,7 +50,7 @@ pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
 pub use self::origin::{NAME, Origin};
 pub use self::text::Decoder;
 pub use self::timeouts::Timeouts;
-pub use self::trust::{TlsError, client_config, trust_roots};
+pub use self::trust::{TlsError, client_config, client_config_with, trust_roots};
 
 use self::answer::Verdict;
 use self::connect::{Connection, Connector, Sent};

@@ -193,6 +193,15 @@ pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
     } else {
         tracing::debug!(sources, "trust roots");
     }
+    client_config_with(roots.store)
+}
+
+/// Creates TLS settings that trust `roots`.
+///
+/// # Errors
+///
+/// [`TlsError::Setup`].
+pub fn client_config_with(roots: Arc<RootCertStore>) -> Result<ClientConfig, TlsError> {
     let mut provider = rustls::crypto::ring::default_provider();
     // AES-128 comes first, which browsers prefer too. With 256 bits, both ends spend a tenth more on an
     // upload.
@@ -201,7 +210,7 @@ pub fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
         .sort_by_key(|suite| !is_aes_128(suite.suite()));
     Ok(ClientConfig::builder_with_provider(Arc::new(provider))
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots.store)
+        .with_root_certificates(roots)
         .with_no_client_auth())
 }
 

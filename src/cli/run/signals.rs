@@ -85,15 +85,15 @@ impl ForwardedSignals {
     /// Waits, after the command has ended, for a further signal of [`ENDING`]. A signal within [`LAG`] of
     /// the first one, or of the command's end, counts as the same one.
     pub(super) async fn insist(&mut self) {
-        let mut is_stopping = self.is_stopping.then(Instant::now);
+        let mut first = self.is_stopping.then(Instant::now);
         loop {
             if !ENDING.contains(&self.next().await) {
                 continue;
             }
-            match is_stopping {
-                Some(is_stopping) if is_stopping.elapsed() > LAG => return,
+            match first {
+                Some(first) if first.elapsed() > LAG => return,
                 Some(_) => {}
-                None => is_stopping = Some(Instant::now()),
+                None => first = Some(Instant::now()),
             }
         }
     }

@@ -175,7 +175,7 @@ impl Reload {
         self.shared.rules.store(rules);
         self.shared.errors.store(errors);
         self.shared.retry_policy.set_limits(retry);
-        self.shared.replay_budget.set_bounds(replay);
+        self.shared.replay_budget.set_limits(replay);
         self.shared.tokens.set_validity(token);
         self.configuration.filter.set(filter.clone());
     }

@@ -58,14 +58,14 @@ pub struct ErrorFormat {
 /// Adds [`Normalise`] to a service.
 #[derive(Clone)]
 pub struct NormaliseLayer {
-    format_: Reloadable<ErrorFormat>,
+    format: Reloadable<ErrorFormat>,
 }
 
 /// Turns each error of the inner service into a response.
 #[derive(Clone)]
 pub struct Normalise<S> {
     inner: S,
-    format_: Reloadable<ErrorFormat>,
+    format: Reloadable<ErrorFormat>,
 }
 
 pin_project! {
@@ -73,7 +73,7 @@ pin_project! {
     pub struct NormaliseFuture<F> {
         #[pin]
         inner: F,
-        format_: ErrorFormat,
+        format: ErrorFormat,
         effect: Effect,
         context: RequestContext,
     }
@@ -82,9 +82,9 @@ pin_project! {
 // === impl NormaliseLayer ===
 
 impl NormaliseLayer {
-    /// Makes a layer that formats each error by the value that `format_` holds when the request arrives.
-    pub fn new(format_: Reloadable<ErrorFormat>) -> Self {
-        Self { format_ }
+    /// Makes a layer that formats each error by the value that `format` holds when the request arrives.
+    pub fn new(format: Reloadable<ErrorFormat>) -> Self {
+        Self { format }
     }
 }
 
@@ -94,7 +94,7 @@ impl<S> Layer<S> for NormaliseLayer {
     fn layer(&self, inner: S) -> Normalise<S> {
         Normalise {
             inner,
-            format_: self.format_.clone(),
+            format: self.format.clone(),
         }
     }
 }
@@ -145,7 +145,7 @@ where
 
     fn call(&mut self, inbound: ProxyRequest) -> Self::Future {
         NormaliseFuture {
-            format_: **self.format_.load(),
+            format: **self.format.load(),
             effect: Effect::of(&inbound.request),
             context: inbound.context.clone(),
             inner: self.inner.call(inbound),
@@ -165,7 +165,7 @@ where
         let this = self.project();
         Poll::Ready(Ok(match ready!(this.inner.poll(cx)) {
             Ok(response) => response,
-            Err(error) => this.format_.respond(error, *this.effect, this.context),
+            Err(error) => this.format.respond(error, *this.effect, this.context),
         }))
     }
 }
