@@ -1,4 +1,5 @@
-//! The ids of a task. A task is paid for, and can be found again only by its ids.
+//! The ids of a task, and what its create orders. A task is paid for, and can be found again only by its
+//! ids.
 
 use std::io;
 
@@ -12,11 +13,31 @@ pub struct Task {
     pub id: Option<String>,
     /// Id that the client gave the task, unique in the account.
     pub external_id: Option<String>,
+    /// Kling's id of the request, from the envelope of the answer.
+    pub request_id: Option<String>,
+    /// Kling's word for the state of the task.
+    pub status: Option<String>,
 }
 
-/// Reads the ids of a task from a JSON text that arrives in chunks of any size, while it passes.
+/// Members of a create's body that decide its price, as the client wrote them. A member is left out unless
+/// it is a word of letters, digits, `.`, `_` and `-`, so no prompt and no picture can get in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Order {
+    pub model: Option<String>,
+    /// Length of the video, in seconds.
+    pub duration: Option<String>,
+    pub resolution: Option<String>,
+    pub mode: Option<String>,
+    /// Number of images, or `auto`.
+    pub n: Option<String>,
+    /// `on` or `true` for a video with sound.
+    pub audio: Option<String>,
+}
+
+/// Reads the ids of a task from a JSON text that arrives in chunks of any size, while it passes. From the body
+/// of a create it also reads the [`Order`].
 ///
-/// It keeps only the ids, and is lenient: ids before a cut or an error count. An id of an unexpected
+/// It keeps only these members, and is lenient: ids before a cut or an error count. An id of an unexpected
 /// type does not hide the other one, and if there are two, the first counts.
 #[derive(Default)]
 pub struct TaskReader {
@@ -32,6 +53,11 @@ pub struct TaskReader {
     /// Ids found so far, one slot for each member that may hold one, in the order of preference.
     ids: [Option<String>; 2],
     external_ids: [Option<String>; 3],
+    request_id: Option<String>,
+    status: Option<String>,
+    /// Members of the order found so far.
+    order: Order,
+    series_amount: Option<String>,
     is_complete: bool,
 }
 
@@ -65,6 +91,16 @@ enum Member {
     ExternalId,
     TaskInfo,
     Options,
+    RequestId,
+    Status,
+    Settings,
+    Model,
+    Duration,
+    Resolution,
+    Mode,
+    Count,
+    SeriesAmount,
+    Audio,
     #[default]
     Other,
 }
@@ -73,6 +109,8 @@ enum Member {
 const DEEPEST: usize = 3;
 /// Longest id that is read, in bytes of JSON; longer ones are ignored.
 const LONGEST: usize = 1024;
+/// Longest member of an order, in bytes.
+const LONGEST_WORD: usize = 64;
 
 // === impl TaskReader ===
 
@@ -112,8 +150,27 @@ impl TaskReader {
     pub fn task(&self) -> Task {
         Task {
             id: self.ids.iter().flatten().next().cloned(),
-            external_id: self.external_ids.iter().flatten().next().cloned(),
+            external_id: self.external_id().map(str::to_owned),
+            request_id: self.request_id.clone(),
+            status: self.status.clone(),
         }
+    }
+
+    /// Returns the external id, if it was read already.
+    pub fn external_id(&self) -> Option<&str> {
+        self.external_ids
+            .iter()
+            .flatten()
+            .next()
+            .map(String::as_str)
+    }
+
+    /// Returns the order, as far as it was read.
+    pub fn order(&self) -> Order {
+        let mut order = self.order.clone();
+        // The length of a series is the number of its images.
+        order.n = self.series_amount.clone().or(order.n);
+        order
     }
 
     /// Returns true if the rest of the text holds no further id.
@@ -186,32 +243,64 @@ impl TaskReader {
 
     /// Ends a string or a number, and stores it if it is an id.
     fn end_value(&mut self) {
-        use Member::{Data, ExternalId, ExternalTaskId, Id, Options, TaskId, TaskInfo};
+        use Member::{
+            Audio, Count, Data, Duration, ExternalId, ExternalTaskId, Id, Mode, Model, Options,
+            RequestId, Resolution, SeriesAmount, Settings, Status, TaskId, TaskInfo,
+        };
         let Some(path) = self.path.get(..self.depth) else {
             return;
         };
-        let path = match (self.root, path) {
-            (Root::Request, path) | (Root::Answer, [Data, path @ ..]) => path,
-            (Root::Answer, _) => return,
-        };
-        let place = match path {
-            [TaskId] => &mut self.ids[0],
-            [Id] => &mut self.ids[1],
-            [ExternalTaskId] => &mut self.external_ids[0],
-            [ExternalId] => &mut self.external_ids[1],
-            [TaskInfo | Options, ExternalTaskId] => &mut self.external_ids[2],
+        let order = &mut self.order;
+        let (place, is_word) = match (self.root, path) {
+            (Root::Answer, [RequestId]) => (&mut self.request_id, false),
+            (Root::Answer, [Data, Status]) => (&mut self.status, false),
+            (Root::Request, [TaskId]) | (Root::Answer, [Data, TaskId]) => (&mut self.ids[0], false),
+            (Root::Request, [Id]) | (Root::Answer, [Data, Id]) => (&mut self.ids[1], false),
+            (Root::Request, [ExternalTaskId]) | (Root::Answer, [Data, ExternalTaskId]) => {
+                (&mut self.external_ids[0], false)
+            }
+            (Root::Request, [ExternalId]) | (Root::Answer, [Data, ExternalId]) => {
+                (&mut self.external_ids[1], false)
+            }
+            (Root::Request, [TaskInfo | Options, ExternalTaskId])
+            | (Root::Answer, [Data, TaskInfo | Options, ExternalTaskId]) => {
+                (&mut self.external_ids[2], false)
+            }
+            (Root::Request, [Model]) => (&mut order.model, true),
+            (Root::Request, [Duration] | [Settings, Duration]) => (&mut order.duration, true),
+            (Root::Request, [Resolution] | [Settings, Resolution]) => (&mut order.resolution, true),
+            (Root::Request, [Mode] | [Settings, Mode]) => (&mut order.mode, true),
+            (Root::Request, [Count] | [Settings, Count]) => (&mut order.n, true),
+            (Root::Request, [SeriesAmount] | [Settings, SeriesAmount]) => {
+                (&mut self.series_amount, true)
+            }
+            (Root::Request, [Audio] | [Settings, Audio]) => (&mut order.audio, true),
             _ => return,
         };
-        if place.is_none() && self.token.len() <= LONGEST {
-            *place = if self.token_is_string {
-                unescape(&self.token)
-            } else {
-                // A number counts as its text.
-                let number = serde_json::from_slice::<Number>(&self.token).ok();
-                number.map(|number| number.to_string())
-            };
+        if place.is_some() || self.token.len() > LONGEST {
+            return;
         }
+        *place = if is_word {
+            word(&self.token)
+        } else if self.token_is_string {
+            unescape(&self.token)
+        } else {
+            // A number counts as its text.
+            let number = serde_json::from_slice::<Number>(&self.token).ok();
+            number.map(|number| number.to_string())
+        };
     }
+}
+
+/// Returns a member of an order; `None` if it is no short word.
+pub fn word(token: &[u8]) -> Option<String> {
+    let is_word = (1..=LONGEST_WORD).contains(&token.len())
+        && token != b"null"
+        && token
+            .iter()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(byte));
+    let text = || String::from_utf8_lossy(token).into_owned();
+    is_word.then(text)
 }
 
 /// Receives the output of a decoder.
@@ -246,6 +335,16 @@ impl Member {
             b"external_id" => Self::ExternalId,
             b"task_info" => Self::TaskInfo,
             b"options" => Self::Options,
+            b"request_id" => Self::RequestId,
+            b"task_status" | b"status" => Self::Status,
+            b"settings" => Self::Settings,
+            b"model_name" | b"model" => Self::Model,
+            b"duration" => Self::Duration,
+            b"resolution" => Self::Resolution,
+            b"mode" => Self::Mode,
+            b"n" => Self::Count,
+            b"series_amount" => Self::SeriesAmount,
+            b"sound" | b"audio" => Self::Audio,
             _ => Self::Other,
         }
     }
@@ -273,7 +372,9 @@ mod tests {
         for piece in text.chunks(size) {
             reader.push(piece);
         }
-        let Task { id, external_id } = reader.task();
+        let Task {
+            id, external_id, ..
+        } = reader.task();
         [id, external_id].map(Option::unwrap_or_default)
     }
 
@@ -320,6 +421,64 @@ mod tests {
             let [_, external_id] = read(TaskReader::of_request(), request.as_bytes(), 5);
             assert_eq!(external_id, "mine", "{request}");
         }
+    }
+
+    #[test]
+    fn order_is_read_and_nothing_else_of_the_body() {
+        let word = |word: &str| Some(word.to_owned());
+        let order = Order {
+            model: word("kling-v2-6"),
+            duration: word("5"),
+            resolution: word("1080p"),
+            mode: word("pro"),
+            n: word("2"),
+            audio: word("on"),
+        };
+        for (body, expected) in [
+            (
+                r#"{"model_name":"kling-v2-6","mode":"pro","duration":"5","n":2,"sound":"on",
+                    "resolution":"1080p","prompt":"{\"mode\":\"x\"}"}"#,
+                order.clone(),
+            ),
+            (
+                r#"{"settings":{"duration":5,"resolution":"1080p","audio":true},"options":{"mode":"x"}}"#,
+                Order {
+                    duration: word("5"),
+                    resolution: word("1080p"),
+                    audio: word("true"),
+                    ..Order::default()
+                },
+            ),
+            (
+                r#"{"n":1,"series_amount":"auto"}"#,
+                Order {
+                    n: word("auto"),
+                    ..Order::default()
+                },
+            ),
+            (
+                r#"{"mode":"a secret text","duration":null,"n":[2],"model_name":"","resolution":{"mode":"y"}}"#,
+                Order::default(),
+            ),
+        ] {
+            for size in [1, 3, body.len()] {
+                let mut reader = TaskReader::of_request();
+                for piece in body.as_bytes().chunks(size) {
+                    reader.push(piece);
+                }
+                assert_eq!(reader.order(), expected, "{body}");
+            }
+        }
+    }
+
+    #[test]
+    fn request_id_and_state_are_read() {
+        let mut reader = TaskReader::of_answer();
+        let answer =
+            br#"{"code":0,"request_id":"r","data":{"task_id":"8","request_id":"x","task_status":"succeed"}}"#;
+        reader.push(answer);
+        assert_eq!(reader.task().request_id.as_deref(), Some("r"));
+        assert_eq!(reader.task().status.as_deref(), Some("succeed"));
     }
 
     #[test]
