@@ -13,7 +13,8 @@
 //!            drain          answers what a shutdown gives up
 //!            guard          refuses what may not pass, before anything is spent
 //!            replayable     drops the client's credentials; keeps the rest, to send it again
-//!            detach         finishes a create that is being sent even if its client disconnects
+//!            observe        reads what polls and lists say of tasks
+//!            detach         records creates; finishes a create that is being sent even if its client disconnects
 //!            retry          retries only requests that had no effect upstream
 //!            authenticate   adds the proxy's token, and the host of upstream
 //!            upstream       sends; reads service codes; streams both ways
@@ -35,6 +36,7 @@
 //! | [`auth`] | the proxy's credentials, and the tokens of its clients |
 //! | [`kling`] | facts about Kling's API: service codes, JSON, paths |
 //! | [`error`] | all ways in which a request can fail |
+//! | [`tasks`] | the memory of all creates and their tasks |
 //! | [`telemetry`] | log lines and metrics |
 //! | [`admin`] | health, metrics and control, on a listener of their own |
 //! | [`sandbox`] | an imitation of Kling's API, for trying and testing |
@@ -72,6 +74,7 @@ mod sandbox;
 mod server;
 mod settings;
 mod stack;
+mod tasks;
 mod telemetry;
 mod upstream;
 
@@ -103,6 +106,9 @@ pub mod internals {
     pub use crate::server::{ConnectionLimits, Listener, Stop, Worker, run as serve};
     pub use crate::settings::{Flags, SettingProblem, SettingRow, Settings};
     pub use crate::stack::{Parts, Shared};
+    pub use crate::tasks::sqlite::Sqlite;
+    pub use crate::tasks::state::TaskState;
+    pub use crate::tasks::store::{ListQuery, Store};
     pub use crate::telemetry::metrics::Metrics;
     pub use crate::telemetry::{LogFormat, init as init_log};
     pub use crate::upstream::{

@@ -1,0 +1,401 @@
+//! The ledger: the queue of writes to the store, and the loop that owns the store.
+//!
+//! Requests never touch the store. They put an entry into the queue and go on; only a create waits until
+//! its entry is written, and not for long. The loop takes all entries that wait and writes them in one
+//! transaction. If that fails, the entries stay in the queue and are written later.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, broadcast, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
+
+use super::record::{TaskRecord, Timestamp};
+use super::running::{RunningTask, RunningTasks};
+use super::store::{Entry, Observation, Store, StoreError};
+use crate::clock::Clock;
+use crate::telemetry::metrics::Metrics;
+
+/// The memory of this process, and its way to the store. All clones share one queue.
+#[derive(Clone)]
+pub struct Ledger(Arc<LedgerInner>);
+
+struct LedgerInner {
+    queue: Mutex<Queue>,
+    /// Notified when the queue has something new.
+    filled: Notify,
+    /// Number of entries that were written, or given up.
+    written: watch::Sender<u64>,
+    /// True while the store takes writes.
+    is_up: AtomicBool,
+    running: RunningTasks,
+    /// Tasks that have changed in the store, by this process or another one.
+    changes: broadcast::Sender<Arc<TaskRecord>>,
+    clock: Arc<dyn Clock>,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Default)]
+struct Queue {
+    entries: VecDeque<Entry>,
+    /// Number of entries that ever entered the queue.
+    entered: u64,
+    reads: Vec<Read>,
+}
+
+/// Work that reads the store, and sends its result to whoever waits for it.
+type Read = Box<dyn FnOnce(&mut dyn Store) + Send>;
+
+/// The store does not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the store of tasks does not answer")]
+pub struct Unavailable;
+
+/// Longest time that a create waits until its entry is written.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Longest time that a look at tasks waits for the store.
+const READ: Duration = Duration::from_secs(5);
+/// Most entries that wait while the store fails.
+const MOST_WAITING: usize = 10_000;
+/// Most entries of one transaction.
+const BATCH: usize = 256;
+/// Time between two extensions of the leases of this process.
+const LEASES: Duration = Duration::from_secs(5);
+/// Time between two looks for changes that other processes made.
+const OTHERS: Duration = Duration::from_secs(1);
+/// Time between two deletions of old tasks.
+const FORGET: Duration = Duration::from_mins(1);
+/// Time between them while there is more to delete.
+const FORGET_MORE: Duration = Duration::from_millis(100);
+/// Waits before a write that failed is repeated: the first, and the longest. Each is double the last.
+const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(5)];
+/// Most changes that are read from the store at once.
+const CHANGES: usize = 256;
+/// Changes that a slow reader may be behind before it has to read them from the store.
+const BEHIND: usize = 1024;
+/// Most running tasks that are read at the start.
+const MOST_RUNNING: usize = 100_000;
+
+// === impl Ledger ===
+
+impl Ledger {
+    /// Makes a ledger. Nothing is stored until [`run`](Self::run) runs.
+    pub fn new(clock: Arc<dyn Clock>, metrics: Arc<Metrics>) -> Self {
+        metrics.state_up(true);
+        Self(Arc::new(LedgerInner {
+            queue: Mutex::default(),
+            filled: Notify::new(),
+            written: watch::Sender::new(0),
+            is_up: AtomicBool::new(true),
+            running: RunningTasks::default(),
+            changes: broadcast::Sender::new(BEHIND),
+            clock,
+            metrics,
+        }))
+    }
+
+    /// Returns the time now, by the clock of this machine.
+    pub fn now(&self) -> Timestamp {
+        self.0.clock.now().into()
+    }
+
+    /// Reports all that this process knows of a create. Returns the number of the entry.
+    pub(super) fn report(&self, record: &TaskRecord) -> u64 {
+        self.0.running.update(record, self.now());
+        self.enter(Entry::Report(Box::new(record.clone())))
+    }
+
+    /// Waits until the entry with this number is written, for 500 ms at most. If the store fails, it does
+    /// not wait.
+    pub(super) async fn written(&self, number: u64) {
+        if !self.0.is_up.load(Relaxed) {
+            return;
+        }
+        let mut written = self.0.written.subscribe();
+        let wait = written.wait_for(|written| *written >= number);
+        if timeout(PATIENCE, wait).await.is_err() {
+            self.fails(&"it did not answer in time");
+        }
+    }
+
+    /// Finds a running task by Kling's id, or by its external id.
+    pub fn running(&self, id: &str) -> Option<Arc<RunningTask>> {
+        self.0.running.find(id)
+    }
+
+    /// Returns all running tasks.
+    pub fn all_running(&self) -> Vec<Arc<RunningTask>> {
+        self.0.running.all()
+    }
+
+    /// Returns true if this process knows of no running task.
+    pub fn is_idle(&self) -> bool {
+        self.0.running.is_empty()
+    }
+
+    /// Takes note of what an answer from Kling says of a running task. The store is told if it is news.
+    pub fn seen(&self, task: &RunningTask, seen: Observation) {
+        if task.hear(seen.state, seen.at) {
+            self.enter(Entry::Seen(Box::new(seen)));
+        }
+    }
+
+    /// Takes note of a task that a look-up has found, whatever is known of it here.
+    pub fn found(&self, seen: Observation) {
+        self.enter(Entry::Seen(Box::new(seen)));
+    }
+
+    /// Returns a stream of the tasks that change from now on.
+    pub fn changes(&self) -> broadcast::Receiver<Arc<TaskRecord>> {
+        self.0.changes.subscribe()
+    }
+
+    /// Reads the store.
+    ///
+    /// # Errors
+    ///
+    /// [`Unavailable`] if the store fails, or does not answer within 5 s.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&mut dyn Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Unavailable> {
+        let (sender, answer) = oneshot::channel();
+        let read: Read = Box::new(move |store| {
+            // The reader may have given up waiting.
+            let _ = sender.send(read(store));
+        });
+        self.lock().reads.push(read);
+        self.0.filled.notify_one();
+        match timeout(READ, answer).await {
+            Ok(Ok(Ok(found))) => Ok(found),
+            Ok(Ok(Err(error))) => {
+                tracing::warn!(%error, "the store of tasks cannot be read");
+                Err(Unavailable)
+            }
+            Ok(Err(_)) | Err(_) => Err(Unavailable),
+        }
+    }
+
+    /// Waits until everything is written, for at most `limit`.
+    pub async fn flush(&self, limit: Duration) {
+        let entered = self.lock().entered;
+        let mut written = self.0.written.subscribe();
+        let all = written.wait_for(|written| *written >= entered);
+        if timeout(limit, all).await.is_err() {
+            tracing::warn!("not all tasks could be stored before the end");
+        }
+    }
+
+    /// Runs the store: writes what enters the queue, keeps leases, notices what other processes change and
+    /// deletes what is older than `keep`. Never returns.
+    pub async fn run(&self, mut store: Box<dyn Store>, keep: Duration) {
+        let is_shared = store.is_shared();
+        let mut loop_ = StoreLoop {
+            ledger: self,
+            store: &mut *store,
+            batch: Vec::new(),
+            again: None,
+            seen: None,
+        };
+        let [mut leases, mut others, mut forget] = [LEASES, OTHERS, FORGET].map(|period| {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        });
+        loop {
+            loop_.write();
+            loop_.publish();
+            let again = loop_.again.map(|(at, _)| at);
+            tokio::select! {
+                () = self.0.filled.notified() => {}
+                () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {}
+                _ = leases.tick(), if is_shared => loop_.keep_leases(),
+                _ = others.tick(), if is_shared => {}
+                _ = forget.tick() => {
+                    if loop_.forget(keep) {
+                        forget.reset_after(FORGET_MORE);
+                    }
+                }
+            }
+            for read in std::mem::take(&mut self.lock().reads) {
+                read(loop_.store);
+            }
+        }
+    }
+
+    fn enter(&self, entry: Entry) -> u64 {
+        let mut queue = self.lock();
+        queue.entered += 1;
+        queue.entries.push_back(entry);
+        if queue.entries.len() > MOST_WAITING {
+            drop_one(&mut queue.entries);
+            self.0.written.send_modify(|written| *written += 1);
+        }
+        let number = queue.entered;
+        drop(queue);
+        self.0.filled.notify_one();
+        number
+    }
+
+    /// Records that the store fails, and says so once.
+    fn fails(&self, cause: &dyn std::fmt::Display) {
+        if self.0.is_up.swap(false, Relaxed) {
+            self.0.metrics.state_up(false);
+            tracing::warn!(
+                %cause,
+                "the store of tasks fails; requests go on, and it is written later"
+            );
+        }
+    }
+
+    fn works(&self) {
+        if !self.0.is_up.swap(true, Relaxed) {
+            self.0.metrics.state_up(true);
+            tracing::info!("the store of tasks works again");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Drops the oldest entry of an ended task, or else the oldest entry, and logs it.
+fn drop_one(entries: &mut VecDeque<Entry>) {
+    let is_ended = |entry: &Entry| match entry {
+        Entry::Report(record) => record.state.is_ended(),
+        Entry::Seen(seen) => seen.state.is_ended(),
+    };
+    let index = entries.iter().position(is_ended).unwrap_or(0);
+    match entries.remove(index) {
+        Some(Entry::Report(record)) => tracing::error!(
+            task = record.reference.as_str(),
+            task.id = record.task_id,
+            state = record.state.as_str(),
+            "the record of a task is lost: too many wait for the store"
+        ),
+        Some(Entry::Seen(seen)) => tracing::error!(
+            task.id = seen.task_id,
+            state = seen.state.as_str(),
+            "news of a task is lost: too much waits for the store"
+        ),
+        None => {}
+    }
+}
+
+/// The state of [`Ledger::run`].
+struct StoreLoop<'a> {
+    ledger: &'a Ledger,
+    store: &'a mut dyn Store,
+    /// Entries that are being written.
+    batch: Vec<Entry>,
+    /// Time of the next try after a failure, and the wait before it.
+    again: Option<(Instant, Duration)>,
+    /// Number of the last change that was published; `None` before the first look.
+    seen: Option<u64>,
+}
+
+// === impl StoreLoop ===
+
+impl StoreLoop<'_> {
+    /// Writes all entries that wait, in transactions of limited size.
+    fn write(&mut self) {
+        if self.again.is_some_and(|(at, _)| Instant::now() < at) {
+            return;
+        }
+        loop {
+            if self.batch.is_empty() {
+                let mut queue = self.ledger.lock();
+                let most = queue.entries.len().min(BATCH);
+                self.batch.extend(queue.entries.drain(..most));
+            }
+            if self.batch.is_empty() {
+                return;
+            }
+            let written = self.store.write(&self.batch, self.ledger.now());
+            if !self.goes_on(written) {
+                return;
+            }
+            let count = self.batch.len() as u64;
+            self.batch.clear();
+            let written = &self.ledger.0.written;
+            written.send_modify(|written| *written += count);
+        }
+    }
+
+    /// Sends the changes since the last look to those who follow them.
+    fn publish(&mut self) {
+        // A store that cannot be read has failed a write as well, or will.
+        let Ok(Some(last)) = self.store.last_change() else {
+            return;
+        };
+        let Some(seen) = self.seen else {
+            self.seen = Some(last);
+            self.load_running();
+            return;
+        };
+        let mut seen = seen;
+        while seen < last {
+            let Ok(changed) = self.store.changes_since(seen, CHANGES) else {
+                return;
+            };
+            let Some(newest) = changed.last() else {
+                break;
+            };
+            seen = newest.change;
+            self.seen = Some(seen);
+            for record in changed {
+                let ledger = &self.ledger.0;
+                ledger.running.update(&record, self.ledger.now());
+                // Nobody may follow the changes.
+                let _ = ledger.changes.send(Arc::new(record));
+            }
+        }
+        self.seen = Some(last);
+    }
+
+    /// Learns the tasks that were running when the process started.
+    fn load_running(&mut self) {
+        if let Ok(tasks) = self.store.unsettled(MOST_RUNNING) {
+            for record in tasks {
+                let running = &self.ledger.0.running;
+                running.update(&record, self.ledger.now());
+            }
+        }
+    }
+
+    fn keep_leases(&mut self) {
+        let kept = self.store.keep_leases(self.ledger.now());
+        self.goes_on(kept);
+    }
+
+    /// Deletes a part of what is older than `keep`. Returns true if there is more.
+    fn forget(&mut self, keep: Duration) -> bool {
+        let before = self.ledger.now().before(keep);
+        let mut has_more = false;
+        let forgotten = self.store.forget(before).map(|more| has_more = more);
+        self.goes_on(forgotten) && has_more
+    }
+
+    /// Takes note of the outcome of a transaction. Returns true if it succeeded.
+    fn goes_on(&mut self, outcome: Result<(), StoreError>) -> bool {
+        match outcome {
+            Ok(()) => {
+                self.again = None;
+                self.ledger.works();
+                true
+            }
+            Err(error) => {
+                let [first, longest] = AGAIN;
+                let wait = self
+                    .again
+                    .map_or(first, |(_, wait)| (wait * 2).min(longest));
+                self.again = Some((Instant::now() + wait, wait));
+                self.ledger.fails(&error);
+                false
+            }
+        }
+    }
+}
