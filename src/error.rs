@@ -269,6 +269,29 @@ impl Error {
         }
     }
 
+    /// Returns true if a create that ended with this error made no task: Kling refused it, or could not read
+    /// it. Compared to [`proves_no_task`](Self::proves_no_task), it may well be refused again.
+    pub fn refuses_create(&self) -> bool {
+        match self {
+            Self::Service { .. } => !matches!(self.row().class, Class::Internal | Class::Unknown),
+            Self::BadResponse { answer, .. } => answer.head.status.is_client_error(),
+            // Half a body makes no task.
+            Self::BodyTooLarge { .. } | Self::BodyCutOff | Self::ClientTooSlow(_) => true,
+            _ => self.proves_no_task(),
+        }
+    }
+
+    /// Returns the message of the error: Kling's, or the proxy's own with its causes.
+    pub fn message(&self) -> String {
+        match self {
+            Self::Service { envelope, .. } => {
+                let message = envelope.message.as_deref();
+                message.unwrap_or(self.row().explanation).to_owned()
+            }
+            _ => chain(self),
+        }
+    }
+
     /// Returns the rule for sending the same request again that the proxy itself follows.
     ///
     /// It allows less than [`retryable`](Self::retryable), which is advice for clients: some variants

@@ -27,6 +27,7 @@ use crate::layer::guard::GuardLayer;
 use crate::layer::guard::hop::Hop;
 use crate::layer::guard::rules::Rules;
 use crate::layer::normalise::{ErrorFormat, NormaliseLayer};
+use crate::layer::observe::ObserveLayer;
 use crate::layer::retry::{RetryLimits, RetryPolicy};
 use crate::layer::trace::{Counted, TraceLayer};
 use crate::lifecycle::Lifecycle;
@@ -35,6 +36,7 @@ use crate::request::context::ProxyRequest;
 use crate::request::replay_body::{ReplayBudget, ReplayLimits};
 use crate::request::replayable::ReplayableRequest;
 use crate::sandbox::{self, Sandbox};
+use crate::tasks::ledger::Ledger;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
 
@@ -89,6 +91,8 @@ pub struct Shared {
     pub upstream: Upstream,
     /// Wall clock of this machine, without correction.
     pub clock: Arc<dyn Clock>,
+    /// Memory of all creates and their tasks.
+    pub ledger: Ledger,
     /// Phase of the proxy, from start to end.
     pub lifecycle: Arc<Lifecycle>,
     /// Metrics of the whole process.
@@ -147,6 +151,7 @@ impl Shared {
             tokens,
             origin,
             upstream,
+            ledger: Ledger::new(Arc::clone(&clock), Arc::clone(&metrics)),
             clock,
             lifecycle: Arc::default(),
             metrics,
@@ -157,8 +162,8 @@ impl Shared {
     /// `detached` tracks the creates that go on after their client has disconnected.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> drain -> guard -> replayable -> detach -> retry
-    ///          -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> drain -> guard -> replayable -> observe -> detach
+    ///          -> retry -> authenticate -> upstream
     /// ```
     ///
     /// There is no router: for one prefix it cost a poll more than all the checks of the guard.
@@ -183,7 +188,8 @@ impl Shared {
             }) // refuses requests before they cost anything
             // From here on requests do not have the client's credentials.
             .map_request(move |inbound| ReplayableRequest::new(inbound, &replay_budget, is_marked))
-            .layer(DetachLayer::new(detached.clone())) // a create goes on without its client
+            .layer(ObserveLayer::new(self.ledger.clone())) // learns from polls and lists what becomes of tasks
+            .layer(DetachLayer::new(detached.clone(), self.ledger.clone())) // records creates; each goes on without its client
             .layer(RetryLayer::new(self.retry_policy.clone())) // never retries a create that may have worked
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),

@@ -28,6 +28,7 @@ use crate::kling::idempotency::Effect;
 use crate::kling::task::TaskReader;
 use crate::request::pending_create::{Ending, PendingCreate};
 use crate::request::replayable::ReplayableRequest;
+use crate::tasks::ledger::Ledger;
 use crate::upstream::Decoder;
 
 /// Adds [`Detach`] to a service.
@@ -56,6 +57,7 @@ struct Creates {
     running: TaskTracker,
     /// One permit for each create that waits for a late response.
     late: Arc<Semaphore>,
+    ledger: Ledger,
 }
 
 /// Guard for a create without an outcome. If it is dropped while armed, for example at the end of the
@@ -91,11 +93,16 @@ const READ_ON: Duration = Duration::from_mins(1);
 // === impl DetachLayer ===
 
 impl DetachLayer {
-    /// Tracks the detached tasks in `running`, so that a shutdown can wait for them.
-    pub fn new(running: TaskTracker) -> Self {
+    /// Tracks the detached tasks in `running`, so that a shutdown can wait for them. Records the creates in
+    /// `ledger`.
+    pub fn new(running: TaskTracker, ledger: Ledger) -> Self {
         let late = Arc::new(Semaphore::new(MOST_LATE));
         Self {
-            creates: Creates { running, late },
+            creates: Creates {
+                running,
+                late,
+                ledger,
+            },
         }
     }
 }
@@ -130,7 +137,11 @@ where
         if request.effect() == Effect::Read {
             return Either::Left(self.inner.call(request));
         }
-        let create = PendingCreate::new(request.context().clone(), request.uri().clone());
+        let create = PendingCreate::new(
+            request.context().clone(),
+            request.uri().clone(),
+            &self.creates.ledger,
+        );
         let create = Arc::new(create);
         request.set_pending(Arc::clone(&create));
         let (sender, outcome) = oneshot::channel();
@@ -188,7 +199,7 @@ impl Creates {
         let body = request.body().clone();
         let outcome = tokio::select! {
             biased;
-            outcome = exchange(inner, request) => outcome,
+            outcome = exchange(inner, request, &create) => outcome,
             () = create.cancelled() => return,
             error = body.read_while(|| !create.is_being_sent()) => Err(error),
         };
@@ -201,6 +212,7 @@ impl Creates {
                 let _ = client.send(Ok(answer));
             }
             Err(mut error) => {
+                create.failed(&error);
                 let late = error.take_late();
                 if let Err(Err(error)) = client.send(Err(error)) {
                     create.log_failure(&error, Ending::CarriedThrough);
@@ -225,6 +237,7 @@ impl Creates {
             }
             Ok(Err(error)) => {
                 unfinished.disarm();
+                create.failed(&error);
                 create.log_failure(&error, Ending::Late);
             }
             Err(_) => {}
@@ -250,13 +263,18 @@ impl Creates {
     }
 }
 
-/// Reads ahead in the request body, so that the external id is known before anything is sent, and then
+/// Reads ahead in the request body and records the create, so that it is known before anything is sent. Then
 /// sends the request.
-async fn exchange<S>(mut inner: S, request: ReplayableRequest) -> Result<Response, Error>
+async fn exchange<S>(
+    mut inner: S,
+    request: ReplayableRequest,
+    create: &PendingCreate,
+) -> Result<Response, Error>
 where
     S: Service<ReplayableRequest, Response = Response, Error = Error>,
 {
     request.body().read_ahead().await?;
+    create.admit(request.body().order()).await;
     inner.call(request).await
 }
 
@@ -272,7 +290,7 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if let Some(create) = self.0.take() {
-            create.log_given_up();
+            create.give_up();
         }
     }
 }
@@ -294,6 +312,7 @@ impl http_body::Body for AnswerBody {
         if let Some(Err(_)) = step
             && !reading.has_task()
         {
+            reading.create.unreadable();
             reading.log(Ending::Unknown);
         }
         Poll::Ready(step)
@@ -345,10 +364,11 @@ impl AnswerReader {
             }
             Some(Err(_)) | None => self.ended = true,
         }
-        if self.is_over()
-            && let Some(reader) = self.text.get_ref()
-        {
-            self.create.context().created(reader.task());
+        if self.is_over() && !matches!(step, Some(Err(_))) {
+            match self.text.get_ref() {
+                Some(reader) => self.create.created(reader.task()),
+                None => self.create.unreadable(),
+            }
         }
         Poll::Ready(step)
     }
@@ -366,6 +386,9 @@ impl AnswerReader {
         let is_whole = timeout(READ_ON, reading).await.unwrap_or(false);
         unfinished.disarm();
         let is_known = is_whole || self.has_task();
+        if !is_known {
+            self.create.unreadable();
+        }
         self.log(if is_known {
             self.ending
         } else {

@@ -6,6 +6,7 @@ pub mod detach;
 pub mod drain;
 pub mod guard;
 pub mod normalise;
+pub mod observe;
 pub mod retry;
 pub mod trace;
 

@@ -26,6 +26,8 @@ use crate::telemetry::{CREATES, printable};
 
 /// Response header with the id of the request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("kling-proxy-request-id");
+/// Response header with the proxy's own id of a create.
+const TASK: HeaderName = HeaderName::from_static("kling-proxy-task");
 
 /// Adds [`Trace`] to a service.
 #[derive(Clone)]
@@ -156,9 +158,11 @@ where
         } = &request.subject;
         let after = context.begun().elapsed();
         context.metrics().answered(method, response.status(), after);
-        response
-            .headers_mut()
-            .insert(REQUEST_ID, context.id().clone().into_value());
+        let headers = response.headers_mut();
+        headers.insert(REQUEST_ID, context.id().clone().into_value());
+        if let Some(reference) = context.reference() {
+            headers.insert(TASK, reference.to_header());
+        }
         request.answered = true;
         let context = context.clone();
         Poll::Ready(Ok(response.map(|body| Counted {

@@ -11,6 +11,7 @@ use crate::auth::client_token::ClientName;
 use crate::error::FailureRecord;
 use crate::kling::task::Task;
 use crate::request::id::RequestId;
+use crate::tasks::record::TaskRef;
 use crate::telemetry::metrics::{InFlight, Metrics};
 
 /// The context of one request. All clones share one record.
@@ -28,6 +29,7 @@ struct ContextInner {
     share: OnceLock<Held>,
     attempts: AtomicU32,
     external_id: OnceLock<String>,
+    reference: OnceLock<TaskRef>,
     task: OnceLock<Task>,
     failure: OnceLock<Box<FailureRecord>>,
 }
@@ -54,6 +56,7 @@ impl RequestContext {
             share: OnceLock::new(),
             attempts: AtomicU32::new(0),
             external_id: OnceLock::new(),
+            reference: OnceLock::new(),
             task: OnceLock::new(),
             failure: OnceLock::new(),
         }))
@@ -92,9 +95,21 @@ impl RequestContext {
     }
 
     /// Records the external id that the client gives to its task.
-    pub fn is_named(&self, external_id: String) {
+    pub fn is_named(&self, external_id: &str) {
         // If there are several, the first one counts.
-        let _ = self.0.external_id.set(external_id);
+        self.0.external_id.get_or_init(|| external_id.to_owned());
+    }
+
+    /// Records the proxy's own id of the create that the request is.
+    pub fn is_create(&self, reference: TaskRef) {
+        // A request is one create.
+        let _ = self.0.reference.set(reference);
+    }
+
+    /// Returns the proxy's own id of the create; `None` for a read, and for a create that is not in the
+    /// family table.
+    pub fn reference(&self) -> Option<&TaskRef> {
+        self.0.reference.get()
     }
 
     /// Returns the external id of the task: the one in upstream's response, else the client's own.

@@ -13,12 +13,18 @@ use http::{StatusCode, Uri};
 use tokio::sync::Notify;
 
 use crate::error::{Error, chain};
+use crate::kling::idempotency::Effect;
+use crate::kling::task::{Order, Task};
 use crate::request::context::RequestContext;
+use crate::tasks::create::CreateRecord;
+use crate::tasks::ledger::Ledger;
+use crate::tasks::record::RefusedCreate;
 use crate::telemetry::{CREATES, printable};
 
 /// A create request without an outcome.
 pub struct PendingCreate {
     context: RequestContext,
+    record: CreateRecord,
     uri: Uri,
     state: Mutex<CreateState>,
     /// Notified when a change may have cancelled the create.
@@ -63,9 +69,14 @@ pub enum Ending {
 
 impl PendingCreate {
     /// Creates the state of a create that has just arrived.
-    pub fn new(context: RequestContext, uri: Uri) -> Self {
+    pub fn new(context: RequestContext, uri: Uri, ledger: &Ledger) -> Self {
+        let record = CreateRecord::new(ledger.clone(), context.id().as_str(), uri.path());
+        if let Some(reference) = record.reference() {
+            context.is_create(reference);
+        }
         Self {
             context,
+            record,
             uri,
             state: Mutex::default(),
             changed: Notify::new(),
@@ -75,6 +86,38 @@ impl PendingCreate {
     /// Returns the context of the request.
     pub fn context(&self) -> &RequestContext {
         &self.context
+    }
+
+    /// Records the create in the store, before anything of it is sent.
+    pub async fn admit(&self, order: Order) {
+        let (client, external_id) = (self.context.client(), self.context.external_id());
+        self.record.admit(client, order, external_id).await;
+    }
+
+    /// Records the task that upstream created, as its response names it.
+    pub fn created(&self, task: Task) {
+        self.record.submitted(&task);
+        self.context.created(task);
+    }
+
+    /// Records that the response does not tell if there is a task.
+    pub fn unreadable(&self) {
+        self.record.unknown();
+    }
+
+    /// Records the failure of the create.
+    pub fn failed(&self, error: &Error) {
+        if self.is_being_sent() && !error.refuses_create() {
+            return self.record.unknown();
+        }
+        self.record.rejected(RefusedCreate {
+            code: error.code(),
+            kind: error.kind().to_owned(),
+            message: error.message(),
+            upstream_status: error.answer().map(|answer| answer.head.status.as_u16()),
+            retryable: error.retryable(Effect::Create),
+            attempts: self.context.attempts(),
+        });
     }
 
     /// Records that the client has disconnected, unless it has the response already.
@@ -100,6 +143,7 @@ impl PendingCreate {
             return Err(ClientLeft);
         }
         state.is_being_sent = true;
+        self.record.begin_sending();
         if !std::mem::replace(&mut state.was_told, true) {
             drop(state);
             self.log_step("sending");
@@ -140,15 +184,18 @@ impl PendingCreate {
         self.log_step("cancelled, no task was made: the client has left");
     }
 
-    /// Logs that this process gave the create up: it was cancelled, or cut off while it was being sent.
-    pub fn log_given_up(&self) {
+    /// Records and logs that this process gives the create up: it was cancelled, or cut off while it was
+    /// being sent.
+    pub fn give_up(&self) {
         if self.is_being_sent() {
+            self.record.unknown();
             self.log(
                 None,
                 None,
                 "a create was cut off; its task may exist and be billed",
             );
         } else {
+            self.record.canceled();
             self.log_cancelled();
         }
     }
@@ -233,13 +280,15 @@ mod tests {
     use http::HeaderMap;
 
     use super::*;
+    use crate::clock::SystemClock;
     use crate::request::id::RequestId;
     use crate::telemetry::metrics::Metrics;
 
     fn create() -> PendingCreate {
         let metrics = Arc::new(Metrics::new().unwrap());
         let context = RequestContext::new(RequestId::of(&HeaderMap::new()), metrics.enter());
-        PendingCreate::new(context, Uri::from_static("/v1/videos/text2video"))
+        let ledger = Ledger::new(Arc::new(SystemClock), metrics);
+        PendingCreate::new(context, Uri::from_static("/v1/videos/text2video"), &ledger)
     }
 
     /// An event, and what the create is after it.

@@ -16,7 +16,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::timeout;
 
 use crate::error::{BoxError, Error};
-use crate::kling::task::TaskReader;
+use crate::kling::task::{Order, TaskReader};
 use crate::reloadable::Reloadable;
 use crate::request::context::RequestContext;
 use crate::telemetry::metrics::Metrics;
@@ -64,8 +64,9 @@ struct BodySource {
     arrived: u64,
     /// True once the body has no more frames to read.
     body_ended: bool,
-    /// Looks for the external id of a create while its body passes, even if few of the bytes are kept.
-    names: Option<(RequestContext, TaskReader)>,
+    /// Reads the external id and the order of a create while its body passes, even if few of the bytes are
+    /// kept.
+    create: Option<(RequestContext, TaskReader)>,
     /// Copied bytes of the body. A slice of a read buffer would keep the whole buffer alive, and the limits
     /// would not hold.
     kept: Vec<u8>,
@@ -100,7 +101,7 @@ impl ReplayBody {
                 reserved: 0,
                 arrived: 0,
                 body_ended: false,
-                names: create.map(|context| (context.clone(), TaskReader::of_request())),
+                create: create.map(|context| (context.clone(), TaskReader::of_request())),
                 kept: Vec::new(),
                 read: 0,
                 turn: 0,
@@ -133,8 +134,8 @@ impl ReplayBody {
         Body::new(self)
     }
 
-    /// Reads the beginning of a create's body before it is sent: until the external id is known, the body
-    /// ends, 64 KiB are read, or 200 ms have passed.
+    /// Reads the beginning of a create's body before it is sent: until the body ends, 64 KiB are read, or
+    /// 200 ms have passed.
     ///
     /// # Errors
     ///
@@ -145,6 +146,13 @@ impl ReplayBody {
         };
         let reading = poll_fn(|cx| lock(source).poll_ahead(cx));
         timeout(PATIENCE, reading).await.unwrap_or(Ok(()))
+    }
+
+    /// Returns the order of a create, as far as its body was read.
+    pub fn order(&self) -> Order {
+        let source = self.source.as_ref().map(|source| lock(source));
+        let reader = source.as_ref().and_then(|source| source.create.as_ref());
+        reader.map(|(_, reader)| reader.order()).unwrap_or_default()
     }
 
     /// Returns the number of frames that have arrived, for any reader. The end of the body counts as one.
@@ -268,11 +276,11 @@ impl BodySource {
         self.arrived += 1;
         match &step {
             Some(Ok(frame)) => {
-                if let (Some((context, reader)), Some(data)) = (&mut self.names, frame.data_ref()) {
+                if let (Some((context, reader)), Some(data)) = (&mut self.create, frame.data_ref())
+                {
                     reader.push(data);
-                    if let Some(external_id) = reader.task().external_id {
+                    if let Some(external_id) = reader.external_id() {
                         context.is_named(external_id);
-                        self.names = None;
                     }
                 }
             }
@@ -284,7 +292,7 @@ impl BodySource {
 
     fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         let mut size = 0;
-        while self.names.is_some() && size < AHEAD {
+        while self.create.is_some() && size < AHEAD {
             match ready!(self.poll_one_ahead(cx))? {
                 Some(more) => size += more,
                 None => break,

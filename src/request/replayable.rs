@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::Request;
-use http::{Uri, request};
+use http::{Method, Uri, request};
 use tokio::task::yield_now;
 
 use crate::clock::Correction;
@@ -69,6 +69,11 @@ impl ReplayableRequest {
     /// Returns the effect of the request, which decides if it may be sent again.
     pub fn effect(&self) -> Effect {
         self.effect
+    }
+
+    /// Returns the method of the request.
+    pub fn method(&self) -> &Method {
+        &self.head.method
     }
 
     /// Returns the target of the request.

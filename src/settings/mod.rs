@@ -28,6 +28,7 @@ use crate::layer::normalise::ErrorFormat;
 use crate::layer::retry;
 use crate::request::replay_body;
 use crate::sandbox;
+use crate::tasks::place::StateUrl;
 use crate::telemetry;
 use crate::upstream::{EgressProxy, Origin, Timeouts};
 
@@ -56,6 +57,8 @@ pub struct Settings {
     pub errors: ErrorFormat,
     /// Behaviour of the embedded sandbox, from `sandbox.*`.
     pub sandbox: sandbox::Options,
+    /// Store of tasks, from `state.*`.
+    pub state: StateSettings,
     /// Time limits of a shutdown, from `shutdown.*`.
     pub shutdown: Shutdown,
     /// Format and choice of log lines, from `log.*`.
@@ -156,6 +159,15 @@ pub struct LimitSettings {
     pub header_timeout: Duration,
     /// Most requests in flight at once.
     pub in_flight: u64,
+}
+
+/// The store of tasks (`state.*`).
+#[derive(Debug)]
+pub struct StateSettings {
+    /// Place of the store.
+    pub url: StateUrl,
+    /// Time for which a task is kept after its end.
+    pub keep: Duration,
 }
 
 /// Time limits of an orderly shutdown (`shutdown.*`).
@@ -309,6 +321,10 @@ impl Settings {
                 clock_offset: from.get::<Offset>("sandbox.clock_offset").0,
                 seed: from.get("sandbox.seed"),
                 public_url: from.get("sandbox.public_url"),
+            },
+            state: StateSettings {
+                url: from.get("state.url"),
+                keep: from.get("state.keep"),
             },
             shutdown: Shutdown {
                 delay: from.get("shutdown.delay"),

@@ -12,6 +12,7 @@ use tracing_subscriber::filter::Targets;
 use super::log_filter;
 use crate::auth::secret::Secret;
 use crate::layer::normalise::{self, StatusMapping};
+use crate::tasks::place::{NoStateUrl, StateUrl};
 use crate::telemetry;
 use crate::upstream::{EgressProxy, NoEgressProxy, Origin};
 
@@ -89,6 +90,8 @@ texts! {
         "upstream" => Ok(normalise::ErrorBodyFormat::Upstream),
         _ => Err(None),
     };
+    StateUrl, "\"auto\", \"memory\" or \"sqlite:FILE\"",
+        |text: &str| text.parse().map_err(|error: NoStateUrl| Some(error.to_string()));
     telemetry::LogFormat, "\"auto\", \"pretty\" or \"json\"", |text: &str| match text {
         "auto" => Ok(telemetry::LogFormat::Auto),
         "pretty" => Ok(telemetry::LogFormat::Pretty),

@@ -55,6 +55,7 @@ pub struct Metrics {
     token_expiry: IntGauge,
     clock_offset: Gauge,
     log_lines_dropped: IntCounter,
+    state_up: IntGauge,
 }
 
 /// Makes metrics and registers them.
@@ -134,6 +135,10 @@ impl Metrics {
                 "log_lines_dropped_total",
                 "Log lines that were lost because standard error did not accept them.",
             )?)?,
+            state_up: registrar.gauge(
+                "state_up",
+                "1 while the store of tasks takes writes, else 0.",
+            )?,
             registry: registrar.0,
         })
     }
@@ -227,6 +232,11 @@ impl Metrics {
     pub fn token_expires(&self, exp: u64) {
         self.token_expiry
             .set(i64::try_from(exp).unwrap_or(i64::MAX));
+    }
+
+    /// Records if the store of tasks takes writes.
+    pub fn state_up(&self, is_up: bool) {
+        self.state_up.set(i64::from(is_up));
     }
 
     /// Records the offset of upstream's clock from this machine's clock, in seconds; positive if ahead.

@@ -56,7 +56,13 @@ fn start_up_prints_a_line_for_each_listener() {
         .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
     let proxy = format!("proxy http://{} -> {}", proxy.address, upstream.url);
     let admin = format!("admin http://{admin}");
-    assert_eq!(words.collect::<Vec<_>>(), [proxy, admin]);
+    let words: Vec<_> = words.collect();
+    let [first, second, third] = words.as_slice() else {
+        panic!("{words:?}");
+    };
+    assert_eq!([first, second], [&proxy, &admin]);
+    let is_file = third.starts_with("tasks /") && third.ends_with("/kling-proxy/tasks.db");
+    assert!(is_file, "{third}");
 }
 
 #[test]

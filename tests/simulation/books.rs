@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Add, AddAssign};
 
+use kling_proxy::internals::TaskState;
+
 use crate::plan::{Kind, Plan};
 
 /// Longest time of a request, in milliseconds. A read has three attempts, with waits between them. Each
@@ -25,6 +27,8 @@ pub(crate) struct Books {
     pub(crate) log: BTreeMap<String, Vec<String>>,
     /// Tasks that the log names.
     pub(crate) logged_tasks: BTreeSet<String>,
+    /// Records in the store at the end, by the id of their request.
+    pub(crate) stored: BTreeMap<String, (TaskState, Option<String>)>,
     /// Time at which the proxy was told to end.
     pub(crate) told_to_end: Option<u64>,
     pub(crate) ended: Option<u64>,
@@ -195,11 +199,24 @@ impl Books {
             if in_time && !self.logged_tasks.contains(task) {
                 broken("no line of the log names the task");
             }
+            if in_time && !self.is_stored(name, |_, id| id == Some(task)) {
+                broken("the store does not have the task");
+            }
+            // Of a create that is cut off at the end, the store knows that it was sent.
+            let open = [TaskState::Sending, TaskState::Unknown];
+            if !self.is_stored(name, |state, id| id.is_some() || open.contains(&state)) {
+                broken("the store says that there is no task, although one was made");
+            }
             if !self.is_outcome_logged(name) {
                 broken("no line of the log tells what came of a task that was made");
             }
         }
         violations
+    }
+
+    fn is_stored(&self, name: Name, expected: impl Fn(TaskState, Option<&String>) -> bool) -> bool {
+        let stored = self.stored.get(&request_id(name));
+        stored.is_some_and(|(state, id)| expected(*state, id.as_ref()))
     }
 
     fn of_request(&self, name: Name, entry: &Entry) -> Option<String> {

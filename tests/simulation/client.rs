@@ -106,8 +106,12 @@ async fn send(stream: &mut DuplexStream, name: Name, wish: &Wish) -> io::Result<
         Kind::Read => String::new(),
         Kind::Create => format!("content-length: {}\r\n", body.len()),
     };
+    let path = match wish.kind {
+        Kind::Read => "/v1/videos",
+        Kind::Create => "/text-to-video",
+    };
     let head = format!(
-        "{method} /v1/videos/{} HTTP/1.1\r\nhost: localhost\r\nx-request-id: {}\r\nx-try: {}\r\n{length}\r\n",
+        "{method} {path}/{} HTTP/1.1\r\nhost: localhost\r\nx-request-id: {}\r\nx-try: {}\r\n{length}\r\n",
         name.0,
         request_id(name),
         name.1,

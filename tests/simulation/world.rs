@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use kling_proxy::internals::{
-    Clock, ConnectionLimits, Credential, Environment, Flags, Listener, Metrics, Parts, Phase,
-    Purpose, Rules, Secret, Settings, Shared, Stop, Worker, serve,
+    Clock, ConnectionLimits, Credential, Environment, Flags, ListQuery, Listener, Metrics, Parts,
+    Phase, Purpose, Rules, Secret, Settings, Shared, Sqlite, Stop, Worker, serve,
 };
 use tokio::runtime;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -116,6 +116,7 @@ async fn simulate(world: World) {
             upstream.keep_warm(Duration::from_mins(10)).await;
         });
     }
+    tokio::spawn(store(&shared));
     let mut clients = JoinSet::new();
     for index in 0..world.plan.wishes.len() {
         let client = Client::new(world.clone(), index, connect.clone());
@@ -146,10 +147,26 @@ async fn simulate(world: World) {
     }
     let now = world.now();
     world.note(|books| books.ended = Some(now));
+    shared.ledger.flush(Duration::from_secs(1)).await;
+    let all = ListQuery {
+        limit: usize::MAX >> 1,
+        ..ListQuery::default()
+    };
+    let stored = shared.ledger.read(move |store| store.list(&all)).await;
+    let stored = stored.unwrap().tasks.into_iter();
+    let stored = stored.map(|record| (record.request_id, (record.state, record.task_id)));
+    world.note(|books| books.stored = stored.collect());
     drop(shared);
     // This lets the clients see that the proxy has ended.
     drop(connect);
     while clients.join_next().await.is_some() {}
+}
+
+/// Runs the store of tasks, in memory.
+fn store(shared: &Shared) -> impl Future<Output = ()> + use<> {
+    let store = Sqlite::in_memory("simulation".to_owned()).unwrap();
+    let ledger = shared.ledger.clone();
+    async move { ledger.run(Box::new(store), Duration::MAX).await }
 }
 
 /// Returns the real stack, with the default settings.

@@ -52,6 +52,7 @@ pub(super) fn run(
     settings.access.client_tokens_file = None;
     settings.access.allowed_hosts = vec![address.ip().to_string(), "localhost".to_owned()];
     settings.shutdown.delay = Duration::ZERO;
+    settings.state.url.prefer_memory();
     // Without the warning of `serve`: one command opens no more connections, and standard error is for
     // its output.
     let fitting = fitting_connections(&settings.limits, EMBEDDED_SANDBOX);

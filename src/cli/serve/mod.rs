@@ -24,17 +24,17 @@ pub(super) use self::systemd::SdNotify;
 use super::signal::{self, Signals};
 use super::{Exit, Failure, SettingsArgs, TRIAL, runtime, say};
 use crate::environment::Environment;
-use crate::sandbox::Sandbox;
-use crate::server::Listener;
 use crate::telemetry;
-use crate::upstream::Origin;
 
 pub(super) fn run(
     with_sandbox: bool,
     args: SettingsArgs,
     environment: Environment,
 ) -> Result<(), Failure> {
-    let (settings, rows) = args.load(&environment)?;
+    let (mut settings, rows) = args.load(&environment)?;
+    if with_sandbox {
+        settings.state.url.prefer_memory();
+    }
     let filter = telemetry::init(settings.log.format, settings.log.filter.clone());
     if settings.listen.unsafe_allow_remote && settings.access.client_tokens_file.is_none() {
         tracing::warn!("listen.unsafe_allow_remote: whoever can connect can spend your key");
@@ -66,11 +66,7 @@ async fn serve(proxy: Proxy, configuration: Configuration) -> Result<(), Failure
     let failed = |error: std::io::Error| Failure::because(Exit::Failed, &error);
     let mut signals = Signals::new().map_err(failed)?;
     let hang_up = signal::hang_up().map_err(failed)?;
-    announce(
-        &proxy.listeners,
-        &proxy.shared.origin,
-        proxy.sandbox.as_ref(),
-    );
+    announce(&proxy);
     let sd_notify = SdNotify::new(&configuration.environment);
     let mut running = proxy.start(configuration, sd_notify, Some(hang_up))?;
     let first = tokio::select! {
@@ -83,15 +79,20 @@ async fn serve(proxy: Proxy, configuration: Configuration) -> Result<(), Failure
     running.end(signals.again(first)).await
 }
 
-/// Prints one line per listener, with the port that it got.
-fn announce(listeners: &Listeners, origin: &Origin, sandbox: Option<&(Listener, Sandbox)>) {
-    for listener in &listeners.data {
+/// Prints one line per listener, with the port that it got, and the place of the tasks.
+fn announce(proxy: &Proxy) {
+    let origin = &proxy.shared.origin;
+    for listener in &proxy.listeners.data {
         say(format_args!("proxy    {listener} -> {origin}"));
     }
-    for listener in &listeners.admin {
+    for listener in &proxy.listeners.admin {
         say(format_args!("admin    {listener}"));
     }
-    if let Some((listener, _)) = sandbox {
+    if let Some((listener, _)) = &proxy.sandbox {
         say(format_args!("sandbox  {listener}"));
+    }
+    match &proxy.store.file {
+        Some(file) => say(format_args!("tasks    {}", file.display())),
+        None => say(format_args!("tasks    in memory")),
     }
 }

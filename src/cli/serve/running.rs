@@ -36,6 +36,8 @@ use crate::sandbox::Sandbox;
 use crate::server::{self, ConnectionLimits, Evictor, Listener, SocketFile, Stop, Worker};
 use crate::settings::WarmUp;
 use crate::stack::Shared;
+use crate::tasks::ledger::Ledger;
+use crate::tasks::store::Store;
 use crate::telemetry::metrics::Metrics;
 
 /// Most threads that serve requests. More would not make the Kling API faster, and each keeps its own
@@ -50,11 +52,14 @@ const ADMIN_CONNECTIONS: usize = 256;
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
 /// Time for the threads, after that, to log the requests that they give up.
 const LAST_LINES: Duration = Duration::from_millis(600);
+/// Time for the store, at the end, to write what it has not written yet.
+const LAST_WRITES: Duration = Duration::from_secs(1);
 
 /// A proxy that serves requests, with the handles to end it.
 pub(in crate::cli) struct Running {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
+    ledger: Ledger,
     sd_notify: Arc<SdNotify>,
     delay: Duration,
     drain: Duration,
@@ -100,6 +105,7 @@ impl Proxy {
             limits,
             listeners,
             sandbox,
+            store,
             delay,
             drain,
         } = self;
@@ -123,6 +129,8 @@ impl Proxy {
             let quit = configuration.settings.admin.quit.then(|| quit.clone());
             others.spawn(serve_admin(admin, &shared, quit, &limits, never));
         }
+        let keep = configuration.settings.state.keep;
+        start_store(shared.ledger.clone(), store.store, keep).map_err(failed)?;
         keep_warm(&shared, configuration.settings.upstream.warmth);
         let lifecycle = Arc::clone(&shared.lifecycle);
         let metrics = Arc::clone(&shared.metrics);
@@ -146,6 +154,7 @@ impl Proxy {
         Ok(Running {
             lifecycle,
             metrics,
+            ledger: shared.ledger,
             sd_notify,
             delay,
             drain,
@@ -219,6 +228,7 @@ impl Running {
         if !is_over {
             self.give_up(&mut cut, is_insisted).await;
         }
+        self.ledger.flush(LAST_WRITES).await;
         tracing::info!("shut down");
         if let Some(error) = cut.failure {
             return Err(Failure::because(Exit::Failed, &error));
@@ -264,6 +274,15 @@ impl Running {
             }
         }
     }
+}
+
+/// Runs the store of tasks on a thread of its own, until the process ends.
+fn start_store(ledger: Ledger, store: Box<dyn Store>, keep: Duration) -> io::Result<()> {
+    let runtime = runtime()?;
+    thread::Builder::new()
+        .name("store".to_owned())
+        .spawn(move || runtime.block_on(ledger.run(store, keep)))?;
+    Ok(())
 }
 
 /// Returns the same limits, for a listener whose connections are counted separately.

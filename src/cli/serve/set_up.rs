@@ -1,8 +1,10 @@
 //! Builds the parts of the proxy from its settings. Everything that can be wrong is found here, before
 //! the first request.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -24,6 +26,8 @@ use crate::sandbox::{self, Sandbox};
 use crate::server::{ConnectionLimits, Listener};
 use crate::settings::{AccessSettings, SettingProblem, Settings};
 use crate::stack::{Parts, Shared};
+use crate::tasks::place::{self, OpenedStore};
+use crate::tasks::store::StoreError;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Network, Origin, client_config};
 
@@ -33,6 +37,7 @@ pub(in crate::cli) struct Proxy {
     pub(super) limits: ConnectionLimits,
     pub(super) listeners: Listeners,
     pub(super) sandbox: Option<(Listener, Sandbox)>,
+    pub(super) store: OpenedStore,
     pub(super) delay: Duration,
     pub(super) drain: Duration,
 }
@@ -48,6 +53,9 @@ impl Proxy {
     ) -> Result<Self, Failure> {
         let settings = &configuration.settings;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        // Meanwhile, because a file takes some milliseconds.
+        let store =
+            open_store(configuration).map_err(|error| Failure::because(Exit::Failed, &error))?;
         let credential = if configuration.sandboxed {
             sandbox_credential()
         } else {
@@ -98,6 +106,16 @@ impl Proxy {
             .tokens
             .bearer()
             .map_err(|error| Failure::because(Exit::Settings, &error))?;
+        let store = store
+            .join()
+            .map_err(|_| Failure::new(Exit::Failed, "the store cannot be opened"))?;
+        let store = store.map_err(|error| {
+            let problem = SettingProblem::new("state.url", chain(&error));
+            Failure::new(Exit::Settings, problem.to_string())
+        })?;
+        if let Some(warning) = &store.warning {
+            tracing::warn!("state.url: {warning}");
+        }
         let limits = limits(settings, configuration.sandboxed);
         let (delay, drain) = (settings.shutdown.delay, settings.shutdown.drain);
         Ok(Self {
@@ -105,10 +123,22 @@ impl Proxy {
             limits,
             listeners,
             sandbox,
+            store,
             delay,
             drain,
         })
     }
+}
+
+/// Opens the store of tasks on a thread of its own.
+fn open_store(
+    configuration: &Configuration,
+) -> io::Result<JoinHandle<Result<OpenedStore, StoreError>>> {
+    let url = configuration.settings.state.url.clone();
+    let environment = configuration.environment.clone();
+    thread::Builder::new()
+        .name("store".to_owned())
+        .spawn(move || place::open(&url, &environment))
 }
 
 /// Returns the limits of the listeners for requests, lowered if there are not enough file descriptors.
