@@ -10,6 +10,7 @@ use super::listing::{Filtered, Listing};
 use super::reply::Refusal;
 use super::task::Task;
 use super::task_view::milliseconds;
+use super::tasks::Tasks;
 
 /// Time range, cursor, limit and filters of one page.
 #[derive(Debug)]
@@ -62,9 +63,9 @@ impl<'a> ListQuery<'a> {
 
     /// Returns true if the task matches a value of each filter. `succeed`, the word of solutions, also
     /// matches success.
-    pub(super) fn passes(&self, task: &Task, now: Instant) -> bool {
+    pub(super) fn passes(&self, tasks: &Tasks, task: &Task, now: Instant) -> bool {
         self.filters.iter().all(|(filtered, values)| {
-            let actual = filtered(task, now);
+            let actual = filtered(tasks, task, now);
             let is_it =
                 |value: &Value| value == actual || (actual == "succeeded" && value == "succeed");
             values.iter().any(is_it)
@@ -75,7 +76,7 @@ impl<'a> ListQuery<'a> {
 fn times(listing: &Listing, body: &Value, time: Duration) -> Result<(u64, u64), Refusal> {
     let required = |name: &str, default: u64| match number(body, name)? {
         Some(time) => Ok(time),
-        None if listing.needs_times => Err(Refusal::parameter(format!("{name} is required"))),
+        None if listing.is_ledger => Err(Refusal::parameter(format!("{name} is required"))),
         None => Ok(default),
     };
     // Tasks created in this very millisecond are included.

@@ -19,6 +19,7 @@ mod ids;
 mod immediate;
 mod list_query;
 mod listing;
+mod packs;
 mod page;
 mod presets;
 mod reply;
@@ -41,6 +42,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::header::{DATE, HeaderValue};
 use axum::http::{Method, Request, Response, Uri};
+use tokio::time::Instant;
 use tower::{Service, ServiceExt};
 
 use crate::clock::Clock;
@@ -64,7 +66,7 @@ pub const API_KEY: &str = "api-sandboxKeyForTestsOnly000000";
 pub struct Options {
     /// Time from the creation of a task to its end. The task is `submitted` for the first third.
     pub task_time: Duration,
-    /// Slots for running tasks; above that 1303. An image task holds `n` slots, any other task one.
+    /// Slots of each pack for running tasks; above that 1303. A video holds one slot, an image task `n`.
     pub concurrency: usize,
     /// Seconds that the sandbox's clock is ahead of the machine's clock.
     pub clock_offset: i64,
@@ -104,10 +106,10 @@ const END_OF_TIME: Duration = Duration::from_secs(253_402_300_799);
 impl Sandbox {
     /// Creates a sandbox without tasks, to be served at `address`.
     pub fn new(options: Options, address: SocketAddr, clock: Arc<dyn Clock>) -> Self {
+        let tasks = Tasks::new(&options);
         let base = options
             .public_url
             .unwrap_or_else(|| format!("http://{address}"));
-        let tasks = Tasks::new(options.seed, options.task_time, options.concurrency);
         let account = Arc::new(Account {
             clock,
             clock_offset: options.clock_offset,
@@ -201,8 +203,10 @@ impl Account {
         }
     }
 
-    /// Locks the tasks. The lock is never held across an await.
+    /// Locks the tasks, with all deductions until now. The lock is never held across an await.
     fn tasks(&self) -> MutexGuard<'_, Tasks> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.settle(Instant::now());
+        tasks
     }
 }

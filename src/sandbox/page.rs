@@ -65,7 +65,7 @@ impl Listing {
         Ok(ids.split(',').filter_map(find).collect())
     }
 
-    /// Returns the page that a body asks for, newest task first (guessed). `time` is the time by the
+    /// Returns the page that a body asks for, newest first (guessed). `time` is the time by the
     /// sandbox's clock, and ages are counted up to `now`.
     ///
     /// # Errors
@@ -80,7 +80,11 @@ impl Listing {
     ) -> Result<Page<'a>, Refusal> {
         let query = ListQuery::read(self, body, time)?;
         let (start, end) = query.times;
-        let mut rest = tasks.newest();
+        let mut rest: Box<dyn Iterator<Item = &Task>> = if self.is_ledger {
+            Box::new(tasks.deducted())
+        } else {
+            Box::new(tasks.newest())
+        };
         if let Some(cursor) = query.after {
             let id = cursor.parse().ok();
             // The next page begins after this task, even if tasks were created since.
@@ -90,7 +94,7 @@ impl Listing {
         let mut found = rest.filter(|task| {
             (self.includes)(task)
                 && (start..end).contains(&milliseconds(task.created_at))
-                && query.passes(task, now)
+                && query.passes(tasks, task, now)
         });
         let tasks: Vec<_> = found.by_ref().take(query.limit).collect();
         let has_more = found.next().is_some();
@@ -108,16 +112,22 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::sandbox::Options;
     use crate::sandbox::create_request::CreateRequest;
     use crate::sandbox::endpoints::tests::endpoint;
     use crate::sandbox::listing::{BALANCE, PACKAGE, SOLUTIONS, TASKS};
+    use crate::sandbox::tests::options;
 
     const TIME: Duration = Duration::from_hours(500_000);
 
     /// Creates one task per second on these endpoints, the last one at `TIME`. Also returns the instant of
     /// `TIME`.
     fn tasks(paths: &[&str]) -> (Tasks, Instant) {
-        let mut tasks = Tasks::new(0, Duration::from_secs(1), 10);
+        let mut tasks = Tasks::new(&Options {
+            task_time: Duration::from_secs(1),
+            concurrency: 10,
+            ..options()
+        });
         let now = Instant::now();
         for (index, path) in paths.iter().enumerate() {
             let body = json!({
@@ -143,6 +153,7 @@ mod tests {
                 )
                 .unwrap();
         }
+        tasks.settle(now);
         (tasks, now)
     }
 
@@ -265,6 +276,21 @@ mod tests {
                     { "key": "product_type", "values": ["video", "try-on"] },
                 ] }),
                 &["mine-3", "mine-2"],
+            ),
+            (
+                &PACKAGE,
+                json!({ "start_time": 0, "end_time": at(0), "filters": [
+                    { "key": "package_name", "values": ["Trial-Image-1000000Units-10Con-12Months"] },
+                ] }),
+                &["mine-1"],
+            ),
+            (
+                &TASKS,
+                json!({ "filters": [
+                    { "key": "status", "values": ["submitted", "processing"] },
+                    { "key": "product_type", "values": ["try_on"] },
+                ] }),
+                &["mine-4"],
             ),
             (&BALANCE, json!({ "start_time": 0, "end_time": at(0) }), &[]),
         ] {

@@ -208,12 +208,12 @@ async fn ledger(State((account, listing)): ListingState, body: Body) -> Answer {
     let body = create_request::object(&read(body).await?)?;
     let tasks = account.tasks();
     let page = listing.page(&tasks, &body, account.now(), Instant::now())?;
-    Ok(Reply::Success(billing::ledger(&page)))
+    Ok(Reply::Success(billing::ledger(&page, &tasks.packs)))
 }
 
 async fn costs(State(account): State<Arc<Account>>, Query(parameters): Parameters) -> Answer {
-    let spent = account.tasks().spent;
-    billing::costs(&parameters, spent, account.now()).map(Reply::Success)
+    let packs = &account.tasks().packs;
+    billing::costs(&parameters, packs, account.now()).map(Reply::Success)
 }
 
 async fn result(

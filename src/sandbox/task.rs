@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use super::create_request::CreateRequest;
 use super::endpoints::{Endpoint, EndpointKind, Output};
 use super::fault::Ending;
+use super::packs::PackType;
 
 /// Task, or immediate response, which is paid for like a task.
 #[derive(Debug)]
@@ -22,7 +23,7 @@ pub(super) struct Task {
     pub(super) created: Instant,
     /// Time from creation to end.
     pub(super) time: Duration,
-    /// Units that were spent before this task.
+    /// Units of its pack that were spent before this task was deducted, at its end.
     pub(super) spent_before: u32,
     /// True if the output was deleted.
     pub(super) is_deleted: bool,
@@ -73,13 +74,30 @@ impl Task {
         }
     }
 
-    /// Returns the price in units. Guessed: one unit for each result, and nothing for a task that fails.
+    /// Returns the price in units. Guessed: one unit for each result. A task that fails costs nothing
+    /// (documented).
     pub(super) fn price(&self) -> u32 {
-        if self.fails() || self.endpoint.kind == EndpointKind::Presets {
+        let is_preset = self.endpoint.kind == EndpointKind::Presets;
+        if self.fails() || is_preset || self.endpoint.output.is_free() {
             0
         } else {
             self.request.count
         }
+    }
+
+    /// Returns the type of the pack whose units pay for the task, and whose slots it holds.
+    pub(super) fn pack_type(&self) -> PackType {
+        self.endpoint.output.pack_type()
+    }
+
+    /// Returns the slots that the task holds until its end.
+    pub(super) fn slots(&self) -> u32 {
+        self.endpoint.slots(self.request.count)
+    }
+
+    /// Returns the time of the end, since the epoch.
+    pub(super) fn ended_at(&self) -> Duration {
+        self.created_at.saturating_add(self.time)
     }
 
     pub(super) fn fails(&self) -> bool {

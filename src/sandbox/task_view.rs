@@ -73,7 +73,7 @@ impl TaskView<'_> {
             price if price > 0 && self.has_ended() => json!([{
                 "charge_type": "unit",
                 "amount": price.to_string(),
-                "package_type": self.package(),
+                "package_type": self.task.pack_type().name(),
             }]),
             _ => json!([]),
         };
@@ -127,15 +127,6 @@ impl TaskView<'_> {
     pub(super) fn add_deduction(&self, task_view: &mut Value) {
         task_view["final_unit_deduction"] = json!(self.task.price().to_string());
         task_view["final_balance_deduction"] = json!({ "quota": "0", "list_price": "0" });
-    }
-
-    /// Returns the type of the resource pack. Packs have no type for try-on here (Kling's page "Query
-    /// Task").
-    fn package(&self) -> &'static str {
-        match self.task.endpoint.output.product() {
-            "try_on" => "image",
-            product => product,
-        }
     }
 
     /// Returns the creation time, and the time at which the current status began, in ms.
@@ -195,15 +186,22 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+    use crate::sandbox::Options;
     use crate::sandbox::create_request::CreateRequest;
     use crate::sandbox::endpoints::tests::endpoint;
     use crate::sandbox::tasks::Tasks;
+    use crate::sandbox::tests::options;
 
     /// Returns the view of a task at its creation, and its two views after its end: legacy, then new
     /// standard.
     fn told(path: &str, body: &Value) -> [Value; 3] {
         let files = Files::new("http://sandbox/");
-        let (mut tasks, now) = (Tasks::new(7, Duration::from_secs(3), 9), Instant::now());
+        let mut tasks = Tasks::new(&Options {
+            task_time: Duration::from_secs(3),
+            concurrency: 9,
+            ..options()
+        });
+        let now = Instant::now();
         let request = CreateRequest::parse(endpoint(path), body.to_string().as_bytes()).unwrap();
         let created_at = Duration::from_secs(1000);
         let task = tasks

@@ -1,56 +1,64 @@
 //! Tasks of the only account. Their status follows from their age, so nothing runs in the background.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::Options;
 use super::create_request::CreateRequest;
 use super::endpoints::{Endpoint, Output};
 use super::ids::Ids;
+use super::packs::Packs;
 use super::reply::Refusal;
 use super::task::{Status, Task};
 
 /// Tasks that are remembered. They include immediate responses, which are paid for like tasks.
 #[derive(Debug)]
 pub(super) struct Tasks {
-    /// Oldest first. Tasks also end in this order, because all take equally long or no time.
-    known: VecDeque<Task>,
+    /// Tasks by their numbers, which count the tasks in the order of their creation.
+    known: BTreeMap<u64, Task>,
+    next_number: u64,
+    /// Ends and numbers of the tasks that will end and are not deducted yet.
+    running: BTreeSet<(Instant, u64)>,
+    /// Ends and numbers of the tasks that are deducted.
+    ended: BTreeSet<(Instant, u64)>,
+    pub(super) packs: Packs,
     pub(super) ids: Ids,
     task_time: Duration,
-    concurrency: u32,
-    /// Units that all tasks have cost, including forgotten tasks.
-    pub(super) spent: u32,
 }
 
-/// Most tasks that are remembered. Above that, each new task replaces the oldest task that has ended.
+/// Most tasks that are remembered. Above that, each new task replaces the task that ended first.
 const MOST_TASKS: usize = 10_000;
 
 // === impl Tasks ===
 
 impl Tasks {
-    pub(super) fn new(seed: u64, task_time: Duration, concurrency: usize) -> Self {
+    pub(super) fn new(options: &Options) -> Self {
+        // There is always room for the tasks that run.
+        let slots = options.concurrency.min(MOST_TASKS);
         Self {
-            known: VecDeque::new(),
-            ids: Ids::new(seed),
-            task_time,
-            // There is always room for the tasks that run.
-            concurrency: u32::try_from(concurrency.min(MOST_TASKS)).unwrap_or(u32::MAX),
-            spent: 0,
+            known: BTreeMap::new(),
+            next_number: 0,
+            running: BTreeSet::new(),
+            ended: BTreeSet::new(),
+            packs: Packs::new(u32::try_from(slots).unwrap_or(u32::MAX)),
+            ids: Ids::new(options.seed),
+            task_time: options.task_time,
         }
     }
 
     /// Refuses an external id that is in use, with 1201.
     pub(super) fn check_unused(&self, external_id: Option<&str>) -> Result<(), Refusal> {
         match external_id {
-            Some(id) if self.known.iter().any(|task| task.is_called(id)) => Err(
+            Some(id) if self.known.values().any(|task| task.is_called(id)) => Err(
                 Refusal::parameter(format!("External_task_id {id} already exists")),
             ),
             _ => Ok(()),
         }
     }
 
-    /// Creates a task, or refuses it with 1303 if too few slots are free.
+    /// Creates a task, or refuses it with 1303 if too few slots of its pack are free.
     pub(super) fn create(
         &mut self,
         endpoint: &'static Endpoint,
@@ -58,22 +66,36 @@ impl Tasks {
         created_at: Duration,
         now: Instant,
     ) -> Result<&Task, Refusal> {
-        let is_running = |task: &Task| task.age(now) < task.time;
-        if endpoint.has_tasks() {
-            let youngest = self.known.iter().rev();
-            let held: u32 = youngest
-                .take_while(|task| task.age(now) < self.task_time)
-                .filter(|task| is_running(task))
-                .map(|task| task.request.count)
-                .sum();
-            if held + request.count > self.concurrency {
-                return Err(Refusal::documented(1303));
-            }
+        self.settle(now);
+        let pack = self.packs.of(endpoint.output.pack_type());
+        if !pack.has_room(endpoint.slots(request.count)) {
+            return Err(Refusal::documented(1303));
         }
         if self.known.len() >= MOST_TASKS {
-            let oldest = self.known.iter().position(|task| !is_running(task));
-            oldest.map(|index| self.known.remove(index));
+            // Tasks without slots can all be running.
+            let (_, number) = self
+                .ended
+                .pop_first()
+                .ok_or_else(|| Refusal::documented(1303))?;
+            self.known.remove(&number);
         }
+        let time = if endpoint.has_tasks() {
+            self.task_time
+        } else {
+            Duration::ZERO
+        };
+        Ok(self.insert(endpoint, request, time, created_at, now))
+    }
+
+    /// Adds a task that lasts `time`.
+    fn insert(
+        &mut self,
+        endpoint: &'static Endpoint,
+        request: CreateRequest,
+        time: Duration,
+        created_at: Duration,
+        now: Instant,
+    ) -> &Task {
         let [id, product] = [(); 2].map(|()| self.ids.number());
         let task = Task {
             id,
@@ -82,17 +104,33 @@ impl Tasks {
             request,
             created_at,
             created: now,
-            time: if endpoint.has_tasks() {
-                self.task_time
-            } else {
-                Duration::ZERO
-            },
-            spent_before: self.spent,
+            time,
+            spent_before: 0,
             is_deleted: false,
         };
-        self.spent = self.spent.saturating_add(task.price());
-        self.known.push_back(task);
-        Ok(&self.known[self.known.len() - 1])
+        let number = self.next_number;
+        self.next_number += 1;
+        self.packs.of_mut(task.pack_type()).held += task.slots();
+        if let Some(end) = now.checked_add(time) {
+            self.running.insert((end, number));
+        }
+        self.known.entry(number).or_insert(task)
+    }
+
+    /// Frees the slots of the tasks that have ended until `now`, and deducts their units, in the order of
+    /// their ends. Every access to the tasks begins with this.
+    pub(super) fn settle(&mut self, now: Instant) {
+        while let Some(&(end, number)) = self.running.first().filter(|(end, _)| *end <= now) {
+            self.running.pop_first();
+            let Some(task) = self.known.get_mut(&number) else {
+                continue;
+            };
+            let pack = self.packs.of_mut(task.pack_type());
+            pack.held -= task.slots();
+            task.spent_before = pack.spent;
+            pack.spent = pack.spent.saturating_add(task.price());
+            self.ended.insert((end, number));
+        }
     }
 
     /// Returns the task of an endpoint with this id, or with this external id if the endpoint allows that.
@@ -115,13 +153,19 @@ impl Tasks {
     /// Returns the tasks of an endpoint, oldest first.
     pub(super) fn of(&self, endpoint: &Endpoint) -> impl DoubleEndedIterator<Item = &Task> {
         self.known
-            .iter()
+            .values()
             .filter(|task| task.endpoint.path == endpoint.path && !task.is_gone())
     }
 
     /// Returns all tasks, newest first.
     pub(super) fn newest(&self) -> impl Iterator<Item = &Task> {
-        self.known.iter().rev()
+        self.known.values().rev()
+    }
+
+    /// Returns the tasks that are deducted, the one that ended last first.
+    pub(super) fn deducted(&self) -> impl Iterator<Item = &Task> {
+        let newest = self.ended.iter().rev();
+        newest.filter_map(|(_, number)| self.known.get(number))
     }
 
     /// Deletes a voice or an element that was made here and is not deleted yet.
@@ -131,7 +175,7 @@ impl Tasks {
     /// 1201 if there is none, with the message that was measured for voices.
     pub(super) fn delete(&mut self, output: Output, id: &str, now: Instant) -> Result<(), Refusal> {
         let number = id.parse().ok();
-        let found = self.known.iter_mut().find(|task| {
+        let found = self.known.values_mut().find(|task| {
             let is_of_sort = task.endpoint.output == output
                 || (output, task.endpoint.output) == (Output::OldElement, Output::Element);
             is_of_sort
@@ -155,11 +199,15 @@ mod tests {
 
     use super::*;
     use crate::sandbox::endpoints::tests::endpoint;
+    use crate::sandbox::tests::options;
 
     const TIME: Duration = Duration::from_secs(3);
 
     fn tasks() -> Tasks {
-        Tasks::new(7, TIME, 3)
+        Tasks::new(&Options {
+            task_time: TIME,
+            ..options()
+        })
     }
 
     fn create<'a>(
@@ -195,20 +243,29 @@ mod tests {
     }
 
     #[test]
-    fn tasks_hold_their_slots_until_they_end_and_answers_hold_none() {
+    fn tasks_hold_slots_of_their_pack_until_they_end() {
         let (mut tasks, now) = (tasks(), Instant::now());
         let (image, video) = (
-            json!({ "prompt": "a", "n": 2 }),
+            json!({ "prompt": "a", "n": 2, "human_image": "AA" }),
             json!({ "prompt": "sandbox:failed" }),
         );
-        let answer = json!({ "image": "AA" });
+        let other = json!({
+            "image": "AA", "prompt": "a", "duration": 1, "voice_name": "a", "voice_url": "a",
+        });
         for (path, body, after, fits) in [
             ("generations", &image, 0, true),
-            ("generations", &image, 1, false),
+            ("generations", &image, 0, false),
+            ("kolors-virtual-try-on", &image, 0, true),
+            ("kolors-virtual-try-on", &image, 0, false),
             ("text2video", &video, 1, true),
+            ("text2video", &video, 1, true),
+            ("/text-to-video/{model}", &video, 1, true),
             ("/text-to-video/{model}", &video, 1, false),
-            ("image-recognize", &answer, 1, true),
-            ("text2video", &video, 2, false),
+            ("text2video", &video, 1, false),
+            ("image-recognize", &other, 1, true),
+            ("text-to-audio", &other, 1, true),
+            ("custom-voices", &other, 1, true),
+            ("generations", &image, 2, false),
             ("generations", &image, 3, true),
             ("text2video", &video, 3, false),
             ("text2video", &video, 4, true),
@@ -223,29 +280,62 @@ mod tests {
     }
 
     #[test]
-    fn each_result_costs_a_unit_and_a_failure_nothing() {
+    fn each_result_costs_a_unit_of_its_pack_and_a_failure_nothing() {
         let (mut tasks, mut now) = (tasks(), Instant::now());
+        let element = json!({
+            "element_name": "a", "element_description": "b", "reference_type": "image_refer",
+            "element_image_list": { "frontal_image": "AA" },
+        });
         for (path, body, spent) in [
-            ("text2video", json!({ "prompt": "a" }), 1),
-            ("generations", json!({ "prompt": "a", "n": 3 }), 4),
-            ("text2video", json!({ "prompt": "sandbox:failed" }), 4),
-            ("identify-face", json!({ "video_id": "1" }), 5),
+            ("text2video", json!({ "prompt": "a" }), [1, 0]),
+            ("generations", json!({ "prompt": "a", "n": 3 }), [1, 3]),
+            ("text2video", json!({ "prompt": "sandbox:failed" }), [1, 3]),
+            ("identify-face", json!({ "video_id": "1" }), [2, 3]),
+            (
+                "tts",
+                json!({ "text": "a", "voice_id": "1", "voice_language": "en" }),
+                [3, 3],
+            ),
+            ("advanced-custom-elements", element, [3, 3]),
         ] {
+            create(&mut tasks, path, &body, now).unwrap();
             now += TIME;
-            let spent_before = tasks.spent;
-            let task = create(&mut tasks, path, &body, now).unwrap();
-            assert_eq!(task.spent_before, spent_before, "{path}");
-            assert_eq!(tasks.spent, spent, "{path}");
+            tasks.settle(now);
+            let Packs { video, image } = &tasks.packs;
+            assert_eq!([video.spent, image.spent], spent, "{path}");
         }
-        now += TIME;
-        create(
-            &mut tasks,
-            "generations",
-            &json!({ "prompt": "a", "n": 9 }),
-            now,
-        )
-        .unwrap_err();
-        assert_eq!(tasks.spent, 5, "a refusal");
+        let body = json!({ "prompt": "a", "n": 9 });
+        create(&mut tasks, "generations", &body, now).unwrap_err();
+        tasks.settle(now + TIME);
+        assert_eq!(tasks.packs.image.spent, 3, "a refusal");
+    }
+
+    #[test]
+    fn units_are_deducted_at_the_end_of_a_task() {
+        let (mut tasks, now) = (tasks(), Instant::now());
+        let mut ids = Vec::new();
+        for seconds in [0, 1, 2] {
+            let (body, now) = (json!({ "prompt": "a" }), now + Duration::from_secs(seconds));
+            ids.push(create(&mut tasks, "text2video", &body, now).unwrap().id);
+        }
+        for (seconds, deducted) in [
+            (2, &[][..]),
+            (3, &[(0, 0)]),
+            (4, &[(1, 1), (0, 0)]),
+            (5, &[(2, 2), (1, 1), (0, 0)]),
+        ] {
+            tasks.settle(now + Duration::from_secs(seconds));
+            let rows: Vec<_> = tasks
+                .deducted()
+                .map(|task| (task.id, task.spent_before))
+                .collect();
+            let expected: Vec<_> = deducted
+                .iter()
+                .map(|&(index, before): &(usize, u32)| (ids[index], before))
+                .collect();
+            assert_eq!(rows, expected, "after {seconds} s");
+            assert_eq!(tasks.packs.video.spent as usize, rows.len());
+        }
     }
 
     #[test]
@@ -326,7 +416,7 @@ mod tests {
 
     #[test]
     fn the_oldest_is_forgotten_in_the_end() {
-        let mut tasks = Tasks::new(0, Duration::ZERO, 1);
+        let mut tasks = Tasks::new(&options());
         let (now, body) = (Instant::now(), json!({ "prompt": "a" }));
         let mut ids = Vec::new();
         for _ in 0..=MOST_TASKS {
@@ -336,7 +426,9 @@ mod tests {
         assert!(tasks.find(endpoint("text2video"), &ids[0]).is_err());
         assert!(tasks.find(endpoint("text2video"), &ids[1]).is_ok());
         assert_eq!(tasks.newest().count(), MOST_TASKS);
-        assert_eq!(tasks.spent, 10_001);
+        tasks.settle(now);
+        assert_eq!(tasks.packs.video.spent, 10_001);
+        assert_eq!(tasks.deducted().count(), MOST_TASKS);
     }
 
     #[test]
@@ -355,5 +447,17 @@ mod tests {
         }
         assert!(tasks.find(endpoint("text2video"), &id).is_ok());
         assert_eq!(tasks.newest().count(), MOST_TASKS);
+    }
+
+    #[test]
+    fn a_task_is_refused_if_all_that_are_remembered_run() {
+        let (mut tasks, now) = (tasks(), Instant::now());
+        let body = json!({ "prompt": "a", "duration": 1 });
+        for _ in 0..MOST_TASKS {
+            create(&mut tasks, "text-to-audio", &body, now).unwrap();
+        }
+        let refusal = create(&mut tasks, "text-to-audio", &body, now).unwrap_err();
+        assert_eq!(refusal.code, 1303);
+        create(&mut tasks, "text-to-audio", &body, now + TIME).unwrap();
     }
 }

@@ -3,6 +3,7 @@
 use axum::body::{Bytes, to_bytes};
 use axum::http::{Method, StatusCode, header};
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
 use super::*;
 use crate::sandbox::authorization::tests::{NOW, good};
@@ -18,7 +19,7 @@ impl Clock for Fixed {
     }
 }
 
-fn options() -> Options {
+pub(super) fn options() -> Options {
     Options {
         task_time: Duration::ZERO,
         concurrency: 3,
@@ -172,7 +173,7 @@ async fn a_trigger_is_obeyed_after_the_parameters_are_checked() {
 async fn a_reset_comes_after_the_task_was_created() {
     let sandbox = sandbox(options());
     let body = json!({ "prompt": "sandbox:slow=10ms sandbox:reset", "external_task_id": "mine" });
-    let begin = tokio::time::Instant::now();
+    let begin = Instant::now();
     let answer = send(&sandbox, Method::POST, TEXT, body.to_string()).await;
     assert_eq!(answer.unwrap_err(), Reset);
     assert!(begin.elapsed() >= Duration::from_millis(10));
@@ -215,41 +216,68 @@ fn the_keys_are_as_long_as_real_ones() {
     assert_eq!((ACCESS_KEY.len(), SECRET_KEY.len()), (32, 32));
 }
 
+/// Time range of a ledger that includes every deduction of a test.
+fn all_times() -> Value {
+    json!({ "start_time": 0, "end_time": 1000 * NOW + 1_000_000 })
+}
+
 #[tokio::test]
-async fn what_remains_goes_down_with_what_is_used() {
-    let sandbox = sandbox(options());
-    let costs = "/account/costs?start_time=1&end_time=2";
-    let remaining = async |path: &str| {
-        let (_, answer) = get(&sandbox, path).await;
-        let pack = &answer["data"]["resource_pack_subscribe_infos"][0];
-        [&pack["total_quantity"], &pack["remaining_quantity"]].map(Value::as_f64)
+async fn the_account_has_a_pack_of_each_type_whose_name_has_its_slots() {
+    let sandbox = sandbox(Options {
+        concurrency: 5,
+        ..options()
+    });
+    let names = async |query: &str| {
+        let path = format!("/account/costs?start_time=1&end_time=2{query}");
+        let (_, answer) = get(&sandbox, &path).await;
+        let packs = answer["data"]["resource_pack_subscribe_infos"].as_array();
+        let name = |pack: &Value| pack["resource_pack_name"].as_str().unwrap().to_owned();
+        packs.unwrap().iter().map(name).collect::<Vec<_>>()
     };
-    assert_eq!(remaining(costs).await, [Some(1e6), Some(1e6)]);
-    post(&sandbox, IMAGES, json!({ "prompt": "a", "n": 3 })).await;
+    let [video, image] =
+        ["Video", "Image"].map(|title| format!("Trial-{title}-1000000Units-5Con-12Months"));
+    assert_eq!(names("").await, [video, image.clone()]);
+    let filter = format!("&resource_pack_name={image}");
+    assert_eq!(names(&filter).await, [image]);
+    assert_eq!(names("&resource_pack_name=Other").await, [""; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_remains_of_a_pack_goes_down_when_a_task_has_ended() {
+    let sandbox = sandbox(Options {
+        task_time: Duration::from_secs(3),
+        ..options()
+    });
+    let remaining = async || {
+        let (_, answer) = get(&sandbox, "/account/costs?start_time=1&end_time=2").await;
+        let packs = &answer["data"]["resource_pack_subscribe_infos"];
+        [0, 1].map(|index| packs[index]["remaining_quantity"].as_f64())
+    };
+    let (_, created) = post(&sandbox, IMAGES, json!({ "prompt": "a", "n": 3 })).await;
     post(&sandbox, TEXT, json!({ "prompt": "sandbox:1301" })).await;
-    assert_eq!(remaining(costs).await, [Some(1e6), Some(999_997.0)]);
-    let named = |name| format!("{costs}&resource_pack_name={name}");
-    assert_eq!(remaining(&named("Sandbox")).await[1], Some(999_997.0));
-    assert_eq!(remaining(&named("Other")).await, [None, None]);
-    let times = json!({ "start_time": 0, "end_time": 1000 * NOW + 1 });
-    let (_, ledger) = post(&sandbox, "/account/billing/package", times).await;
-    assert_eq!(ledger["data"]["result"]["count"], 1, "{ledger}");
-    let entry = &ledger["data"]["result"]["detail"][0];
-    let told = [
-        "product_function",
-        "product_type",
-        "unit_before_deduction",
-        "unit_after_deduction",
-    ];
-    assert_eq!(
-        told.map(|name| entry[name].clone()),
-        [
-            json!("generations"),
-            json!("image"),
-            json!(1e6),
-            json!(999_997.0)
-        ]
-    );
+    post(&sandbox, TEXT, json!({ "prompt": "sandbox:failed" })).await;
+    let ledger = async || {
+        let (_, answer) = post(&sandbox, "/account/billing/package", all_times()).await;
+        answer["data"]["result"]["detail"].clone()
+    };
+    sleep(Duration::from_millis(2999)).await;
+    assert_eq!(remaining().await, [Some(1e6); 2]);
+    assert_eq!(ledger().await, json!([]));
+    sleep(Duration::from_millis(1)).await;
+    assert_eq!(remaining().await, [Some(1e6), Some(999_997.0)]);
+    let expected = json!([{
+        "task_id": created["data"]["task_id"],
+        "api_key_name": "sandbox",
+        "product_function": "generations",
+        "model_name": null,
+        "package_id": "00000000000000000000000000000002",
+        "product_type": "image",
+        "deduction_time": (1000 * NOW + 3000).to_string(),
+        "unit_before_deduction": 1e6,
+        "deduction_amount": 3.0,
+        "unit_after_deduction": 999_997.0,
+    }]);
+    assert_eq!(ledger().await, expected);
 }
 
 #[tokio::test]

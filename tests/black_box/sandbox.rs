@@ -8,6 +8,7 @@ use crate::support::{
 };
 
 const VIDEOS: &str = "/v1/videos/text2video";
+const IMAGES: &str = "/v1/images/generations";
 const IMAGE_TO_VIDEO: &str = "/v1/videos/image2video";
 /// The largest create that the tests send, in bytes.
 const LARGE: usize = 90 << 20;
@@ -153,6 +154,74 @@ fn tasks_over_the_concurrency_are_refused() {
     let proxy = sandboxed().setting("sandbox.task_time", "10m").start();
     let answers = [(); 4].map(|()| create(&proxy, "a cat").refusal());
     assert_eq!(answers, [(200, 0), (200, 0), (200, 0), (429, 1303)]);
+    let images = |n: u32| {
+        let body = json!({ "prompt": "a cat", "n": n }).to_string();
+        proxy.post(IMAGES, body).refusal()
+    };
+    assert_eq!([3, 1].map(images), [(200, 0), (429, 1303)]);
+}
+
+/// Kling's own names: a client reads the number of slots from them.
+#[test]
+fn names_of_the_packs_have_their_slots_and_their_units_go_down() {
+    let proxy = sandboxed().setting("sandbox.concurrency", "5").start();
+    let packs = || {
+        let answer = proxy.get("/account/costs?start_time=1&end_time=2").json();
+        let packs = answer["data"]["resource_pack_subscribe_infos"].clone();
+        [0, 1].map(|index| {
+            let pack = &packs[index];
+            let left = pack["remaining_quantity"].as_f64();
+            (
+                pack["resource_pack_name"].as_str().unwrap().to_owned(),
+                left,
+            )
+        })
+    };
+    let expected = |units: [f64; 2]| {
+        let [video, image] =
+            ["Video", "Image"].map(|title| format!("Trial-{title}-1000000Units-5Con-12Months"));
+        [(video, Some(units[0])), (image, Some(units[1]))]
+    };
+    assert_eq!(packs(), expected([1e6, 1e6]));
+    for (prompt, deduction) in [("a cat", "1"), ("sandbox:failed", "0")] {
+        let task = ended(&proxy, VIDEOS, &create(&proxy, prompt));
+        assert_eq!(task["final_unit_deduction"], deduction, "{task}");
+    }
+    assert_eq!(packs(), expected([999_999.0, 1e6]));
+}
+
+/// The new standard, past the proxy: an API key is needed.
+#[test]
+fn external_id_of_one_generation_is_taken_in_the_other() {
+    let sandbox = Command::new(["sandbox", "--address", "127.0.0.1:0"])
+        .setting("sandbox.task_time", "100ms")
+        .listening("sandbox");
+    let headers = format!("content-type: application/json\nauthorization: Bearer {API_KEY}");
+    let send = |line: &str, body: &str| sandbox.send(request(line, &headers, body)).json();
+    let legacy = r#"{"prompt":"a","external_task_id":"one"}"#;
+    let standard = r#"{"prompt":"a","options":{"external_task_id":"one"}}"#;
+    let [first, second] = ["/text-to-video/kling-3.0", VIDEOS].map(|path| format!("POST {path}"));
+    let created = send(&first, standard);
+    assert_eq!(created["data"]["external_id"], "one", "{created}");
+    let again = send(&second, legacy);
+    assert_eq!(again["code"], 1201, "{again}");
+    assert_eq!(again["message"], "External_task_id one already exists");
+    let created = send(&second, &legacy.replace("one", "two"));
+    let info = &created["data"]["task_info"];
+    assert_eq!(info["external_task_id"], "two", "{created}");
+    let mut found = Value::Null;
+    eventually("both tasks end", || {
+        found = send("GET /tasks?external_task_ids=two,one", "")["data"].take();
+        [0, 1].map(|index| &found[index]["status"]) == ["succeeded"; 2]
+    });
+    for (index, id) in ["two", "one"].into_iter().enumerate() {
+        let task = &found[index];
+        assert_eq!(task["external_id"], id, "{found}");
+        assert_eq!(
+            task["billing"],
+            json!([{ "charge_type": "unit", "amount": "1", "package_type": "video" }])
+        );
+    }
 }
 
 #[test]

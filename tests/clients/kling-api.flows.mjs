@@ -63,8 +63,9 @@ export async function runFlows(api) {
   assert.equal(await api.healthCheck(), true);
   const now = Date.now();
   const account = await api.getAccountInfo(now - 1000, now);
-  const [pack] = account.data.resource_pack_subscribe_infos;
-  assert.equal(pack.total_quantity - pack.remaining_quantity, 13, "a unit for each result");
+  const packs = account.data.resource_pack_subscribe_infos;
+  const used = packs.map((pack) => pack.total_quantity - pack.remaining_quantity);
+  assert.equal(used.reduce((sum, units) => sum + units), 13, "a unit for each result");
 }
 
 if (import.meta.filename === process.argv[1]) await runFlows(client(process.argv[2]));

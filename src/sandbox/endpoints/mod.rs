@@ -7,6 +7,8 @@
 mod legacy;
 mod new_standard;
 
+use super::packs::PackType;
+
 /// Resource of the API: a path, its operations and their output.
 #[derive(Debug)]
 pub(super) struct Endpoint {
@@ -109,6 +111,20 @@ impl Endpoint {
         );
         is_create && self.output != Output::OldElement
     }
+
+    /// Returns the slots that a task of `count` results holds until its end. A task that makes neither a
+    /// video nor an image holds none (guessed).
+    pub(super) fn slots(&self, count: u32) -> u32 {
+        let holds_slots = !matches!(
+            self.output,
+            Output::Element | Output::Sound | Output::Speech | Output::Voice
+        );
+        if self.has_tasks() && holds_slots {
+            count
+        } else {
+            0
+        }
+    }
 }
 
 // === impl Output ===
@@ -134,6 +150,21 @@ impl Output {
             | Self::Cleared
             | Self::Preview => "video",
         }
+    }
+
+    /// Returns the type of the pack that pays for the output. Speech and voices are paid from the pack for
+    /// videos (measured by `aself101/kling-api`, 2026). Guessed: other sounds too, and try-on from the pack
+    /// for images, because packs have no type for it on Kling's page "Query Task".
+    pub(super) fn pack_type(self) -> PackType {
+        match self.product() {
+            "image" | "try_on" => PackType::Image,
+            _ => PackType::Video,
+        }
+    }
+
+    /// Returns true if the output costs nothing (measured by `aself101/kling-api`, 2026).
+    pub(super) fn is_free(self) -> bool {
+        matches!(self, Self::Element | Self::OldElement)
     }
 }
 
