@@ -1,10 +1,14 @@
 //! Result files: small, and playable.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 
+use base64::{Engine, prelude::BASE64_STANDARD};
+
+use super::Results;
 use super::reply::Refusal;
 
 /// Builds the URLs of result files.
@@ -12,10 +16,14 @@ use super::reply::Refusal;
 pub(super) struct Files {
     /// Base of the URLs, without a slash at its end.
     base: String,
+    results: Results,
 }
 
 /// Path prefix of result files.
 pub(super) const RESULTS: &str = "/results";
+
+/// Query parameter with the time at which a result is deleted.
+const EXPIRES: &str = "Expires";
 
 /// Time after which results are deleted (all of Kling's pages about results).
 pub(super) const LIFE: Duration = Duration::from_hours(30 * 24);
@@ -35,15 +43,25 @@ const SORTS: &[(&str, &str, &[u8])] = &[
 
 impl Files {
     /// `base` is the URL at which clients reach the sandbox.
-    pub(super) fn new(base: &str) -> Self {
+    pub(super) fn new(base: &str, results: Results) -> Self {
         let base = format!("{}{RESULTS}", base.trim_end_matches('/'));
-        Self { base }
+        Self { base, results }
     }
 
-    /// Returns the URL of a file that is deleted at `until`, since the epoch. The URL contains that time,
-    /// so the sandbox need not remember files, and files of a forgotten task can still be fetched.
+    /// Returns the URL of a file that is deleted at `until`, since the epoch.
+    ///
+    /// A link has that time as `Expires`, in seconds, as Kling's has (measured by `aself101/kling-api`,
+    /// 2026). So the sandbox need not remember files, and files of a forgotten task can still be fetched.
     pub(super) fn url(&self, until: Duration, name: &str) -> String {
-        format!("{}/{}/{name}", self.base, until.as_secs())
+        match (self.results, sort(name)) {
+            (Results::Data, Some((content_type, content))) => {
+                format!(
+                    "data:{content_type};base64,{}",
+                    BASE64_STANDARD.encode(content)
+                )
+            }
+            _ => format!("{}/{name}?{EXPIRES}={}", self.base, until.as_secs()),
+        }
     }
 }
 
@@ -51,16 +69,26 @@ impl Files {
 ///
 /// # Errors
 ///
-/// 1203 if the file is deleted or never existed.
-pub(super) fn serve(until: u64, name: &str, now: u64) -> Result<Response, Refusal> {
-    let extension = name.rsplit_once('.').map(|(_, extension)| extension);
-    let sort = SORTS.iter().find(|sort| Some(sort.0) == extension);
-    match sort {
-        Some(&(_, content_type, content)) if now < until => {
+/// 1203 if the file is deleted or never existed, or if the URL has no `Expires`.
+pub(super) fn serve(
+    name: &str,
+    parameters: &HashMap<String, String>,
+    now: u64,
+) -> Result<Response, Refusal> {
+    let until = parameters.get(EXPIRES).and_then(|time| time.parse().ok());
+    match sort(name) {
+        Some((content_type, content)) if until.is_some_and(|until: u64| now < until) => {
             Ok(([(CONTENT_TYPE, content_type)], content).into_response())
         }
         _ => Err(Refusal::documented(1203)),
     }
+}
+
+/// Returns the content type and the content of a file.
+fn sort(name: &str) -> Option<(&'static str, &'static [u8])> {
+    let (_, extension) = name.rsplit_once('.')?;
+    let sort = SORTS.iter().find(|sort| sort.0 == extension)?;
+    Some((sort.1, sort.2))
 }
 
 #[cfg(test)]
@@ -69,16 +97,19 @@ mod tests {
 
     #[test]
     fn a_file_is_there_until_the_time_that_its_url_names() {
-        for (name, now, content_type) in [
-            ("1.mp4", 0, Some("video/mp4")),
-            ("1-0.png", 99, Some("image/png")),
-            ("1.mp3", 99, Some("audio/mpeg")),
-            ("1.wav", 99, Some("audio/wav")),
-            ("1.mp4", 100, None),
-            ("1.exe", 0, None),
-            ("mp4", 0, None),
+        for (name, until, now, content_type) in [
+            ("1.mp4", Some("100"), 0, Some("video/mp4")),
+            ("1-0.png", Some("100"), 99, Some("image/png")),
+            ("1.mp3", Some("100"), 99, Some("audio/mpeg")),
+            ("1.wav", Some("100"), 99, Some("audio/wav")),
+            ("1.mp4", Some("100"), 100, None),
+            ("1.mp4", Some("never"), 0, None),
+            ("1.mp4", None, 0, None),
+            ("1.exe", Some("100"), 0, None),
+            ("mp4", Some("100"), 0, None),
         ] {
-            let answer = serve(100, name, now).ok();
+            let expires = until.map(|until| (EXPIRES.to_owned(), until.to_owned()));
+            let answer = serve(name, &expires.into_iter().collect(), now).ok();
             let found = answer.map(|answer| answer.headers()[CONTENT_TYPE].clone());
             assert_eq!(
                 found.as_ref().map(|value| value.to_str().unwrap()),
@@ -86,5 +117,18 @@ mod tests {
                 "{name} at {now}"
             );
         }
+    }
+
+    #[test]
+    fn a_url_is_a_link_with_the_time_of_its_end_or_the_file_itself() {
+        let url =
+            |results| Files::new("http://a.test/", results).url(Duration::from_secs(100), "1.png");
+        assert_eq!(
+            url(Results::Link),
+            "http://a.test/results/1.png?Expires=100"
+        );
+        let data = url(Results::Data);
+        let content = data.strip_prefix("data:image/png;base64,").unwrap();
+        assert_eq!(BASE64_STANDARD.decode(content).unwrap(), IMAGE);
     }
 }

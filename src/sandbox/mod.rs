@@ -68,12 +68,23 @@ pub struct Options {
     pub task_time: Duration,
     /// Slots of each pack for running tasks; above that 1303. A video holds one slot, an image task `n`.
     pub concurrency: usize,
+    /// Form of the result URLs.
+    pub results: Results,
     /// Seconds that the sandbox's clock is ahead of the machine's clock.
     pub clock_offset: i64,
     /// Decides all ids: the same requests in the same order get the same ids.
     pub seed: u64,
     /// Base of the result URLs. If it is `None`, `http://` and the sandbox's address.
     pub public_url: Option<String>,
+}
+
+/// Form of the result URLs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Results {
+    /// URLs of the sandbox, which end with `Expires`.
+    Link,
+    /// `data:` URLs, which contain the file, for clients that do not download from loopback.
+    Data,
 }
 
 /// The sandbox as a service, to be served on any connection.
@@ -113,7 +124,7 @@ impl Sandbox {
         let account = Arc::new(Account {
             clock,
             clock_offset: options.clock_offset,
-            files: Files::new(&base),
+            files: Files::new(&base, options.results),
             tasks: Mutex::new(tasks),
         });
         Self {

@@ -62,7 +62,7 @@ pub(super) fn router(account: Arc<Account>) -> Router {
     api.fallback(async || Refusal::documented(1203))
         .method_not_allowed_fallback(async || Refusal::documented(1202))
         .layer(middleware::from_fn_with_state(account, authorize))
-        .route(&format!("{RESULTS}/{{until}}/{{name}}"), results)
+        .route(&format!("{RESULTS}/{{name}}"), results)
         .route("/", get(()))
 }
 
@@ -218,9 +218,10 @@ async fn costs(State(account): State<Arc<Account>>, Query(parameters): Parameter
 
 async fn result(
     State(account): State<Arc<Account>>,
-    Path((until, name)): Path<(u64, String)>,
+    Path(name): Path<String>,
+    Query(parameters): Parameters,
 ) -> Result<Response, Refusal> {
-    files::serve(until, &name, account.now().as_secs())
+    files::serve(&name, &parameters, account.now().as_secs())
 }
 
 /// Returns an optional number of the query, within its documented range.

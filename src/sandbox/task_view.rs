@@ -171,7 +171,7 @@ impl TaskView<'_> {
         let until = if self.is_preset() {
             END_OF_TIME
         } else {
-            self.task.created_at + LIFE
+            self.task.ended_at().saturating_add(LIFE)
         };
         self.files.url(until, &format!("{}{end}", self.task.id))
     }
@@ -186,16 +186,16 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::sandbox::Options;
     use crate::sandbox::create_request::CreateRequest;
     use crate::sandbox::endpoints::tests::endpoint;
     use crate::sandbox::tasks::Tasks;
     use crate::sandbox::tests::options;
+    use crate::sandbox::{Options, Results};
 
     /// Returns the view of a task at its creation, and its two views after its end: legacy, then new
     /// standard.
     fn told(path: &str, body: &Value) -> [Value; 3] {
-        let files = Files::new("http://sandbox/");
+        let files = Files::new("http://sandbox/", Results::Link);
         let mut tasks = Tasks::new(&Options {
             task_time: Duration::from_secs(3),
             concurrency: 9,
@@ -237,10 +237,10 @@ mod tests {
         expected["task_status"] = json!("succeed");
         expected["task_status_msg"] = json!("");
         expected["updated_at"] = json!(1_003_000);
-        // The file is deleted after 1000 s and 30 days.
+        // The file is deleted 30 days after its end at 1003 s.
         expected["task_result"] = json!({ "images": [
-            { "index": 0, "url": format!("http://sandbox/results/2593000/{id}-0.png") },
-            { "index": 1, "url": format!("http://sandbox/results/2593000/{id}-1.png") },
+            { "index": 0, "url": format!("http://sandbox/results/{id}-0.png?Expires=2593003") },
+            { "index": 1, "url": format!("http://sandbox/results/{id}-1.png?Expires=2593003") },
         ] });
         expected["final_unit_deduction"] = json!("2");
         expected["final_balance_deduction"] = json!({ "quota": "0", "list_price": "0" });
@@ -268,7 +268,7 @@ mod tests {
                 "outputs": [{
                     "type": "video",
                     "id": video,
-                    "url": format!("http://sandbox/results/2593000/{id}.mp4"),
+                    "url": format!("http://sandbox/results/{id}.mp4?Expires=2593003"),
                     "duration": "2",
                 }],
                 "billing": [{ "charge_type": "unit", "amount": "1", "package_type": "video" }],

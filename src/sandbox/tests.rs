@@ -23,6 +23,7 @@ pub(super) fn options() -> Options {
     Options {
         task_time: Duration::ZERO,
         concurrency: 3,
+        results: Results::Link,
         clock_offset: 0,
         seed: 0,
         public_url: None,
@@ -278,6 +279,20 @@ async fn what_remains_of_a_pack_goes_down_when_a_task_has_ended() {
         "unit_after_deduction": 999_997.0,
     }]);
     assert_eq!(ledger().await, expected);
+}
+
+#[tokio::test]
+async fn results_are_data_urls_if_the_options_say_so() {
+    let sandbox = sandbox(Options {
+        results: Results::Data,
+        ..options()
+    });
+    let (_, created) = post(&sandbox, TEXT, json!({ "prompt": "a" })).await;
+    let id = created["data"]["task_id"].as_str().unwrap();
+    let (_, found) = get(&sandbox, &format!("{TEXT}/{id}")).await;
+    let url = &found["data"]["task_result"]["videos"][0]["url"];
+    let start = &url.as_str().unwrap()[..22];
+    assert_eq!(start, "data:video/mp4;base64,");
 }
 
 #[tokio::test]

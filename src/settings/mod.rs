@@ -318,6 +318,7 @@ impl Settings {
                     .get::<u64>("sandbox.concurrency")
                     .try_into()
                     .unwrap_or(usize::MAX),
+                results: from.get("sandbox.results"),
                 clock_offset: from.get::<Offset>("sandbox.clock_offset").0,
                 seed: from.get("sandbox.seed"),
                 public_url: from.get("sandbox.public_url"),
@@ -538,6 +539,7 @@ mod tests {
             ("errors.format", "upstream"),
             ("sandbox.task_time", "1s"),
             ("sandbox.concurrency", "1"),
+            ("sandbox.results", "data"),
             ("sandbox.clock_offset", "1s"),
             ("sandbox.seed", "1"),
             ("sandbox.public_url", "http://kling.test"),

@@ -12,6 +12,7 @@ use tracing_subscriber::filter::Targets;
 use super::log_filter;
 use crate::auth::secret::Secret;
 use crate::layer::normalise::{self, StatusMapping};
+use crate::sandbox;
 use crate::tasks::place::{NoStateUrl, StateUrl};
 use crate::telemetry;
 use crate::upstream::{EgressProxy, NoEgressProxy, Origin};
@@ -92,6 +93,11 @@ texts! {
     };
     StateUrl, "\"auto\", \"memory\" or \"sqlite:FILE\"",
         |text: &str| text.parse().map_err(|error: NoStateUrl| Some(error.to_string()));
+    sandbox::Results, "\"link\" or \"data\"", |text: &str| match text {
+        "link" => Ok(sandbox::Results::Link),
+        "data" => Ok(sandbox::Results::Data),
+        _ => Err(None),
+    };
     telemetry::LogFormat, "\"auto\", \"pretty\" or \"json\"", |text: &str| match text {
         "auto" => Ok(telemetry::LogFormat::Auto),
         "pretty" => Ok(telemetry::LogFormat::Pretty),

@@ -190,6 +190,23 @@ fn names_of_the_packs_have_their_slots_and_their_units_go_down() {
     assert_eq!(packs(), expected([999_999.0, 1e6]));
 }
 
+#[test]
+fn results_are_data_urls_if_the_settings_say_so() {
+    let proxy = sandboxed().setting("sandbox.results", "data").start();
+    let task = ended(&proxy, VIDEOS, &create(&proxy, "a cat"));
+    let url = task.pointer("/task_result/videos/0/url").expect("a result");
+    let url = url.as_str().unwrap();
+    assert!(url.starts_with("data:video/mp4;base64,AAAA"), "{url}");
+}
+
+#[test]
+fn wrong_settings_of_the_sandbox_are_named() {
+    let finished = sandboxed().setting("sandbox.results", "files").run();
+    assert_eq!(finished.code, Some(78), "{finished:?}");
+    let keys = ["results"].map(|key| format!("`sandbox.{key}`"));
+    assert_has(&finished.stderr, &keys.each_ref().map(String::as_str));
+}
+
 /// The new standard, past the proxy: an API key is needed.
 #[test]
 fn external_id_of_one_generation_is_taken_in_the_other() {
@@ -221,6 +238,10 @@ fn external_id_of_one_generation_is_taken_in_the_other() {
             task["billing"],
             json!([{ "charge_type": "unit", "amount": "1", "package_type": "video" }])
         );
+        let url = task["outputs"][0]["url"].as_str().expect("a result");
+        let (_, expires) = url.split_once("?Expires=").expect(url);
+        let updated = task["update_time"].as_u64().unwrap();
+        assert_eq!(expires.parse(), Ok(updated / 1000 + 30 * 24 * 3600));
     }
 }
 
