@@ -11,6 +11,9 @@ use super::reply::Refusal;
 pub(super) struct Fault {
     /// Time between the creation of the task and the response: `sandbox:slow=5s`.
     pub(super) delay: Duration,
+    /// Time from the creation of the task to its end: `sandbox:duration=40s`. If it is `None`,
+    /// `sandbox.task_time`.
+    pub(super) duration: Option<Duration>,
     pub(super) ending: Ending,
 }
 
@@ -33,6 +36,9 @@ pub(super) enum Ending {
 const MARK: &str = "sandbox:";
 
 const LONGEST_DELAY: Duration = Duration::from_mins(10);
+
+/// Longest duration of a task, which is also the longest `sandbox.task_time`.
+const LONGEST_TASK: Duration = Duration::from_hours(24);
 
 // === impl Fault ===
 
@@ -71,8 +77,10 @@ impl Fault {
                 "html" => self.ending = Ending::BrokenGateway,
                 "reset" => self.ending = Ending::Reset,
                 word => {
-                    if let Some(delay) = delay(word) {
-                        self.delay = delay;
+                    if let Some(delay) = time(word, "slow=") {
+                        self.delay = delay.min(LONGEST_DELAY);
+                    } else if let Some(duration) = time(word, "duration=") {
+                        self.duration = Some(duration.min(LONGEST_TASK));
                     } else if let Some(refusal) = refusal(word) {
                         self.ending = Ending::Refuse(refusal);
                     } else {
@@ -85,9 +93,8 @@ impl Fault {
     }
 }
 
-fn delay(word: &str) -> Option<Duration> {
-    let delay = humantime::parse_duration(word.strip_prefix("slow=")?).ok()?;
-    Some(delay.min(LONGEST_DELAY))
+fn time(word: &str, name: &str) -> Option<Duration> {
+    humantime::parse_duration(word.strip_prefix(name)?).ok()
 }
 
 fn refusal(word: &str) -> Option<Refusal> {
@@ -155,7 +162,26 @@ mod tests {
             ("sandbox:slow=5s sandbox:reset", seconds(5), Ending::Reset),
             ("sandbox:slow=1year", LONGEST_DELAY, Ending::Succeed),
         ] {
-            assert_eq!(parse(prompt), Ok(Fault { delay, ending }), "{prompt:?}");
+            let fault = Fault {
+                delay,
+                duration: None,
+                ending,
+            };
+            assert_eq!(parse(prompt), Ok(fault), "{prompt:?}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_says_how_long_its_task_lasts() {
+        for (prompt, duration) in [
+            ("a cat", None),
+            ("a cat sandbox:duration=40s", Some(Duration::from_secs(40))),
+            ("sandbox:duration=1m30s.", Some(Duration::from_secs(90))),
+            ("sandbox:duration=0s", Some(Duration::ZERO)),
+            ("sandbox:duration=1year", Some(LONGEST_TASK)),
+        ] {
+            let fault = parse(prompt).unwrap();
+            assert_eq!(fault.duration, duration, "{prompt:?}");
         }
     }
 
@@ -181,7 +207,18 @@ mod tests {
     #[test]
     fn a_mistyped_trigger_is_refused() {
         for word in [
-            "faild", "slow", "slow=", "slow=5", "1303@", "1303@99", "1303@100", "99999", "=", "Ü",
+            "faild",
+            "slow",
+            "slow=",
+            "slow=5",
+            "duration=40",
+            "duration",
+            "1303@",
+            "1303@99",
+            "1303@100",
+            "99999",
+            "=",
+            "Ü",
         ] {
             let outcome = parse(&format!("sandbox:{word}"));
             assert_eq!(outcome.is_err(), word != "Ü", "{word}");

@@ -64,8 +64,11 @@ pub const API_KEY: &str = "api-sandboxKeyForTestsOnly000000";
 /// Options that decide how the sandbox behaves.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Time from the creation of a task to its end. The task is `submitted` for the first third.
+    /// Time from the creation of a task to its end, at a speed of 1. The task is `submitted` for the first
+    /// third.
     pub task_time: Duration,
+    /// Number by which the time of every task is divided, at least 1.
+    pub speed: u32,
     /// Slots of each pack for running tasks; above that 1303. A video holds one slot, an image task `n`.
     pub concurrency: usize,
     /// Form of the result URLs.

@@ -26,6 +26,7 @@ pub(super) struct Tasks {
     pub(super) packs: Packs,
     pub(super) ids: Ids,
     task_time: Duration,
+    speed: u32,
 }
 
 /// Most tasks that are remembered. Above that, each new task replaces the task that ended first.
@@ -45,6 +46,7 @@ impl Tasks {
             packs: Packs::new(u32::try_from(slots).unwrap_or(u32::MAX)),
             ids: Ids::new(options.seed),
             task_time: options.task_time,
+            speed: options.speed.max(1),
         }
     }
 
@@ -80,7 +82,7 @@ impl Tasks {
             self.known.remove(&number);
         }
         let time = if endpoint.has_tasks() {
-            self.task_time
+            request.fault.duration.unwrap_or(self.task_time) / self.speed
         } else {
             Duration::ZERO
         };
@@ -280,6 +282,37 @@ mod tests {
     }
 
     #[test]
+    fn a_task_lasts_as_long_as_its_prompt_says_divided_by_the_speed() {
+        for (speed, prompt, milliseconds) in [
+            (1, "a", 3000),
+            (10, "a", 300),
+            (1, "sandbox:duration=40s", 40_000),
+            (100, "sandbox:duration=40s", 400),
+            (1, "sandbox:duration=0s", 0),
+        ] {
+            let mut tasks = Tasks::new(&Options {
+                task_time: TIME,
+                speed,
+                ..options()
+            });
+            let now = Instant::now();
+            let task = create(&mut tasks, "text2video", &json!({ "prompt": prompt }), now).unwrap();
+            let end = now + Duration::from_millis(milliseconds);
+            assert_eq!(task.status(end), Status::Succeeded, "{prompt} at {speed}");
+            if let Some(before) = end
+                .checked_sub(Duration::from_millis(1))
+                .filter(|at| *at >= now)
+            {
+                assert_eq!(
+                    task.status(before),
+                    Status::Processing,
+                    "{prompt} at {speed}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn each_result_costs_a_unit_of_its_pack_and_a_failure_nothing() {
         let (mut tasks, mut now) = (tasks(), Instant::now());
         let element = json!({
@@ -311,18 +344,18 @@ mod tests {
     }
 
     #[test]
-    fn units_are_deducted_at_the_end_of_a_task() {
+    fn units_are_deducted_at_the_end_of_a_task_in_the_order_of_the_ends() {
         let (mut tasks, now) = (tasks(), Instant::now());
         let mut ids = Vec::new();
-        for seconds in [0, 1, 2] {
-            let (body, now) = (json!({ "prompt": "a" }), now + Duration::from_secs(seconds));
+        for seconds in [40, 20, 30] {
+            let body = json!({ "prompt": format!("sandbox:duration={seconds}s") });
             ids.push(create(&mut tasks, "text2video", &body, now).unwrap().id);
         }
         for (seconds, deducted) in [
-            (2, &[][..]),
-            (3, &[(0, 0)]),
-            (4, &[(1, 1), (0, 0)]),
-            (5, &[(2, 2), (1, 1), (0, 0)]),
+            (19, &[][..]),
+            (20, &[(1, 0)]),
+            (39, &[(2, 1), (1, 0)]),
+            (40, &[(0, 2), (2, 1), (1, 0)]),
         ] {
             tasks.settle(now + Duration::from_secs(seconds));
             let rows: Vec<_> = tasks

@@ -22,6 +22,7 @@ impl Clock for Fixed {
 pub(super) fn options() -> Options {
     Options {
         task_time: Duration::ZERO,
+        speed: 1,
         concurrency: 3,
         results: Results::Link,
         clock_offset: 0,

@@ -16,6 +16,9 @@ const LIFETIMES: std::ops::RangeInclusive<Duration> =
 /// Allowed numbers of attempts for one request. More would be an attack on upstream.
 const ATTEMPTS: std::ops::RangeInclusive<u64> = 1..=10;
 
+/// Allowed speeds of the sandbox. At the highest, a task of 24 h takes less than a second.
+const SPEEDS: std::ops::RangeInclusive<u32> = 1..=100_000;
+
 /// Longest duration. A longer one is a mistake, and a very long one would overflow a deadline.
 const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
@@ -55,6 +58,11 @@ impl Settings {
             ATTEMPTS.contains(&self.retry.attempts),
             "retry.attempts",
             format!("want 1 to 10, got {}", self.retry.attempts),
+        );
+        require(
+            SPEEDS.contains(&self.sandbox.speed),
+            "sandbox.speed",
+            format!("want 1 to {}", SPEEDS.end()),
         );
         for (key, number) in [
             ("limits.connections", self.limits.connections),

@@ -314,6 +314,10 @@ impl Settings {
             },
             sandbox: sandbox::Options {
                 task_time: from.get("sandbox.task_time"),
+                speed: from
+                    .get::<u64>("sandbox.speed")
+                    .try_into()
+                    .unwrap_or(u32::MAX),
                 concurrency: from
                     .get::<u64>("sandbox.concurrency")
                     .try_into()
@@ -538,6 +542,7 @@ mod tests {
             ("errors.status", "actionable"),
             ("errors.format", "upstream"),
             ("sandbox.task_time", "1s"),
+            ("sandbox.speed", "2"),
             ("sandbox.concurrency", "1"),
             ("sandbox.results", "data"),
             ("sandbox.clock_offset", "1s"),

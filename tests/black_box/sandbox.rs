@@ -161,6 +161,27 @@ fn tasks_over_the_concurrency_are_refused() {
     assert_eq!([3, 1].map(images), [(200, 0), (429, 1303)]);
 }
 
+/// 20 minutes at a speed of 6000 are 200 ms.
+#[test]
+fn task_lasts_as_long_as_its_prompt_says_at_the_speed_of_the_sandbox() {
+    let at_speed = |speed: &str| {
+        let command = sandboxed().setting("sandbox.speed", speed);
+        let proxy = command.setting("sandbox.task_time", "10m").start();
+        let created = create(&proxy, "sandbox:duration=20m");
+        (proxy, created)
+    };
+    let (fast, created) = at_speed("6000");
+    let task = ended(&fast, VIDEOS, &created);
+    let [from, to] = ["created_at", "updated_at"].map(|name| task[name].as_u64().unwrap());
+    assert_eq!(to - from, 200, "{task}");
+    let (slow, created) = at_speed("1");
+    let id = created.json()["data"]["task_id"].take();
+    let task = slow
+        .get(&format!("{VIDEOS}/{}", id.as_str().unwrap()))
+        .json();
+    assert_eq!(task["data"]["task_status"], "submitted", "{task}");
+}
+
 /// Kling's own names: a client reads the number of slots from them.
 #[test]
 fn names_of_the_packs_have_their_slots_and_their_units_go_down() {
@@ -201,9 +222,12 @@ fn results_are_data_urls_if_the_settings_say_so() {
 
 #[test]
 fn wrong_settings_of_the_sandbox_are_named() {
-    let finished = sandboxed().setting("sandbox.results", "files").run();
+    let finished = sandboxed()
+        .setting("sandbox.speed", "0")
+        .setting("sandbox.results", "files")
+        .run();
     assert_eq!(finished.code, Some(78), "{finished:?}");
-    let keys = ["results"].map(|key| format!("`sandbox.{key}`"));
+    let keys = ["speed", "results"].map(|key| format!("`sandbox.{key}`"));
     assert_has(&finished.stderr, &keys.each_ref().map(String::as_str));
 }
 
@@ -243,6 +267,46 @@ fn external_id_of_one_generation_is_taken_in_the_other() {
         let updated = task["update_time"].as_u64().unwrap();
         assert_eq!(expires.parse(), Ok(updated / 1000 + 30 * 24 * 3600));
     }
+}
+
+/// Each page goes on where the last one ended.
+#[test]
+fn tasks_are_listed_by_filter_and_cursor() {
+    let sandbox = Command::new(["sandbox", "--address", "127.0.0.1:0"])
+        .setting("sandbox.task_time", "0s")
+        .listening("sandbox");
+    let headers = format!("content-type: application/json\nauthorization: Bearer {API_KEY}");
+    let post = |path: &str, body: &Value| {
+        let line = format!("POST {path}");
+        sandbox
+            .send(request(&line, &headers, body.to_string()))
+            .json()
+    };
+    let id = |created: Value| created["data"]["task_id"].as_str().unwrap().to_owned();
+    let ended = [(); 3].map(|()| id(post(VIDEOS, &json!({ "prompt": "a cat" }))));
+    let long = json!({ "prompt": "sandbox:duration=10m" });
+    let [video, _image] = [VIDEOS, IMAGES].map(|path| id(post(path, &long)));
+    let list = |status: &[&str], limit: u32| {
+        let mut pages = Vec::new();
+        let mut body = json!({ "limit": limit, "filters": [
+            { "key": "product_type", "values": ["video"] },
+            { "key": "status", "values": status },
+        ] });
+        loop {
+            let page = post("/tasks", &body)["data"].take();
+            let tasks = page["result"].as_array().expect("a page").iter();
+            let ids = tasks.map(|task| task["id"].as_str().unwrap().to_owned());
+            pages.push(ids.collect::<Vec<_>>());
+            if page["has_more"] == false {
+                return pages;
+            }
+            body["cursor"] = page["next_cursor"].clone();
+        }
+    };
+    assert_eq!(list(&["submitted", "processing"], 500), [[video]]);
+    let [first, second, third] = ended;
+    assert_eq!(list(&["succeeded"], 2), [vec![third, second], vec![first]]);
+    assert_eq!(post("/tasks", &json!({ "limit": 501 }))["code"], 1201);
 }
 
 #[test]
