@@ -31,6 +31,8 @@ pub(super) enum Ending {
     BrokenGateway,
     /// `sandbox:reset`: a task is created, but the connection is dropped instead of a response.
     Reset,
+    /// `sandbox:lost`: a task is created, but the response is the page of a broken gateway.
+    Lost,
 }
 
 const MARK: &str = "sandbox:";
@@ -74,6 +76,7 @@ impl Fault {
             match &rest[..end.unwrap_or(rest.len())] {
                 "" => {}
                 "failed" => self.ending = Ending::Fail,
+                "lost" => self.ending = Ending::Lost,
                 "html" => self.ending = Ending::BrokenGateway,
                 "reset" => self.ending = Ending::Reset,
                 word => {
@@ -158,6 +161,7 @@ mod tests {
             ("sandbox:failed.", seconds(0), Ending::Fail),
             ("x sandbox:html y", seconds(0), Ending::BrokenGateway),
             ("xsandbox:reset", seconds(0), Ending::Reset),
+            ("sandbox:lost", seconds(0), Ending::Lost),
             ("sandbox:slow=5s", seconds(5), Ending::Succeed),
             ("sandbox:slow=5s sandbox:reset", seconds(5), Ending::Reset),
             ("sandbox:slow=1year", LONGEST_DELAY, Ending::Succeed),
@@ -213,6 +217,7 @@ mod tests {
             "slow=5",
             "duration=40",
             "duration",
+            "losts",
             "1303@",
             "1303@99",
             "1303@100",

@@ -3,7 +3,7 @@
 //! It serves every documented path of both generations of the API (see the table in `endpoints`), and
 //! checks credentials against literals of its own. Tasks succeed after some time, and link to playable
 //! results. Words in a request ask for faults, such as `sandbox:1303`, `sandbox:failed`, `sandbox:slow=5s`,
-//! `sandbox:html` and `sandbox:reset`.
+//! `sandbox:html`, `sandbox:reset` and `sandbox:lost`.
 //!
 //! A request goes from `routes` through `body` and `create_request` to `tasks`. The response is a
 //! `task_view` of a task.
@@ -69,6 +69,8 @@ pub struct Options {
     pub task_time: Duration,
     /// Number by which the time of every task is divided, at least 1.
     pub speed: u32,
+    /// Time that a create takes to answer. The task is made before it.
+    pub latency: Duration,
     /// Slots of each pack for running tasks; above that 1303. A video holds one slot, an image task `n`.
     pub concurrency: usize,
     /// Form of the result URLs.
@@ -108,6 +110,7 @@ pub struct Reset;
 struct Account {
     clock: Arc<dyn Clock>,
     clock_offset: i64,
+    latency: Duration,
     files: Files,
     tasks: Mutex<Tasks>,
 }
@@ -127,6 +130,7 @@ impl Sandbox {
         let account = Arc::new(Account {
             clock,
             clock_offset: options.clock_offset,
+            latency: options.latency,
             files: Files::new(&base, options.results),
             tasks: Mutex::new(tasks),
         });

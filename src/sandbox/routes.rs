@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -81,7 +82,21 @@ async fn create(
     Path(path): Path<HashMap<String, String>>,
     body: Body,
 ) -> Answer {
-    let model = path.get("model");
+    let request = parse(endpoint, path.get("model"), body).await;
+    let delay = match &request {
+        Ok(request) => request.fault.delay,
+        Err(_) => Duration::ZERO,
+    };
+    let answer = request.and_then(|request| place(&account, endpoint, request));
+    sleep(account.latency.saturating_add(delay)).await;
+    answer
+}
+
+async fn parse(
+    endpoint: &Endpoint,
+    model: Option<&String>,
+    body: Body,
+) -> Result<CreateRequest, Refusal> {
     if model.is_some_and(|model| !endpoint.models.contains(&model.as_str())) {
         return Err(Refusal::documented(1203));
     }
@@ -90,10 +105,7 @@ async fn create(
         let model = json!(model);
         request.echo.insert("model_name".to_owned(), model);
     }
-    let delay = request.fault.delay;
-    let answer = place(&account, endpoint, request);
-    sleep(delay).await;
-    answer
+    Ok(request)
 }
 
 /// Carries out a create request at once. Only the response may be delayed.
@@ -107,13 +119,14 @@ fn place(account: &Account, endpoint: &'static Endpoint, request: CreateRequest)
         Ending::Fail if endpoint.output == Output::OldElement => {
             return Err(Refusal::documented(1301));
         }
-        Ending::Succeed | Ending::Fail | Ending::Reset => {}
+        Ending::Succeed | Ending::Fail | Ending::Reset | Ending::Lost => {}
     }
-    let is_reset = request.fault.ending == Ending::Reset;
     let now = Instant::now();
     let task = tasks.create(endpoint, request, account.now(), now)?;
-    if is_reset {
-        return Ok(Reply::Reset);
+    match task.request.fault.ending {
+        Ending::Reset => return Ok(Reply::Reset),
+        Ending::Lost => return Ok(Reply::BrokenGateway),
+        _ => {}
     }
     // Even the shortest task begins as submitted.
     let status = if endpoint.has_tasks() {

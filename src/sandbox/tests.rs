@@ -23,6 +23,7 @@ pub(super) fn options() -> Options {
     Options {
         task_time: Duration::ZERO,
         speed: 1,
+        latency: Duration::ZERO,
         concurrency: 3,
         results: Results::Link,
         clock_offset: 0,
@@ -280,6 +281,43 @@ async fn what_remains_of_a_pack_goes_down_when_a_task_has_ended() {
         "unit_after_deduction": 999_997.0,
     }]);
     assert_eq!(ledger().await, expected);
+}
+
+#[tokio::test]
+async fn a_lost_answer_comes_from_a_gateway_after_the_task_was_created() {
+    let sandbox = sandbox(options());
+    let body = json!({ "prompt": "sandbox:lost", "external_task_id": "mine" });
+    let answer = send(&sandbox, Method::POST, TEXT, body.to_string()).await;
+    let answer = answer.unwrap();
+    assert_eq!(answer.status(), StatusCode::BAD_GATEWAY);
+    let page = bytes(answer).await;
+    assert!(serde_json::from_slice::<Value>(&page).is_err(), "{page:?}");
+    let (_, found) = get(&sandbox, &format!("{TEXT}/mine")).await;
+    assert_eq!(found["data"]["task_status"], "succeed");
+    let (_, again) = post(&sandbox, TEXT, body).await;
+    assert_eq!(again["message"], "External_task_id mine already exists");
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_create_takes_the_latency_and_its_own_delay_to_answer() {
+    let sandbox = sandbox(Options {
+        latency: Duration::from_millis(500),
+        speed: 10,
+        ..options()
+    });
+    for (prompt, milliseconds) in [
+        ("a", 500),
+        ("", 500),
+        ("sandbox:1303", 500),
+        ("sandbox:slow=2s", 2500),
+    ] {
+        let begin = Instant::now();
+        post(&sandbox, TEXT, json!({ "prompt": prompt })).await;
+        assert_eq!(begin.elapsed().as_millis(), milliseconds, "{prompt}");
+    }
+    let begin = Instant::now();
+    get(&sandbox, TEXT).await;
+    assert!(begin.elapsed().is_zero(), "a read");
 }
 
 #[tokio::test]

@@ -90,6 +90,7 @@ impl Settings {
             ("shutdown.drain", self.shutdown.drain),
             ("retry.total_time", self.retry.total_time),
             ("sandbox.task_time", self.sandbox.task_time),
+            ("sandbox.latency", self.sandbox.latency),
             ("token.not_before_leeway", self.token.not_before_leeway),
         ] {
             require(duration <= LONGEST_WAIT, key, "want at most 24h".to_owned());

@@ -318,6 +318,7 @@ impl Settings {
                     .get::<u64>("sandbox.speed")
                     .try_into()
                     .unwrap_or(u32::MAX),
+                latency: from.get("sandbox.latency"),
                 concurrency: from
                     .get::<u64>("sandbox.concurrency")
                     .try_into()
@@ -543,6 +544,7 @@ mod tests {
             ("errors.format", "upstream"),
             ("sandbox.task_time", "1s"),
             ("sandbox.speed", "2"),
+            ("sandbox.latency", "1s"),
             ("sandbox.concurrency", "1"),
             ("sandbox.results", "data"),
             ("sandbox.clock_offset", "1s"),

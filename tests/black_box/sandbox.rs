@@ -2,6 +2,7 @@
 //! what the real one would refuse.
 
 use serde_json::{Value, json};
+use tokio::time::{Duration, Instant};
 
 use crate::support::{
     Command, Connection, Message, Proxy, Signal, assert_has, eventually, get, mint, now, request,
@@ -161,6 +162,14 @@ fn tasks_over_the_concurrency_are_refused() {
     assert_eq!([3, 1].map(images), [(200, 0), (429, 1303)]);
 }
 
+#[test]
+fn task_exists_although_its_answer_was_lost() {
+    let proxy = sandboxed().start();
+    assert_eq!(create(&proxy, "sandbox:lost").refusal(), (502, 9103));
+    let list = proxy.get(VIDEOS).json()["data"].take();
+    assert_eq!(list.as_array().map(Vec::len), Some(1));
+}
+
 /// 20 minutes at a speed of 6000 are 200 ms.
 #[test]
 fn task_lasts_as_long_as_its_prompt_says_at_the_speed_of_the_sandbox() {
@@ -180,6 +189,14 @@ fn task_lasts_as_long_as_its_prompt_says_at_the_speed_of_the_sandbox() {
         .get(&format!("{VIDEOS}/{}", id.as_str().unwrap()))
         .json();
     assert_eq!(task["data"]["task_status"], "submitted", "{task}");
+}
+
+#[test]
+fn create_takes_the_latency_to_answer() {
+    let proxy = sandboxed().setting("sandbox.latency", "300ms").start();
+    let begin = Instant::now();
+    assert_eq!(create(&proxy, "a cat").status(), 200);
+    assert!(begin.elapsed() >= Duration::from_millis(300));
 }
 
 /// Kling's own names: a client reads the number of slots from them.
@@ -224,10 +241,11 @@ fn results_are_data_urls_if_the_settings_say_so() {
 fn wrong_settings_of_the_sandbox_are_named() {
     let finished = sandboxed()
         .setting("sandbox.speed", "0")
+        .setting("sandbox.latency", "25h")
         .setting("sandbox.results", "files")
         .run();
     assert_eq!(finished.code, Some(78), "{finished:?}");
-    let keys = ["speed", "results"].map(|key| format!("`sandbox.{key}`"));
+    let keys = ["speed", "latency", "results"].map(|key| format!("`sandbox.{key}`"));
     assert_has(&finished.stderr, &keys.each_ref().map(String::as_str));
 }
 
