@@ -73,6 +73,8 @@ pub struct Options {
     pub latency: Duration,
     /// Slots of each pack for running tasks; above that 1303. A video holds one slot, an image task `n`.
     pub concurrency: usize,
+    /// Tasks of somebody else that hold a slot of each pack and never end.
+    pub foreign: u32,
     /// Form of the result URLs.
     pub results: Results,
     /// Seconds that the sandbox's clock is ahead of the machine's clock.
@@ -134,6 +136,10 @@ impl Sandbox {
             files: Files::new(&base, options.results),
             tasks: Mutex::new(tasks),
         });
+        let created_at = account.now();
+        account
+            .tasks()
+            .add_foreign(options.foreign, created_at, Instant::now());
         Self {
             router: routes::router(account.clone()),
             account,

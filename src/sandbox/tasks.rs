@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::Options;
 use super::create_request::CreateRequest;
-use super::endpoints::{Endpoint, Output};
+use super::endpoints::{self, Endpoint, Output};
 use super::ids::Ids;
 use super::packs::Packs;
 use super::reply::Refusal;
@@ -32,6 +32,9 @@ pub(super) struct Tasks {
 /// Most tasks that are remembered. Above that, each new task replaces the task that ended first.
 const MOST_TASKS: usize = 10_000;
 
+/// Endpoints of the tasks of somebody else: one for each pack.
+const FOREIGN: [&str; 2] = ["/v1/videos/text2video", "/v1/images/generations"];
+
 // === impl Tasks ===
 
 impl Tasks {
@@ -47,6 +50,20 @@ impl Tasks {
             ids: Ids::new(options.seed),
             task_time: options.task_time,
             speed: options.speed.max(1),
+        }
+    }
+
+    /// Adds tasks of somebody else, which never end: `count` of them to each pack, even if it has fewer
+    /// slots.
+    pub(super) fn add_foreign(&mut self, count: u32, created_at: Duration, now: Instant) {
+        for endpoint in endpoints::all().filter(|endpoint| FOREIGN.contains(&endpoint.path)) {
+            for _ in 0..count {
+                let request = CreateRequest {
+                    count: 1,
+                    ..CreateRequest::default()
+                };
+                self.insert(endpoint, request, Duration::MAX, created_at, now);
+            }
         }
     }
 
@@ -278,6 +295,24 @@ mod tests {
                 (!fits).then_some(1303),
                 "{path} after {after} s"
             );
+        }
+    }
+
+    #[test]
+    fn a_task_of_somebody_else_holds_a_slot_of_each_pack_for_ever() {
+        let (mut tasks, now) = (tasks(), Instant::now());
+        tasks.add_foreign(2, Duration::from_secs(1000), now);
+        let later = now + Duration::from_hours(24 * 365);
+        for (path, body) in [
+            ("text2video", json!({ "prompt": "a" })),
+            ("generations", json!({ "prompt": "a" })),
+        ] {
+            let foreign = tasks.of(endpoint(path));
+            let states: Vec<_> = foreign.map(|task| task.status(later)).collect();
+            assert_eq!(states, [Status::Submitted; 2], "{path}");
+            create(&mut tasks, path, &body, later).unwrap();
+            let refusal = create(&mut tasks, path, &body, later).unwrap_err();
+            assert_eq!(refusal.code, 1303, "{path}");
         }
     }
 

@@ -25,6 +25,7 @@ pub(super) fn options() -> Options {
         speed: 1,
         latency: Duration::ZERO,
         concurrency: 3,
+        foreign: 0,
         results: Results::Link,
         clock_offset: 0,
         seed: 0,
@@ -281,6 +282,27 @@ async fn what_remains_of_a_pack_goes_down_when_a_task_has_ended() {
         "unit_after_deduction": 999_997.0,
     }]);
     assert_eq!(ledger().await, expected);
+}
+
+#[tokio::test]
+async fn tasks_of_somebody_else_are_in_the_lists_and_hold_slots() {
+    let sandbox = sandbox(Options {
+        foreign: 2,
+        ..options()
+    });
+    let body = json!({ "filters": [
+        { "key": "status", "values": ["submitted", "processing"] },
+        { "key": "product_type", "values": ["video"] },
+    ] });
+    let request = Request::post("/tasks")
+        .header(header::AUTHORIZATION, format!("Bearer {API_KEY}"))
+        .body(Body::from(body.to_string()));
+    let (_, running) = json_of(sandbox.clone().oneshot(request.unwrap()).await).await;
+    assert_eq!(running["data"]["count"], 2, "{running}");
+    for (path, n, status) in [(TEXT, 1, 200), (IMAGES, 1, 200), (IMAGES, 2, 429)] {
+        let (got, _) = post(&sandbox, path, json!({ "prompt": "a", "n": n })).await;
+        assert_eq!(got, status, "{path} with {n}");
+    }
 }
 
 #[tokio::test]

@@ -19,6 +19,9 @@ const ATTEMPTS: std::ops::RangeInclusive<u64> = 1..=10;
 /// Allowed speeds of the sandbox. At the highest, a task of 24 h takes less than a second.
 const SPEEDS: std::ops::RangeInclusive<u32> = 1..=100_000;
 
+/// Most foreign tasks of the sandbox in each pack. No pack has so many slots.
+const MOST_FOREIGN: u32 = 1000;
+
 /// Longest duration. A longer one is a mistake, and a very long one would overflow a deadline.
 const LONGEST_WAIT: Duration = Duration::from_hours(24);
 
@@ -63,6 +66,11 @@ impl Settings {
             SPEEDS.contains(&self.sandbox.speed),
             "sandbox.speed",
             format!("want 1 to {}", SPEEDS.end()),
+        );
+        require(
+            self.sandbox.foreign <= MOST_FOREIGN,
+            "sandbox.foreign",
+            format!("want at most {MOST_FOREIGN}"),
         );
         for (key, number) in [
             ("limits.connections", self.limits.connections),

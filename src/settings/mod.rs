@@ -323,6 +323,10 @@ impl Settings {
                     .get::<u64>("sandbox.concurrency")
                     .try_into()
                     .unwrap_or(usize::MAX),
+                foreign: from
+                    .get::<u64>("sandbox.foreign")
+                    .try_into()
+                    .unwrap_or(u32::MAX),
                 results: from.get("sandbox.results"),
                 clock_offset: from.get::<Offset>("sandbox.clock_offset").0,
                 seed: from.get("sandbox.seed"),
@@ -546,6 +550,7 @@ mod tests {
             ("sandbox.speed", "2"),
             ("sandbox.latency", "1s"),
             ("sandbox.concurrency", "1"),
+            ("sandbox.foreign", "1"),
             ("sandbox.results", "data"),
             ("sandbox.clock_offset", "1s"),
             ("sandbox.seed", "1"),

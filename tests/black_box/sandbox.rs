@@ -162,6 +162,14 @@ fn tasks_over_the_concurrency_are_refused() {
     assert_eq!([3, 1].map(images), [(200, 0), (429, 1303)]);
 }
 
+/// Tasks that clients of the proxy did not create can take the slots.
+#[test]
+fn foreign_tasks_hold_slots() {
+    let proxy = sandboxed().setting("sandbox.foreign", "2").start();
+    let answers = [(); 2].map(|()| create(&proxy, "sandbox:duration=10m").refusal());
+    assert_eq!(answers, [(200, 0), (429, 1303)]);
+}
+
 #[test]
 fn task_exists_although_its_answer_was_lost() {
     let proxy = sandboxed().start();
@@ -242,10 +250,11 @@ fn wrong_settings_of_the_sandbox_are_named() {
     let finished = sandboxed()
         .setting("sandbox.speed", "0")
         .setting("sandbox.latency", "25h")
+        .setting("sandbox.foreign", "1001")
         .setting("sandbox.results", "files")
         .run();
     assert_eq!(finished.code, Some(78), "{finished:?}");
-    let keys = ["speed", "latency", "results"].map(|key| format!("`sandbox.{key}`"));
+    let keys = ["speed", "latency", "foreign", "results"].map(|key| format!("`sandbox.{key}`"));
     assert_has(&finished.stderr, &keys.each_ref().map(String::as_str));
 }
 
