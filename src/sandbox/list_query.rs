@@ -61,14 +61,14 @@ impl<'a> ListQuery<'a> {
         })
     }
 
-    /// Returns true if the task matches a value of each filter. `succeed`, the word of solutions, also
-    /// matches success.
+    /// Returns true if the task matches a value of each filter. A filter without values matches every task, as
+    /// in Kling's example. `succeed`, the word of solutions, also matches success.
     pub(super) fn passes(&self, tasks: &Tasks, task: &Task, now: Instant) -> bool {
         self.filters.iter().all(|(filtered, values)| {
             let actual = filtered(tasks, task, now);
             let is_it =
                 |value: &Value| value == actual || (actual == "succeeded" && value == "succeed");
-            values.iter().any(is_it)
+            values.is_empty() || values.iter().any(is_it)
         })
     }
 }

@@ -266,6 +266,14 @@ mod tests {
                 &["mine-2"],
             ),
             (
+                &TASKS,
+                json!({ "filters": [
+                    { "key": "product_type", "values": ["video"] },
+                    { "key": "status", "values": [] },
+                ] }),
+                &["mine-2", "mine-0"],
+            ),
+            (
                 &SOLUTIONS,
                 json!({ "filters": [{ "key": "status", "values": ["succeed"] }] }),
                 &["mine-3"],
