@@ -24,10 +24,18 @@ use crate::telemetry::metrics::Metrics;
 
 /// Longest wait of a probe before it counts as failed.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Path of the list of all paths.
+const INDEX: &str = "/";
 /// Path of the request that ends the process.
 const QUIT: &str = "/quit";
+/// Path of the startup probe.
+const STARTUP: &str = "/health/startup";
+/// Path of the liveness probe.
+const LIVE: &str = "/health/live";
 /// Path of the readiness probe.
 pub const READY: &str = "/health/ready";
+/// Path of the metrics.
+const METRICS: &str = "/metrics";
 
 /// Content security policy that allows no inline code, and no files of other origins.
 const OWN_FILES_ONLY: HeaderValue = HeaderValue::from_static("default-src 'self'");
@@ -71,19 +79,20 @@ impl Health {
 // === impl Control ===
 
 impl Control {
-    /// Runs the action that a request names, and answers it.
+    /// Answers `/` with links, and runs the action that any other request names.
     ///
     /// # Errors
     ///
     /// [`Error::NotFound`] for an unknown path, or if `admin.quit` is off; [`Error::MethodNotAllowed`]
-    /// for another method than `POST`.
+    /// for a method that the path does not have.
     pub fn answer(&self, request: &Request) -> Result<Response, Error> {
         match (&self.quit, request.uri().path(), request.method()) {
+            (quit, INDEX, &Method::GET | &Method::HEAD) => Ok(index(quit.is_some())),
             (Some(quit), QUIT, &Method::POST) => {
                 quit.notify_one();
                 Ok(health(Phase::Stopping, true))
             }
-            (Some(_), QUIT, _) => Err(Error::MethodNotAllowed),
+            (_, INDEX, _) | (Some(_), QUIT, _) => Err(Error::MethodNotAllowed),
             _ => Err(Error::NotFound),
         }
     }
@@ -96,15 +105,39 @@ pub fn router(
     rules: Reloadable<Rules>,
 ) -> Router {
     Router::new()
-        .route("/health/startup", get(startup))
-        .route("/health/live", get(live))
+        .route(STARTUP, get(startup))
+        .route(LIVE, get(live))
         .route(READY, get(ready))
-        .route("/metrics", get(exposition))
+        .route(METRICS, get(exposition))
         .with_state(AdminState {
             lifecycle,
             metrics,
             rules,
         })
+}
+
+/// Lists all paths, as a page with links.
+fn index(quit: bool) -> Response {
+    let mut page = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>kling-proxy</title>\n\
+         <h1>kling-proxy {}: admin listener</h1>\n<ul>\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    for (path, meaning) in [
+        (READY, "ready for requests (200), or why not (503)"),
+        (LIVE, "the process answers (200)"),
+        (STARTUP, "the start is over (200)"),
+        (METRICS, "metrics for Prometheus"),
+    ] {
+        let line = format!("<li><a href=\"{path}\">{path}</a>: {meaning}\n");
+        page.push_str(&line);
+    }
+    if quit {
+        page.push_str("<li><code>POST /quit</code>: ends the proxy as SIGTERM does\n");
+    }
+    page.push_str("</ul>\n</html>\n");
+    let media_type = HeaderValue::from_static("text/html; charset=utf-8");
+    ([(CONTENT_TYPE, media_type)], page).into_response()
 }
 
 /// Answers the startup probe: ok once the start is over.

@@ -12,6 +12,7 @@
 //!            normalise      turns every error into one JSON body; nothing outside of it fails
 //!            drain          answers what a shutdown gives up
 //!            guard          refuses what may not pass, before anything is spent
+//!            local          answers requests for the proxy itself, such as `/`
 //!            replayable     drops the client's credentials; keeps the rest, to send it again
 //!            observe        reads what polls and lists say of tasks
 //!            detach         records creates; finishes a create that is being sent even if its client disconnects
@@ -91,8 +92,8 @@ pub mod internals {
     pub use crate::kling::service_code;
     pub use crate::layer::authenticate::AuthenticateLayer;
     pub use crate::layer::cors::CorsLayer;
-    pub use crate::layer::guard::GuardLayer;
     pub use crate::layer::guard::rules::{Purpose, Rules};
+    pub use crate::layer::guard::{Destination, GuardLayer};
     pub use crate::layer::normalise::{
         ErrorBodyFormat, ErrorFormat, NormaliseLayer, StatusMapping,
     };

@@ -23,9 +23,10 @@ use crate::layer::authenticate::AuthenticateLayer;
 use crate::layer::cors::CorsLayer;
 use crate::layer::detach::DetachLayer;
 use crate::layer::drain::DrainLayer;
-use crate::layer::guard::GuardLayer;
 use crate::layer::guard::hop::Hop;
 use crate::layer::guard::rules::Rules;
+use crate::layer::guard::{Destination, GuardLayer};
+use crate::layer::local::{self, LocalLayer};
 use crate::layer::normalise::{ErrorFormat, NormaliseLayer};
 use crate::layer::observe::ObserveLayer;
 use crate::layer::retry::{RetryLimits, RetryPolicy};
@@ -56,6 +57,10 @@ pub struct Parts {
     pub replay: ReplayLimits,
     /// Scheme, host and port of upstream.
     pub origin: Origin,
+    /// True if upstream is the embedded sandbox.
+    pub sandboxed: bool,
+    /// URL of the admin listener, if there is one.
+    pub admin: Option<String>,
     /// Opens connections to upstream, directly or through the egress proxy.
     pub dial: Arc<dyn Dial>,
     /// Time limits for connections to upstream and for its responses.
@@ -73,6 +78,8 @@ pub struct Shared {
     pub rules: Reloadable<Rules>,
     /// Rules of the admin listener.
     pub admin_rules: Reloadable<Rules>,
+    /// Answers to requests for the proxy itself.
+    pub local: LocalLayer,
     /// Requests in flight, per client.
     pub shares: Arc<Shares>,
     /// Mark that detects loops of proxies; `None` if upstream is not on this machine.
@@ -112,6 +119,8 @@ impl Shared {
             retry,
             replay,
             origin,
+            sandboxed,
+            admin,
             dial,
             timeouts,
             clock,
@@ -135,7 +144,13 @@ impl Shared {
             Arc::clone(&metrics),
         );
         let retry_tokens = Arc::clone(&tokens);
+        let place = if sandboxed {
+            "the embedded sandbox, which costs nothing".to_owned()
+        } else {
+            origin.to_string()
+        };
         Self {
+            local: LocalLayer::new(&place, admin.as_deref()),
             retry_policy: RetryPolicy::new(
                 retry,
                 retry_tokens,
@@ -162,8 +177,8 @@ impl Shared {
     /// `detached` tracks the creates that go on after their client has disconnected.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> drain -> guard -> replayable -> observe -> detach
-    ///          -> retry -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> drain -> guard -> local -> replayable -> observe
+    ///          -> detach -> retry -> authenticate -> upstream
     /// ```
     ///
     /// There is no router: for one prefix it cost a poll more than all the checks of the guard.
@@ -181,11 +196,13 @@ impl Shared {
             .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers requests that a shutdown gives up
             .layer(GuardLayer {
                 rules: self.rules.clone(),
+                destination,
                 shares: Some(Arc::clone(&self.shares)),
                 hop: self.hop.clone(),
                 lifecycle: Arc::clone(&self.lifecycle),
                 metrics: Arc::clone(&self.metrics),
             }) // refuses requests before they cost anything
+            .layer(self.local.clone()) // answers requests for the proxy itself
             // From here on requests do not have the client's credentials.
             .map_request(move |inbound| ReplayableRequest::new(inbound, &replay_budget, is_marked))
             .layer(ObserveLayer::new(self.ledger.clone())) // learns from polls and lists what becomes of tasks
@@ -217,6 +234,7 @@ impl Shared {
             .layer(NormaliseLayer::new(self.errors.clone()))
             .layer(GuardLayer {
                 rules: self.admin_rules.clone(),
+                destination: |_| Destination::ThisProxy,
                 shares: None,
                 hop: None,
                 lifecycle: Arc::default(), // it answers to the end, to show the progress
@@ -226,6 +244,15 @@ impl Shared {
                 ready(control.answer(&inbound.request))
             }));
         open.fallback_service(guarded).layer(set_security_headers)
+    }
+}
+
+/// Tells where a request goes.
+fn destination(request: &Request) -> Destination {
+    if local::is_local(request) {
+        Destination::ThisProxy
+    } else {
+        Destination::Upstream
     }
 }
 
@@ -247,16 +274,20 @@ pub fn sandbox(
         .layer(NormaliseLayer::new(Reloadable::new(errors)))
         .layer(GuardLayer {
             rules,
+            destination: |_| Destination::Upstream,
             shares: None,
             hop: None,
             lifecycle: Arc::default(),
             metrics,
         })
         .service(service_fn(move |inbound: ProxyRequest| {
+            if local::is_reserved(&inbound.request) {
+                return Either::Left(ready(Err(Error::NotFound)));
+            }
             let answer = all_else.call(inbound.request);
             // The layers only pass errors of type [`Error`], so a reset travels as an extension.
             let kept = |reset: sandbox::Reset| Extension(reset).into_response();
-            answer.map(move |answer| Ok::<_, Error>(answer.unwrap_or_else(kept)))
+            Either::Right(answer.map(move |answer| Ok::<_, Error>(answer.unwrap_or_else(kept))))
         }));
     service_fn(move |request: Request| {
         if sandbox::is_for_file(&request) {

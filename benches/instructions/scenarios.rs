@@ -167,6 +167,8 @@ fn shared(settings: &Settings) -> Shared {
         replay: settings.replay,
         dial: Arc::new(Network::new(&origin, None, &tls, timeouts.idle)),
         origin,
+        sandboxed: false,
+        admin: None,
         timeouts,
         clock: Arc::new(SystemClock),
         metrics: Arc::new(Metrics::new().unwrap()),

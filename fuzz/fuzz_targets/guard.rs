@@ -23,8 +23,8 @@ use http_body_util::BodyExt;
 use hyper::server::conn::http1;
 use hyper_util::rt::TokioIo;
 use kling_proxy::internals::{
-    ClientTokens, Clock, CorsLayer, Error, ErrorBodyFormat, ErrorFormat, GuardLayer, Metrics,
-    NormaliseLayer, ProxyRequest, Purpose, Reloadable, Rules, StatusMapping, TraceLayer,
+    ClientTokens, Clock, CorsLayer, Destination, Error, ErrorBodyFormat, ErrorFormat, GuardLayer,
+    Metrics, NormaliseLayer, ProxyRequest, Purpose, Reloadable, Rules, StatusMapping, TraceLayer,
     service_code,
 };
 use libfuzzer_sys::fuzz_target;
@@ -127,6 +127,7 @@ async fn answer(
     let origins: Vec<_> = request.headers().get_all(ORIGIN).iter().cloned().collect();
     let guard = GuardLayer {
         rules: rules.clone(),
+        destination: |_| Destination::Upstream,
         shares: Some(Arc::default()),
         hop: None,
         lifecycle: Arc::default(),

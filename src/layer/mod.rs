@@ -5,6 +5,7 @@ pub mod cors;
 pub mod detach;
 pub mod drain;
 pub mod guard;
+pub mod local;
 pub mod normalise;
 pub mod observe;
 pub mod retry;

@@ -139,7 +139,7 @@ fn refusal_where_the_credential_is_not_valid_runs_no_command() {
     upstream.answer(kling(401, r#"{"code":1002,"message":"no"}"#));
     fs::write(&asked, "new\n").unwrap();
     for _ in 0..10 {
-        for path in ["/tasks", "/text-to-video/kling-2.6", "/", "/nowhere"] {
+        for path in ["/tasks", "/text-to-video/kling-2.6", "//", "/nowhere"] {
             assert_eq!(proxy.get(path).refusal(), (401, 1002), "{path}");
         }
     }

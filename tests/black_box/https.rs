@@ -115,11 +115,11 @@ fn several_addresses_and_a_unix_socket_serve_together() {
     let second = second.split(' ').next().unwrap().parse().unwrap();
     for address in [proxy.address, second] {
         assert_eq!(
-            files.connect(address).send(get("/")).answer().text(),
+            files.connect(address).send(get("/v1/x")).answer().text(),
             SUCCESS
         );
     }
-    let answer = Connection::unix(&socket).send(get("/")).answer();
+    let answer = Connection::unix(&socket).send(get("/v1/x")).answer();
     assert_eq!(answer.text(), SUCCESS, "without TLS");
 }
 
@@ -127,7 +127,7 @@ fn several_addresses_and_a_unix_socket_serve_together() {
 fn host_is_checked_over_tls_too() {
     let (upstream, files) = (Upstream::ok(), Files::new());
     let proxy = files.proxy(&upstream).start();
-    let foreign = "GET / HTTP/1.1\r\nhost: evil.test\r\n\r\n";
+    let foreign = "GET /v1/x HTTP/1.1\r\nhost: evil.test\r\n\r\n";
     let answer = files.connect(proxy.address).send(foreign).answer();
     assert_eq!(answer.status(), 421);
     assert_eq!(upstream.first_lines(), [""; 0]);
@@ -232,7 +232,7 @@ fn client_that_never_shakes_hands_holds_up_nobody() {
     let (upstream, files) = (Upstream::ok(), Files::new());
     let proxy = files.proxy(&upstream).start();
     let _silent: Vec<_> = (0..50).map(|_| proxy.connect()).collect();
-    let answer = files.connect(proxy.address).send(get("/")).answer();
+    let answer = files.connect(proxy.address).send(get("/v1/x")).answer();
     assert_eq!(answer.text(), SUCCESS);
 }
 

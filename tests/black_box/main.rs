@@ -23,6 +23,7 @@ mod forward;
 mod guard;
 mod http2;
 mod https;
+mod local;
 mod log;
 mod normalise;
 mod ports;

@@ -148,7 +148,7 @@ fn code_is_found_wherever_it_stands_and_however_it_is_written() {
             ),
         ] {
             upstream.answer(reply(200, header, bytes));
-            let answer = proxy.get("/");
+            let answer = proxy.get("/v1/x");
             assert_eq!(answer.refusal(), (429, 1303), "{header}: {body}");
             let json = answer.json();
             assert_eq!(
@@ -170,7 +170,7 @@ fn code_is_found_beside_a_message_that_is_no_utf8() {
         b"\xef\xbb\xbf{\"message\":\"m \xb2\xa2\",\"request_id\":\"r\",\"code\":\" 1303\"}",
     ] {
         upstream.answer(reply(200, JSON, body));
-        let answer = proxy.get("/");
+        let answer = proxy.get("/v1/x");
         assert_eq!(answer.refusal(), (429, 1303), "{}", body.escape_ascii());
         let json = answer.json();
         let told = [&json["message"], &json["request_id"]];
@@ -224,7 +224,7 @@ fn success_and_foreign_json_pass_byte_for_byte() {
         &late,
     ] {
         upstream.answer(kling(200, body));
-        let answer = proxy.get("/");
+        let answer = proxy.get("/v1/x");
         let told = (answer.status(), answer.header("kling-proxy-error"));
         assert_eq!(told, (200, None), "{body:.80}");
         assert!(
@@ -236,7 +236,7 @@ fn success_and_foreign_json_pass_byte_for_byte() {
     for content_type in ["text/plain", "video/mp4"] {
         let header = format!("content-type: {content_type}");
         upstream.answer(reply(200, &header, CONCURRENCY));
-        let answer = proxy.get("/");
+        let answer = proxy.get("/v1/x");
         assert_eq!((answer.status(), answer.text()), (200, CONCURRENCY));
     }
 }
@@ -248,7 +248,7 @@ fn data_and_other_headers_of_an_error_are_kept() {
     let body = format!(r#"{{"code":1201,"message":"no \"x\"","request_id":"r",{data}}}"#);
     let headers = "x-trace: abc\netag: \"a\"\nconnection: x-hop\nx-hop: 1";
     upstream.answer(reply(400, &format!("{JSON}\n{headers}"), body));
-    let answer = proxy.get("/");
+    let answer = proxy.get("/v1/x");
     assert_eq!(answer.refusal(), (400, 1201));
     assert_eq!(answer.json()["message"], "no \"x\"");
     assert!(answer.text().contains(data), "{}", answer.text());
@@ -261,7 +261,7 @@ fn null_data_is_left_out_and_a_missing_request_id_is_ours() {
     let (upstream, proxy) = started();
     upstream.answer(kling(400, r#"{"code":1200,"message":"m","data":null}"#));
     let body = proxy
-        .send(request("GET /", "x-request-id: client-1", ""))
+        .send(request("GET /v1/x", "x-request-id: client-1", ""))
         .json();
     assert_eq!(body.get("data"), None);
     assert_eq!(body["request_id"], "client-1");
@@ -272,7 +272,7 @@ fn unknown_code_keeps_upstreams_status() {
     let (upstream, proxy) = started();
     for (upstream_status, status) in [(200, 502), (201, 502), (400, 400), (418, 418), (503, 503)] {
         upstream.answer(envelope(upstream_status, 1999));
-        let answer = proxy.get("/");
+        let answer = proxy.get("/v1/x");
         assert_eq!(answer.refusal(), (status, 1999), "{upstream_status}");
         let told = answer.error(["type", "source", "upstream_status"]);
         let kind = "unknown_service_code";
@@ -295,7 +295,7 @@ fn upstreams_own_retry_after_is_kept_where_sending_again_can_help() {
     ] {
         let body = format!(r#"{{"code":{code},"message":"m","request_id":"r"}}"#);
         upstream.answer(reply(status, &format!("{JSON}\nretry-after: 77"), body));
-        assert_eq!(proxy.get("/").header("retry-after"), told, "{code}");
+        assert_eq!(proxy.get("/v1/x").header("retry-after"), told, "{code}");
     }
 }
 
@@ -306,7 +306,7 @@ fn reason_phrase_speaks_of_the_status_that_it_stands_beside() {
     let answer = format!("HTTP/1.1 400 Too Bad\r\n{headers}\r\n\r\n{CONCURRENCY}");
     upstream.answer(answer.into());
     assert_eq!(
-        proxy.get("/").first_line(),
+        proxy.get("/v1/x").first_line(),
         "HTTP/1.1 429 Too Many Requests"
     );
 }
@@ -371,7 +371,7 @@ fn error_body_that_is_cut_off_becomes_a_whole_error() {
         let head = format!("HTTP/1.1 502 Bad Gateway\r\n{JSON}\r\n{headers}\r\n\r\n");
         let bytes = [head.as_bytes(), sent].concat();
         upstream.script(move |_| vec![send(&bytes), Step::Close]);
-        assert_eq!(proxy.get("/").refusal(), (502, 9103), "{headers}");
+        assert_eq!(proxy.get("/v1/x").refusal(), (502, 9103), "{headers}");
     }
 }
 
@@ -382,14 +382,14 @@ fn error_body_of_any_size_takes_little_memory() {
     let bomb = gzip(vec![b'a'; 64 << 20]);
     for (header, body) in [("x-plain: 1", large), ("content-encoding: gzip", bomb)] {
         let (upstream, proxy) = started();
-        proxy.get("/");
+        proxy.get("/v1/x");
         let before = proxy.memory("VmRSS");
         upstream.answer(reply(
             500,
             &format!("content-type: text/plain\n{header}"),
             body,
         ));
-        let answer = proxy.get("/");
+        let answer = proxy.get("/v1/x");
         assert_eq!(answer.refusal(), (500, 9103), "{header}");
         assert_eq!(
             answer.error(["excerpt"]),
@@ -411,7 +411,7 @@ fn actionable_statuses_stop_clients_that_repeat_every_429() {
             _ => documented,
         };
         upstream.answer(envelope(documented, code));
-        assert_eq!(proxy.get("/").refusal(), (status, code));
+        assert_eq!(proxy.get("/v1/x").refusal(), (status, code));
     }
 }
 
@@ -428,7 +428,7 @@ fn upstream_format_leaves_status_and_body_and_adds_the_headers() {
             &format!("content-type: {content_type}"),
             body,
         ));
-        let answer = proxy.get("/");
+        let answer = proxy.get("/v1/x");
         assert_eq!((answer.status(), answer.text()), (status, body));
         let headers = answer.told(["content-type", "kling-proxy-error", "x-should-retry"]);
         assert_eq!(headers, [content_type, kind, "true"].map(Some), "{status}");

@@ -54,7 +54,7 @@ fn other_proxy_at_the_port_is_named_with_the_way_out() {
     assert_eq!(end(command), (Some(1), told));
     // Nothing of the question reaches upstream.
     assert_eq!(upstream.seen().connections, 0);
-    assert_eq!(first.get("/").status(), 200);
+    assert_eq!(first.get("/v1/x").status(), 200);
 }
 
 #[test]

@@ -573,8 +573,8 @@ fn silent_or_dribbling_client_is_disconnected_in_time() {
         "",
         "\r\n",
         "GET",
-        "GET / HTTP/1.1\r\n",
-        "GET / HTTP/1.1\r\nx-a: ",
+        "GET /v1/x HTTP/1.1\r\n",
+        "GET /v1/x HTTP/1.1\r\nx-a: ",
     ]
     .map(|start| {
         let mut connection = proxy.connect();
@@ -603,7 +603,7 @@ fn silent_or_dribbling_client_is_disconnected_in_time() {
 #[test]
 fn body_far_over_the_limit_takes_little_memory() {
     let (upstream, proxy) = started_with(&[("limits.request_body", "1MiB")]);
-    proxy.get("/");
+    proxy.get("/v1/x");
     let before = proxy.memory("VmRSS");
     let mut connection = proxy.connect();
     connection.send(request("POST /v1/x", "transfer-encoding: chunked", ""));
@@ -614,7 +614,7 @@ fn body_far_over_the_limit_takes_little_memory() {
     connection.send("0\r\n\r\n");
     let growth = proxy.memory("VmHWM").saturating_sub(before);
     assert!(growth < 16 << 20, "grew by {growth} bytes");
-    assert_eq!(upstream.first_lines(), ["GET / HTTP/1.1"]);
+    assert_eq!(upstream.first_lines(), ["GET /v1/x HTTP/1.1"]);
 }
 
 #[test]

@@ -53,8 +53,8 @@ fn inherited_sockets_serve_instead_of_those_of_the_settings() {
         .sockets(vec![("tcp", tcp.into()), ("unix", unix.into())])
         .start();
     assert_eq!(proxy.address, address);
-    assert_eq!(proxy.get("/").text(), SUCCESS);
-    let answer = Connection::unix(&path).send(get("/")).answer();
+    assert_eq!(proxy.get("/v1/x").text(), SUCCESS);
+    let answer = Connection::unix(&path).send(get("/v1/x")).answer();
     assert_eq!(answer.text(), SUCCESS);
     assert!(!unused.exists());
     proxy.signal(Signal::TERM);
@@ -69,7 +69,7 @@ fn inherited_socket_needs_no_address_in_the_settings() {
     let upstream = Upstream::ok();
     let command = Proxy::to(&upstream).setting("listen.address", "[]");
     let proxy = command.sockets(vec![("", loopback().into())]).start();
-    assert_eq!(proxy.get("/").text(), SUCCESS);
+    assert_eq!(proxy.get("/v1/x").text(), SUCCESS);
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn inherited_socket_beyond_loopback_needs_protection() {
     let proxy = command.sockets(vec![("", any().into())]).start();
     let address = (std::net::Ipv4Addr::LOCALHOST, proxy.address.port()).into();
     assert_eq!(
-        Connection::to(address).send(get("/")).answer().text(),
+        Connection::to(address).send(get("/v1/x")).answer().text(),
         SUCCESS
     );
 }
@@ -131,7 +131,7 @@ fn sockets_for_another_process_are_not_taken() {
     let upstream = Upstream::ok();
     let command = Proxy::to(&upstream).env("LISTEN_FDS", "1");
     let proxy = command.env("LISTEN_PID", "1").start();
-    assert_eq!(proxy.get("/").text(), SUCCESS);
+    assert_eq!(proxy.get("/v1/x").text(), SUCCESS);
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn service_manager_is_told_of_start_reload_and_end() {
     let command = Proxy::to(&upstream).env("NOTIFY_SOCKET", path.to_str().unwrap());
     let proxy = command.start();
     assert_has(&manager.told(), &["READY=1\n", "STATUS="]);
-    assert_eq!(proxy.get("/").status(), 200, "ready means ready");
+    assert_eq!(proxy.get("/v1/x").status(), 200, "ready means ready");
 
     let mut last = 0;
     for _ in 0..2 {
@@ -206,5 +206,5 @@ fn service_manager_that_cannot_be_reached_is_warned_of_and_no_more() {
     let proxy = command.start();
     let warning = |line: &str| line.contains("WARN") && line.contains("service manager");
     assert!(proxy.stderr.find(warning).is_some());
-    eventually("it serves", || proxy.get("/").status() == 200);
+    eventually("it serves", || proxy.get("/v1/x").status() == 200);
 }

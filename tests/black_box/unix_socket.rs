@@ -74,7 +74,7 @@ fn unix_socket_serves_beside_tcp_and_is_announced() {
             .answer();
         assert_eq!(answer.text(), SUCCESS);
     }
-    assert_eq!(proxy.get("/").text(), SUCCESS);
+    assert_eq!(proxy.get("/v1/x").text(), SUCCESS);
     let announced = format!("unix:{} -> {}", place.path.display(), upstream.url);
     assert!(
         proxy
@@ -89,7 +89,7 @@ fn unix_socket_can_be_the_only_listener() {
     let (upstream, place) = (Upstream::ok(), Place::new());
     let command = place.proxy(&upstream).setting("listen.address", "[]");
     let proxy = command.listening("admin");
-    let answer = Connection::unix(&place.path).send(get("/")).answer();
+    let answer = Connection::unix(&place.path).send(get("/v1/x")).answer();
     assert_eq!(answer.text(), SUCCESS);
     proxy.signal(Signal::TERM);
     assert!(!proxy.stdout.to_end().contains("proxy    http"));
@@ -135,7 +135,7 @@ fn stale_socket_is_replaced() {
     drop(UnixListener::bind(&place.path).unwrap());
     assert!(place.is_socket());
     let _proxy = place.proxy(&upstream).start();
-    let answer = Connection::unix(&place.path).send(get("/")).answer();
+    let answer = Connection::unix(&place.path).send(get("/v1/x")).answer();
     assert_eq!(answer.text(), SUCCESS);
 }
 
@@ -148,7 +148,7 @@ fn socket_that_somebody_listens_to_is_left_alone() {
     assert_eq!(finished.code, Some(1), "{finished:?}");
     let path = place.path.to_str().unwrap();
     assert_has(&finished.stderr, &[path, "another process"]);
-    let answer = Connection::unix(&place.path).send(get("/")).answer();
+    let answer = Connection::unix(&place.path).send(get("/v1/x")).answer();
     assert_eq!(answer.text(), SUCCESS);
     drop(first);
 }
@@ -238,7 +238,7 @@ fn host_is_checked_on_a_unix_socket_too() {
     let (upstream, place) = (Upstream::ok(), Place::new());
     let _proxy = place.proxy(&upstream).start();
     for (host, status) in [("localhost", 200), ("evil.test", 421), ("", 421)] {
-        let head = format!("GET / HTTP/1.1\r\nhost: {host}\r\n\r\n");
+        let head = format!("GET /v1/x HTTP/1.1\r\nhost: {host}\r\n\r\n");
         let answer = Connection::unix(&place.path).send(head).answer();
         assert_eq!(answer.status(), status, "{host}");
     }

@@ -255,7 +255,7 @@ describe("browser", { timeout: 120_000 }, () => {
   test("a foreign page reads nothing of the admin listener", async (t) => {
     const { admin } = await startProxyTo(t, (await startUpstream(t)).url);
     const tab = await open(t, `http://evil.test:${await startSite(t)}`);
-    for (const path of ["/metrics", "/health/live", "/health/ready"]) {
+    for (const path of ["/", "/metrics", "/health/live", "/health/ready"]) {
       assert.equal((await fetch(admin + path)).status, 200, path);
       for (const name of ["fetch", "fetch without CORS", "frame", "EventSource", "WebSocket"]) {
         assert.equal(await attempt(tab, ATTACKS[name], admin + path), "", `${name} of ${path}`);

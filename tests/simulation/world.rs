@@ -193,6 +193,8 @@ fn proxy(world: &World) -> Shared {
         retry: settings.retry,
         replay: settings.replay,
         origin: "https://kling.test".parse().unwrap(),
+        sandboxed: false,
+        admin: None,
         dial: Arc::new(Upstream::new(world.clone())),
         timeouts: settings.upstream.timeouts,
         clock: Arc::new(SimulatedClock(Instant::now())),

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::configuration::Configuration;
+use crate::cli::health::reachable;
 use crate::cli::{Exit, Failure, taken_port};
 use crate::error::chain;
 use crate::server::{self, Certificate, CertificateFiles, Listener, SocketFile};
@@ -96,6 +97,12 @@ impl Listeners {
             certificate: None,
         };
         Ok((listeners, address))
+    }
+
+    /// Returns the URL of the first TCP socket for health and metrics.
+    pub(super) fn admin_url(&self) -> Option<String> {
+        let address = self.admin.iter().find_map(Listener::address)?;
+        Some(format!("http://{}", reachable(address)))
     }
 
     /// Returns true if other machines can connect to a socket for requests.

@@ -97,6 +97,8 @@ impl Proxy {
             retry: settings.retry,
             replay: settings.replay,
             origin,
+            sandboxed: configuration.sandboxed,
+            admin: listeners.admin_url(),
             dial: Arc::new(network),
             timeouts,
             clock,

@@ -27,7 +27,7 @@ use crate::auth::client_share::{NoPlace, Peer, Shares};
 use crate::error::{BoxError, Error};
 use crate::layer::Refusable;
 use crate::layer::guard::hop::Hop;
-use crate::layer::guard::rules::{Rules, check_framing, check_reserved, check_target};
+use crate::layer::guard::rules::{Rules, check_framing, check_known_method, check_target};
 use crate::lifecycle::Lifecycle;
 use crate::reloadable::Reloadable;
 use crate::request::context::ProxyRequest;
@@ -38,6 +38,8 @@ use crate::telemetry::metrics::Metrics;
 pub struct GuardLayer {
     /// Rules that each request must pass.
     pub rules: Reloadable<Rules>,
+    /// Tells where a request goes, because some rules depend on it.
+    pub destination: fn(&Request) -> Destination,
     /// Requests that each client has in flight; `None` on listeners that do not limit requests.
     pub shares: Option<Arc<Shares>>,
     /// Detects loops of proxies; `None` if upstream is not on this machine.
@@ -53,6 +55,15 @@ pub struct GuardLayer {
 pub struct Guard<S> {
     inner: S,
     layer: GuardLayer,
+}
+
+/// The place that a request goes to if the guard admits it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// It is forwarded, and must pass all rules.
+    Upstream,
+    /// The proxy answers it. The allow-lists of methods and paths do not apply, which restrict forwarding.
+    ThisProxy,
 }
 
 /// Outcome of the checks for a request that is not refused.
@@ -75,16 +86,21 @@ impl GuardLayer {
     fn check(&self, rules: &Rules, inbound: &ProxyRequest) -> Result<Admission, Error> {
         let ProxyRequest { request, context } = inbound;
         let headers = request.headers();
+        let destination = (self.destination)(request);
         rules.check_host(headers)?;
         rules.check_origin(headers)?;
         if is_preflight(request) {
             return Ok(Admission::Preflight);
         }
-        rules.check_method(request.method())?;
+        check_known_method(request.method())?;
+        if destination == Destination::Upstream {
+            rules.check_method(request.method())?;
+        }
         check_target(request.uri(), headers)?;
         check_framing(headers)?;
-        rules.check_path(request.uri().path())?;
-        check_reserved(request.uri().path())?;
+        if destination == Destination::Upstream {
+            rules.check_path(request.uri().path())?;
+        }
         let mut share = None;
         if let Some(client) = rules.check_client(headers)? {
             self.metrics.admitted(client.name.as_str());

@@ -122,17 +122,13 @@ impl Rules {
         }
     }
 
-    /// Checks the method. `CONNECT` is never forwarded, because a tunnel could lead anywhere; nor is
-    /// `TRACE`, because its response would show the headers that the proxy added.
+    /// Checks that a method may be forwarded.
     ///
     /// # Errors
     ///
     /// [`Error::MethodNotAllowed`].
     pub fn check_method(&self, method: &Method) -> Result<(), Error> {
-        let never = [Method::CONNECT, Method::TRACE].contains(method)
-            || method.as_str().len() > LONGEST_METHOD;
-        let listed = self.allowed_methods.is_empty() || self.allowed_methods.contains(method);
-        if listed && !never {
+        if self.allowed_methods.is_empty() || self.allowed_methods.contains(method) {
             Ok(())
         } else {
             Err(Error::MethodNotAllowed)
@@ -241,6 +237,22 @@ fn resolved(path: &str) -> Option<String> {
     Some(names?.join("/"))
 }
 
+/// Checks that a method is not one that no settings allow. `CONNECT` is refused, because a tunnel could lead
+/// anywhere, and `TRACE`, because its response would show the headers that the proxy added.
+///
+/// # Errors
+///
+/// [`Error::MethodNotAllowed`].
+pub fn check_known_method(method: &Method) -> Result<(), Error> {
+    let never =
+        [Method::CONNECT, Method::TRACE].contains(method) || method.as_str().len() > LONGEST_METHOD;
+    if never {
+        Err(Error::MethodNotAllowed)
+    } else {
+        Ok(())
+    }
+}
+
 /// Checks that the request target is a path on this proxy. A target in absolute form must name the same
 /// host as `Host`.
 ///
@@ -280,19 +292,6 @@ pub fn check_framing(headers: &HeaderMap) -> Result<(), Error> {
         _ => Err(Error::BadRequest(
             "the transfer coding is not `chunked` alone",
         )),
-    }
-}
-
-/// Refuses paths below `/_proxy`, which are reserved. Nothing is served there so far.
-///
-/// # Errors
-///
-/// [`Error::NotFound`].
-pub fn check_reserved(path: &str) -> Result<(), Error> {
-    if is_under(path, "/_proxy") {
-        Err(Error::NotFound)
-    } else {
-        Ok(())
     }
 }
 
