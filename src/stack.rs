@@ -80,6 +80,8 @@ pub struct Shared {
     pub admin_rules: Reloadable<Rules>,
     /// Answers to requests for the proxy itself.
     pub local: LocalLayer,
+    /// Tells where a request to the data listener goes.
+    pub destination: fn(&Request) -> Destination,
     /// Requests in flight, per client.
     pub shares: Arc<Shares>,
     /// Mark that detects loops of proxies; `None` if upstream is not on this machine.
@@ -144,13 +146,15 @@ impl Shared {
             Arc::clone(&metrics),
         );
         let retry_tokens = Arc::clone(&tokens);
-        let place = if sandboxed {
-            "the embedded sandbox, which costs nothing".to_owned()
+        let (destination, place): (fn(&Request) -> _, _) = if sandboxed {
+            let place = "the embedded sandbox, which costs nothing".to_owned();
+            (destination_with_sandbox, place)
         } else {
-            origin.to_string()
+            (destination, origin.to_string())
         };
         Self {
             local: LocalLayer::new(&place, admin.as_deref()),
+            destination,
             retry_policy: RetryPolicy::new(
                 retry,
                 retry_tokens,
@@ -196,7 +200,7 @@ impl Shared {
             .layer(DrainLayer::new(Arc::clone(&self.lifecycle))) // answers requests that a shutdown gives up
             .layer(GuardLayer {
                 rules: self.rules.clone(),
-                destination,
+                destination: self.destination,
                 shares: Some(Arc::clone(&self.shares)),
                 hop: self.hop.clone(),
                 lifecycle: Arc::clone(&self.lifecycle),
@@ -253,6 +257,15 @@ fn destination(request: &Request) -> Destination {
         Destination::ThisProxy
     } else {
         Destination::Upstream
+    }
+}
+
+/// Tells the same if upstream is the embedded sandbox.
+fn destination_with_sandbox(request: &Request) -> Destination {
+    if sandbox::is_for_file(request) {
+        Destination::PublicFile
+    } else {
+        destination(request)
     }
 }
 

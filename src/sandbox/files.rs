@@ -65,6 +65,19 @@ impl Files {
     }
 }
 
+/// Returns true if a path has the form of those that [`Files::url`] makes.
+pub(super) fn is_path(path: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    let rest = path
+        .strip_prefix(RESULTS)
+        .and_then(|rest| rest.strip_prefix('/'));
+    rest.and_then(|rest| rest.split_once('/'))
+        .is_some_and(|(until, name)| {
+            let is_time = !until.is_empty() && until.bytes().all(|b| b.is_ascii_digit());
+            is_time && !name.starts_with('.') && !name.is_empty() && name.bytes().all(plain)
+        })
+}
+
 /// Returns the file of a URL. `now` is in seconds since the epoch.
 ///
 /// # Errors
@@ -94,6 +107,30 @@ fn sort(name: &str) -> Option<(&'static str, &'static [u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_path_in_the_form_of_a_result_is_one() {
+        let url = Files::new("http://a.test").url(Duration::from_secs(100), "1-0.png");
+        let made = url.strip_prefix("http://a.test").unwrap();
+        for (path, is_result) in [
+            (made, true),
+            ("/results/100/1.mp4", true),
+            ("/results/100/", false),
+            ("/results/100", false),
+            ("/results//1.mp4", false),
+            ("/results/x/1.mp4", false),
+            ("/results/100/..", false),
+            ("/results/100/../v1", false),
+            ("/results/100/1.mp4/", false),
+            ("/results/100/%2e%2e", false),
+            ("/results/100/..;x", false),
+            ("/resultsx/100/1.mp4", false),
+            ("//results/100/1.mp4", false),
+            ("/v1/results/100/1.mp4", false),
+        ] {
+            assert_eq!(is_path(path), is_result, "{path}");
+        }
+    }
 
     #[test]
     fn a_file_is_there_until_the_time_that_its_url_names() {

@@ -81,7 +81,7 @@ pub struct Options {
     pub clock_offset: i64,
     /// Decides all ids: the same requests in the same order get the same ids.
     pub seed: u64,
-    /// Base of the result URLs. If it is `None`, `http://` and the sandbox's address.
+    /// Base of the result URLs. If it is `None`, `http://` and the address of the sandbox's own listener.
     pub public_url: Option<String>,
 }
 
@@ -175,12 +175,14 @@ impl Service<Request<Body>> for Sandbox {
     }
 }
 
-/// Returns true if a request is for a result file. Any web page may show such a file, as it may show
-/// Kling's files.
+/// Returns true if a request reads a result file. Any web page may show such a file, as it may show Kling's
+/// files.
+///
+/// Only a path in the form of a result's URL counts: other rules apply to such a request, so no server may
+/// take its path for another one.
 pub fn is_for_file(request: &Request<Body>) -> bool {
-    let file = request.uri().path().strip_prefix(files::RESULTS);
     let is_read = [Method::GET, Method::HEAD].contains(request.method());
-    is_read && file.is_some_and(|file| file.starts_with('/'))
+    is_read && files::is_path(request.uri().path())
 }
 
 /// Drops empty path segments, which real clients send: `…/kolors-virtual-try-on//<id>`, `…/image2video/`.

@@ -267,3 +267,27 @@ fn drain_over_tls_finishes_what_is_in_flight_and_waits_for_no_handshake() {
     assert_eq!(slow.answer().text(), SUCCESS);
     assert_eq!(proxy.end().0, Some(0));
 }
+
+#[test]
+fn results_of_the_sandbox_are_fetched_by_https_too() {
+    let files = Files::new();
+    let proxy = Command::new(["serve", "--sandbox"])
+        .setting("sandbox.task_time", "0s")
+        .setting(
+            "listen.tls.certificate_file",
+            files.certificate.to_str().unwrap(),
+        )
+        .setting("listen.tls.key_file", files.key.to_str().unwrap())
+        .start();
+    let mut connection = files.connect(proxy.address);
+    let create = post("/v1/videos/text2video", r#"{"prompt":"a cat"}"#);
+    let created = connection.send(create).answer().json();
+    let id = created["data"]["task_id"].as_str().expect("a task id");
+    let path = format!("/v1/videos/text2video/{id}");
+    let task = connection.send(get(&path)).answer().json();
+    let url = task["data"]["task_result"]["videos"][0]["url"].as_str();
+    let start = format!("https://{}/results/", proxy.address);
+    let file = url.and_then(|url| url.strip_prefix(&start));
+    let file = format!("/results/{}", file.expect("a URL of the proxy"));
+    assert_eq!(connection.send(get(&file)).answer().status(), 200);
+}

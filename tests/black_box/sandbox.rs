@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 use tokio::time::{Duration, Instant};
 
 use crate::support::{
-    Command, Connection, Message, Proxy, Signal, assert_has, eventually, get, mint, now, request,
+    Command, Connection, Message, Proxy, Signal, Upstream, assert_has, eventually, get, mint, now,
+    request,
 };
 
 const VIDEOS: &str = "/v1/videos/text2video";
@@ -41,7 +42,7 @@ fn ended(proxy: &Proxy, family: &str, created: &Message) -> Value {
     data
 }
 
-/// Fetches a file by its URL, past the proxy.
+/// Fetches a file by its URL, as `curl` does, without a client token.
 fn download(url: &Value) -> Message {
     let url = url
         .as_str()
@@ -81,7 +82,10 @@ fn task_is_created_polled_and_its_file_downloaded() {
         );
         let task = ended(&proxy, family, &created);
         assert_eq!(task["task_status"], "succeed", "{family}: {task}");
-        let answer = download(task.pointer(file).expect("a result"));
+        let url = task.pointer(file).expect("a result");
+        let at_proxy = format!("http://{}/results/", proxy.address);
+        assert_has(url.as_str().unwrap(), &[&at_proxy]);
+        let answer = download(url);
         assert_eq!(answer.status(), 200, "{family}");
         let start = &answer.body[..16];
         assert!(
@@ -89,6 +93,122 @@ fn task_is_created_polled_and_its_file_downloaded() {
             "{start:?}"
         );
     }
+}
+
+/// Returns the URL of a video.
+fn video_url(proxy: &Proxy) -> String {
+    let task = ended(proxy, VIDEOS, &create(proxy, "a cat"));
+    let url = task.pointer("/task_result/videos/0/url");
+    url.and_then(Value::as_str).expect("a result").to_owned()
+}
+
+#[test]
+fn results_are_at_an_address_that_clients_of_the_proxy_can_use() {
+    for (settings, host) in [
+        (&[][..], "127.0.0.1"),
+        (&[("listen.address", "[::1]:0")], "[::1]"),
+        (
+            &[
+                ("listen.address", "0.0.0.0:0"),
+                ("listen.unsafe_allow_remote", "true"),
+            ],
+            "127.0.0.1",
+        ),
+        (
+            &[("access.allowed_hosts", r#"["localhost", "kling.test"]"#)],
+            "localhost",
+        ),
+    ] {
+        let set = |command: Command, (key, value): &(&str, &str)| command.setting(key, value);
+        let proxy = settings.iter().fold(sandboxed(), set).start();
+        let (id, port) = ("a-task", proxy.address.port());
+        let body = json!({ "prompt": "a cat", "external_task_id": id }).to_string();
+        let created = proxy.post(VIDEOS, body);
+        assert_eq!(created.refusal(), (200, 0), "{settings:?}");
+        let task = ended(&proxy, VIDEOS, &created);
+        let url = task.pointer("/task_result/videos/0/url").expect("a result");
+        let start = format!("http://{host}:{port}/results/");
+        assert!(url.as_str().unwrap().starts_with(&start), "{url}");
+        let (_, path) = url.as_str().unwrap().split_once("/results/").unwrap();
+        let head = format!("GET /results/{path} HTTP/1.1\r\nhost: {host}:{port}\r\n\r\n");
+        assert_eq!(proxy.send(head).status(), 200, "{url}");
+    }
+}
+
+#[test]
+fn public_url_of_the_settings_goes_before_the_address_of_the_proxy() {
+    let proxy = sandboxed()
+        .setting("sandbox.public_url", "http://kling.test:1/")
+        .start();
+    let url = video_url(&proxy);
+    assert!(url.starts_with("http://kling.test:1/results/"), "{url}");
+}
+
+/// Like the links of Kling's results, the URL alone suffices: the files are the same for everybody.
+#[test]
+fn result_is_for_everybody_who_reaches_the_proxy_and_nothing_else_is() {
+    let command = sandboxed();
+    let tokens = command.file("tokens", "first-token-01234\n");
+    let proxy = command
+        .setting("access.client_tokens_file", tokens.to_str().unwrap())
+        .setting("access.allowed_origins", r#"["http://app.test"]"#)
+        .setting("access.allowed_paths", r#"["/v1"]"#)
+        .start();
+    let token = "kling-proxy-token: first-token-01234";
+    let file = "GET /results/99999999999/1.mp4";
+    for (headers, origin) in [
+        ("x-a: b", None),
+        ("kling-proxy-token: a-wrong-token-01234", None),
+        // `<video src>` and `<img src>` of any page.
+        ("sec-fetch-site: cross-site\nsec-fetch-mode: no-cors", None),
+        ("origin: http://app.test", Some("http://app.test")),
+        ("origin: http://evil.test", None),
+    ] {
+        let answer = proxy.send(request(file, headers, ""));
+        assert_eq!(answer.status(), 200, "{headers}");
+        assert_eq!(
+            answer.told(["content-type", "access-control-allow-origin"]),
+            [Some("video/mp4"), origin],
+            "{headers}"
+        );
+    }
+    let foreign = format!("{file} HTTP/1.1\r\nhost: evil.test\r\n\r\n");
+    assert_eq!(proxy.send(foreign).refusal(), (421, 9001));
+    for (line, headers, refusal) in [
+        (&*format!("GET {VIDEOS}"), "x-a: b", (401, 9003)),
+        (&format!("GET {VIDEOS}"), token, (200, 0)),
+        ("POST /results/99999999999/1.mp4", "x-a: b", (403, 9004)),
+        (
+            "GET /results/99999999999/../v1/videos/text2video",
+            "x-a: b",
+            (403, 9004),
+        ),
+        ("GET /results/99999999999/..", "x-a: b", (403, 9004)),
+        ("GET //results/99999999999/1.mp4", "x-a: b", (403, 9004)),
+    ] {
+        let answer = proxy.send(request(line, headers, ""));
+        assert_eq!(answer.refusal(), refusal, "{line} with {headers}");
+    }
+    let preflight = "origin: http://evil.test\naccess-control-request-method: GET";
+    let answer = proxy.send(request(&file.replace("GET", "OPTIONS"), preflight, ""));
+    assert_eq!(answer.refusal(), (403, 9002));
+}
+
+/// R38.
+#[test]
+fn path_of_a_result_is_guarded_like_any_other_if_upstream_is_not_the_sandbox() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let tokens = command.file("tokens", "first-token-01234\n");
+    let proxy = command
+        .setting("access.client_tokens_file", tokens.to_str().unwrap())
+        .start();
+    let answer = proxy.get("/results/99999999999/1.mp4");
+    assert_eq!(answer.refusal(), (401, 9003));
+    let page = "kling-proxy-token: first-token-01234\nsec-fetch-site: cross-site";
+    let answer = proxy.send(request("GET /results/99999999999/1.mp4", page, ""));
+    assert_eq!(answer.refusal(), (403, 9002));
+    assert_eq!(upstream.first_lines(), [""; 0]);
 }
 
 #[test]

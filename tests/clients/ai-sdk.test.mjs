@@ -129,6 +129,15 @@ describe("AI SDK", { concurrency: true, timeout: 60_000 }, () => {
     await assertPlayable(t, video.uint8Array);
   });
 
+  test("its own download refuses the sandbox's address", async (t) => {
+    const { proxy } = await startProxy(t);
+    const model = new VideoModel(proxy);
+    await assert.rejects(generateVideo({ model, prompt: "a cat", maxRetries: 0 }), (error) => {
+      assert.match(error.message, new RegExp(`${new URL(proxy).hostname} is not allowed`));
+      return true;
+    });
+  });
+
   test("1102: hopeless, yet sent again by a client that goes by a 429", async (t) => {
     const { proxy } = await startProxy(t);
     const expected = {

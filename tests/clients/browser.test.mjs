@@ -7,7 +7,7 @@ import { after, before, describe, test } from "node:test";
 
 import { chromium } from "playwright-core";
 
-import { startProxyTo } from "./support.mjs";
+import { startProxy, startProxyTo } from "./support.mjs";
 
 const PATH = "/v1/videos/text2video";
 const TASK = { code: 0, message: "SUCCEED", request_id: "up-1", data: { task_id: "1", task_status: "submitted" } };
@@ -250,6 +250,28 @@ describe("browser", { timeout: 120_000 }, () => {
     assert.deepEqual(upstreams, [429, 1303, "concurrency_limited", upstreams[3], "true"]);
     assert.match(upstreams[3], /^\d+$/);
     assert.deepEqual(await tab.evaluate(ask, `${proxy}/_proxy/x`), [404, 9007, "not_found", null, "false"]);
+  });
+
+  test("a page of an allowed origin makes, polls, shows and downloads a video of the sandbox", async (t) => {
+    const origin = `http://localhost:${await startSite(t)}`;
+    const { proxy } = await startProxy(t, { KLING_PROXY_ACCESS__ALLOWED_ORIGINS: JSON.stringify([origin]) });
+    const tab = await open(t, origin);
+    const seen = await tab.evaluate(async (url) => {
+      const headers = { "content-type": "application/json" };
+      const ask = async (...request) => (await (await fetch(...request)).json()).data;
+      let task = await ask(url, { method: "POST", headers, body: JSON.stringify({ prompt: "a cat" }) });
+      while (task.task_status !== "succeed") task = await ask(`${url}/${task.task_id}`);
+      const [{ url: file }] = task.task_result.videos;
+      const download = await fetch(file);
+      const video = document.createElement("video");
+      const shown = new Promise((resolve) => {
+        video.onloadedmetadata = () => resolve(`${video.duration} s`);
+        video.onerror = () => resolve(video.error.message);
+      });
+      video.src = file;
+      return [new URL(file).origin, download.status, (await download.blob()).type, await shown];
+    }, proxy + PATH);
+    assert.deepEqual(seen, [proxy, 200, "video/mp4", "2 s"]);
   });
 
   test("a foreign page reads nothing of the admin listener", async (t) => {

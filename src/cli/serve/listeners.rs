@@ -1,7 +1,7 @@
 //! The sockets that clients connect to.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -99,10 +99,31 @@ impl Listeners {
         Ok((listeners, address))
     }
 
+    /// Returns the URL at which clients reach the first TCP socket for requests, for the links to the
+    /// sandbox's results; `None` if there is no such socket. The host of the URL is one of the allowed
+    /// `hosts`: the address of the socket, else the first of them.
+    pub(super) fn public_url(&self, hosts: &[String]) -> Option<String> {
+        let (listener, address) = with_address(&self.data)?;
+        let scheme = match listener {
+            Listener::Tls(..) => "https",
+            Listener::Tcp(_) | Listener::Unix(_) | Listener::Memory(_) => "http",
+        };
+        let own = match address.ip() {
+            IpAddr::V4(ip) => ip.to_string(),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+        };
+        let host = if hosts.contains(&own) {
+            &own
+        } else {
+            hosts.first()?
+        };
+        Some(format!("{scheme}://{host}:{}", address.port()))
+    }
+
     /// Returns the URL of the first TCP socket for health and metrics.
     pub(super) fn admin_url(&self) -> Option<String> {
-        let address = self.admin.iter().find_map(Listener::address)?;
-        Some(format!("http://{}", reachable(address)))
+        let (_, address) = with_address(&self.admin)?;
+        Some(format!("http://{address}"))
     }
 
     /// Returns true if other machines can connect to a socket for requests.
@@ -122,6 +143,13 @@ impl Listeners {
         }
         Ok(())
     }
+}
+
+/// Returns the first TCP socket with its address, as clients on this machine write it.
+fn with_address(listeners: &[Listener]) -> Option<(&Listener, SocketAddr)> {
+    listeners
+        .iter()
+        .find_map(|listener| Some((listener, reachable(listener.address()?))))
 }
 
 /// Opens the admin listener. If nobody has chosen its port and another proxy has it, any other will do.

@@ -75,7 +75,10 @@ impl Proxy {
 
         let listeners = open()?;
         let (sandbox, origin) = if configuration.sandboxed {
-            let (listener, sandbox, origin) = embedded_sandbox(settings.sandbox.clone(), &clock)?;
+            let mut options = settings.sandbox.clone();
+            let hosts = &settings.access.allowed_hosts;
+            options.public_url = options.public_url.or_else(|| listeners.public_url(hosts));
+            let (listener, sandbox, origin) = embedded_sandbox(options, &clock)?;
             (Some((listener, sandbox)), origin)
         } else {
             (None, settings.upstream.origin.clone())
