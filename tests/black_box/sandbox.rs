@@ -212,6 +212,40 @@ fn path_of_a_result_is_guarded_like_any_other_if_upstream_is_not_the_sandbox() {
 }
 
 #[test]
+fn sandbox_says_once_that_it_ignores_real_keys() {
+    let command = sandboxed().keys();
+    let folder = command.home().join("credentials");
+    command.file("credentials/kling_api_key", "api-key");
+    let words = json!(["/bin/sh", "-c", "touch ran"]).to_string();
+    let (home, keys) = (command.home(), "credentials.command");
+    let proxy = command
+        .env("CREDENTIALS_DIRECTORY", folder.to_str().unwrap())
+        .env("KLING_API_KEY_FILE", "/nowhere")
+        .setting(keys, words)
+        .start();
+    assert_eq!(create(&proxy, "a cat").refusal(), (200, 0));
+    proxy.signal(Signal::TERM);
+    let log = proxy.end().1;
+    let lines: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("ignores"))
+        .collect();
+    let [line] = lines[..] else {
+        panic!("not one line: {log}")
+    };
+    let places = "KLING_API_KEY_FILE, KLING_ACCESS_KEY, KLING_SECRET_KEY, \
+                  $CREDENTIALS_DIRECTORY/kling_api_key, credentials.command";
+    assert_has(line, &["INFO", "the sandbox", places]);
+    assert!(!home.join("ran").exists(), "no command is run");
+    assert!(!log.contains("/nowhere"), "{log}");
+
+    let proxy = sandboxed().start();
+    proxy.signal(Signal::TERM);
+    let log = proxy.end().1;
+    assert!(!log.contains("ignores"), "{log}");
+}
+
+#[test]
 fn tasks_are_listed_by_family_and_page() {
     let proxy = sandboxed().start();
     let ids = ["one", "two"].map(|prompt| create(&proxy, prompt).json()["data"]["task_id"].take());

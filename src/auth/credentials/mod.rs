@@ -90,6 +90,14 @@ struct Key {
     warning: Option<String>,
 }
 
+/// Variables that hold a key, or name its file with the suffix `_FILE`.
+const VARIABLES: [&str; 5] = [
+    "KLING_API_KEY",
+    "KLING_ACCESS_KEY",
+    "KLING_SECRET_KEY",
+    "KLINGAI_ACCESS_KEY",
+    "KLINGAI_SECRET_KEY",
+];
 /// Variable that names the folder of systemd's `LoadCredential` files.
 const DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 
@@ -102,6 +110,44 @@ impl Places<'_> {
         let words = &self.configured.command[..];
         let environment = self.environment;
         (!words.is_empty()).then_some(CredentialCommand { words, environment })
+    }
+
+    /// Returns the names of the places in which a credential is set, without reading a file or running the
+    /// command.
+    pub fn occupied(&self) -> Vec<String> {
+        let variables = VARIABLES.map(|name| [name.to_owned(), format!("{name}_FILE")]);
+        let mut places: Vec<_> = variables
+            .into_iter()
+            .flatten()
+            .filter(|name| self.environment.get(name).is_some())
+            .collect();
+        let folder = self.environment.get(DIRECTORY).map(Path::new);
+        for name in ["kling_api_key", "kling_access_key", "kling_secret_key"] {
+            if folder.is_some_and(|folder| folder.join(name).exists()) {
+                places.push(format!("${DIRECTORY}/{name}"));
+            }
+        }
+        let Configured {
+            access_key,
+            secret_key,
+            access_key_file,
+            secret_key_file,
+            api_key_file,
+            command,
+        } = self.configured;
+        for (setting, is_set) in [
+            ("access_key", access_key.is_some()),
+            ("secret_key", secret_key.is_some()),
+            ("access_key_file", access_key_file.is_some()),
+            ("secret_key_file", secret_key_file.is_some()),
+            ("api_key_file", api_key_file.is_some()),
+            ("command", !command.is_empty()),
+        ] {
+            if is_set {
+                places.push(format!("credentials.{setting}"));
+            }
+        }
+        places
     }
 
     /// Looks for a credential in each place except the command, in the order given in docs/configuration.md.

@@ -15,7 +15,7 @@ use super::configuration::Configuration;
 use super::listeners::{Listeners, bind};
 use super::process::{EMBEDDED_SANDBOX, FAR_UPSTREAM, limit_connections};
 use crate::auth::client_token::ClientTokens;
-use crate::auth::credentials::Found;
+use crate::auth::credentials::{Found, Places};
 use crate::auth::secret::Secret;
 use crate::auth::token::Credential;
 use crate::cli::{Exit, Failure, find_credential};
@@ -57,6 +57,7 @@ impl Proxy {
         let store =
             open_store(configuration).map_err(|error| Failure::because(Exit::Failed, &error))?;
         let credential = if configuration.sandboxed {
+            tell_ignored(&configuration.places());
             sandbox_credential()
         } else {
             found(configuration)?
@@ -175,6 +176,14 @@ fn found(configuration: &Configuration) -> Result<Credential, Failure> {
         tracing::warn!("{warning}");
     }
     Ok(credential)
+}
+
+/// Logs the places that have a credential, which the embedded sandbox does not use.
+fn tell_ignored(places: &Places) {
+    let ignored = places.occupied().join(", ");
+    if !ignored.is_empty() {
+        tracing::info!("the sandbox has keys of its own and ignores {ignored}");
+    }
 }
 
 pub(in crate::cli) fn sandbox_credential() -> Credential {
