@@ -266,7 +266,8 @@ def network():
             image(),
             "serve",
             "--sandbox",
-        ):
+        ) as stand_in:
+            wait_until_healthy(stand_in)
             yield name
     finally:
         podman("network", "rm", name)
