@@ -4,14 +4,18 @@ ARG BUILD_IMAGE=docker.io/library/rust:1.95-bookworm
 ARG BASE_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
 FROM ${BUILD_IMAGE} AS build
+# Lists the crates in the bill of materials, where the builder makes one (`docker buildx build --sbom=true`).
+ARG BUILDKIT_SBOM_SCAN_STAGE=true
 WORKDIR /build
 
-# Dependencies alone, against empty sources: a layer that lasts until the lock file changes.
+# Dependencies alone, against empty sources: a layer that lasts until the lock file changes. On arm64 some kernels have
+# pages of 64 KiB; without this setting jemalloc would refuse to start on them.
 COPY Cargo.toml Cargo.lock ./
 COPY .cargo/config.toml .cargo/config.toml
 RUN mkdir src \
     && echo 'fn main() {}' > src/main.rs \
     && touch src/lib.rs \
+    && if [ "$(uname -m)" = aarch64 ]; then export JEMALLOC_SYS_WITH_LG_PAGE=16; fi \
     && cargo build --release --locked \
     && rm -r src
 
@@ -19,6 +23,7 @@ RUN mkdir src \
 COPY config/default.toml config/default.toml
 COPY src src
 RUN touch src/main.rs src/lib.rs \
+    && if [ "$(uname -m)" = aarch64 ]; then export JEMALLOC_SYS_WITH_LG_PAGE=16; fi \
     && cargo build --release --locked
 
 FROM ${BASE_IMAGE}

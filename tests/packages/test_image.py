@@ -2,6 +2,7 @@
 
 import json
 import unittest
+from pathlib import Path
 
 from containers import (
     BASE,
@@ -44,7 +45,8 @@ class Image(unittest.TestCase):
         root = podman("image", "mount", image()).strip()
         self.addCleanup(podman, "image", "unmount", image())
         # What `ldd` does, by the image's own loader.
-        libraries = run("chroot", root, "/lib64/ld-linux-x86-64.so.2", "--list", PROGRAM)
+        [loader] = Path(root).glob("lib*/ld-linux-*.so.*")
+        libraries = run("chroot", root, f"/{loader.relative_to(root)}", "--list", PROGRAM)
         self.assertNotIn("not found", libraries)
 
     def test_it_says_how_it_is_run(self):
