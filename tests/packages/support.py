@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -41,6 +42,12 @@ def run(*command, code=0, **options):
     if done.returncode != code:
         raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+def printed(path):
+    """The commands in the comment at the top of a file, which its reader copies: the indented lines."""
+    head = path.read_text(encoding="utf-8").split("-->" if path.suffix == ".plist" else "\n\n")[0]
+    return "\n".join(re.findall(r"^(?:#   |    )(.*)$", head, re.MULTILINE))
 
 
 def create(*command):

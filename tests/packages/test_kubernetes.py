@@ -4,6 +4,7 @@ podman reads the manifests. What it leaves to a kubelet is done here, since none
 folder, probes, and the order of a native sidecar, which starts first and ends last.
 """
 
+import base64
 import json
 import os
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import yaml
 from containers import (
     CONFINED,
+    IMAGE,
     STAND_IN_TOKEN,
     UPSTREAM,
     address,
@@ -25,22 +27,33 @@ from containers import (
     network,
     podman,
 )
-from support import CONFIG, eventually
+from support import CONFIG, ROOT, eventually, printed, run
 
-SECRETS = {"kling": {"api_key": STAND_IN_TOKEN}}
+# What the commands of a manifest's reader become here: the image is there, and no cluster is.
+SHELL = """\
+docker() {
+    [ "$*" = "build --tag $IMAGE ." ] && [ -f Dockerfile ]
+}
+kubectl() {
+    case $1 in
+        create) command kubectl "$@" --dry-run=client --output=json > "$HOME/secret.json" ;;
+        *) echo "$*" >> "$HOME/asked" ;;
+    esac
+}
+"""
 
 
 def template(name):
     return yaml.safe_load((CONFIG / "kubernetes" / name).read_text(encoding="utf-8"))["spec"]["template"]
 
 
-def secret(folder, volume, group):
+def secret(folder, volume, secrets, group):
     """Mounts a Secret as a kubelet does: links to links to files of root's, which `fsGroup` may read."""
     version = folder / "..2026_11_24_00_00_00.1"
     version.mkdir(parents=True)
     (folder / "..data").symlink_to(version.name)
-    for name, value in SECRETS[volume["secretName"]].items():
-        (version / name).write_text(value, encoding="utf-8")
+    for name, value in secrets[volume["secretName"]].items():
+        (version / name).write_bytes(base64.b64decode(value))
         (version / name).chmod(volume["defaultMode"])
         os.chown(version / name, 0, group)
         (folder / name).symlink_to(f"..data/{name}")
@@ -55,7 +68,18 @@ class Pod(unittest.TestCase):
         self.folder.chmod(0o755)
         self.network = self.enterContext(network())
 
-    def start(self, pod):
+    def as_printed(self, name, *expected):
+        """Runs the commands at the top of a manifest, and gives the Secret that they make."""
+        home = self.folder / "home"
+        home.mkdir()
+        path = {"HOME": str(home), "PATH": os.environ["PATH"], "IMAGE": IMAGE, "KLING_API_KEY": STAND_IN_TOKEN}
+        run("bash", "-euc", SHELL + printed(CONFIG / "kubernetes" / name), cwd=ROOT, env=path)
+        asked = (home / "asked").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(asked, [f"apply -f config/kubernetes/{name}", *expected])
+        made = json.loads((home / "secret.json").read_text(encoding="utf-8"))
+        return {made["metadata"]["name"]: made["data"]}
+
+    def start(self, pod, secrets):
         """Starts a pod's sidecar and gives its name once its probes pass."""
         spec = pod["spec"]
         group = spec["securityContext"]["fsGroup"]
@@ -67,7 +91,7 @@ class Pod(unittest.TestCase):
         [port] = [port["containerPort"] for port in sidecar.pop("ports") if port["name"] == "admin"]
 
         for volume in spec["volumes"]:
-            volume["hostPath"] = secret(self.folder / volume["name"], volume.pop("secret"), group)
+            volume["hostPath"] = secret(self.folder / volume["name"], volume.pop("secret"), secrets, group)
         # The way to Kling's stand-in.
         spec["volumes"].append({"name": "authority", "hostPath": {"path": str(authority())}})
         sidecar["volumeMounts"].append({"name": "authority", "mountPath": "/etc/authority", "readOnly": True})
@@ -108,7 +132,7 @@ class Pod(unittest.TestCase):
     def test_an_app_reaches_kling_through_its_sidecar(self):
         pod = template("deployment.yaml")
         [app] = pod["spec"].pop("containers")
-        self.start(pod)
+        self.start(pod, self.as_printed("deployment.yaml"))
         [url] = [variable["value"] for variable in app["env"] if variable["name"] == "KLING_BASE_URL"]
         answer = self.run_in_pod({"image": curl(), "args": [f"{url}/v1/videos/text2video"]})
         self.assertEqual(answer["data"], [])
@@ -116,7 +140,8 @@ class Pod(unittest.TestCase):
     def test_a_job_ends_and_then_its_sidecar(self):
         pod = template("job.yaml")
         [task] = pod["spec"].pop("containers")
-        name = self.start(pod)
+        printed_after = ["wait --for=condition=Complete --timeout=5m job/task", "logs job/task -c task"]
+        name = self.start(pod, self.as_printed("job.yaml", *printed_after))
         self.assertEqual(self.run_in_pod(task)["data"], [])
         podman("stop", f"--time={pod['spec']['terminationGracePeriodSeconds']}", name)
         self.assertEqual(inspect(name, "{{.State.ExitCode}}"), "0")

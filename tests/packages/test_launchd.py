@@ -6,7 +6,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from support import API_KEY, BINARY, CONFIG, run
+from support import API_KEY, BINARY, CONFIG, ROOT, printed, run
 
 PLIST = CONFIG / "launchd/local.kling-proxy.plist"
 # Prints what a Mac's `security` prints of a password, if it is asked for that.
@@ -14,6 +14,14 @@ SECURITY = """\
 #!/bin/sh
 [ "$*" = 'find-generic-password -s kling-proxy -w' ] || exit 44
 echo '{"api_key":"%s"}'
+"""
+
+
+# What the commands of the file's reader become where there is neither launchd nor a Keychain.
+SHELL = """\
+sudo() { [ "$*" = 'install -m 755 target/release/kling-proxy /usr/local/bin/' ]; }
+security() { [ "$*" = "add-generic-password -a $USER -s kling-proxy -w" ]; }
+launchctl() { [ "$1 $2" = "bootstrap gui/$(id -u)" ] && cat "$3"; }
 """
 
 
@@ -27,6 +35,15 @@ class Agent(unittest.TestCase):
         self.assertEqual(plistlib.loads(binary.read_bytes()), self.agent)
         self.assertEqual(self.agent["Label"], PLIST.stem)
         self.assertEqual(self.agent["ProgramArguments"], ["/usr/local/bin/kling-proxy", "serve"])
+
+    def test_the_printed_commands_install_it_for_this_user(self):
+        home = self.enterContext(tempfile.TemporaryDirectory())
+        environment = {"HOME": home, "USER": "someone", "PATH": "/usr/bin:/bin"}
+        installed = run("bash", "-euc", SHELL + printed(PLIST), cwd=ROOT, env=environment)
+        agent = plistlib.loads(installed.encode())
+        self.assertEqual(agent.pop("StandardOutPath"), f"{home}/Library/Logs/kling-proxy.log")
+        self.assertEqual(agent.pop("StandardErrorPath"), f"{home}/Library/Logs/kling-proxy.log")
+        self.assertEqual(agent, {name: self.agent[name] for name in agent})
 
     def test_its_settings_get_the_keys_from_the_keychain(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))

@@ -17,6 +17,7 @@ from support import (
     create,
     eventually,
     mounts,
+    printed,
     privileges,
     run,
 )
@@ -26,16 +27,18 @@ SERVICE = "kling-proxy.service"
 SOCKET = "kling-proxy.socket"
 # Of 100; more is less safe. What is left: a way to the network, as a proxy must have, and to all of it.
 EXPOSURE = 12
-SANDBOX = """\
+# In the machine: a clone of the repository with a release build in it, and an unpacked release.
+CLONE, RELEASE = "/clone", "/release"
+SANDBOX = f"""\
 [Service]
-ExecStart=/usr/local/bin/kling-proxy sandbox
+ExecStart={RELEASE}/kling-proxy sandbox
 Environment=KLING_PROXY_SANDBOX__CONCURRENCY=100
 """
 ENVIRONMENT = "KLING_PROXY_UPSTREAM__URL=http://127.0.0.1:5548\n"
 
 
 def make(root):
-    """A machine with the proxy installed as the head of the unit says, and nothing of this one but its programs."""
+    """A machine before the installation, with nothing of this one but its programs."""
     for name in ["bin", "sbin", "lib", "lib64"]:
         (root / "usr" / name).mkdir(parents=True)
         (root / name).symlink_to(f"usr/{name}")
@@ -43,15 +46,13 @@ def make(root):
         (root / name).mkdir(parents=True)
     (root / "etc/os-release").write_text("ID=test\n", encoding="utf-8")
     (root / "etc/machine-id").touch()
-    shutil.copy(BINARY, root / "usr/local/bin")
-    for unit in UNITS.iterdir():
-        shutil.copy(unit, root / "etc/systemd/system")
+    for folder in [f"{CLONE}/target/release", RELEASE]:
+        (root / folder[1:]).mkdir(parents=True)
+        shutil.copy(BINARY, root / folder[1:])
+    shutil.copytree(UNITS, root / CLONE[1:] / "config/systemd")
     (root / "etc/systemd/system/sandbox.service").write_text(SANDBOX, encoding="utf-8")
-    keys = root / "etc/kling-proxy"
-    keys.mkdir(0o700)
-    (keys / "environment").write_text(ENVIRONMENT, encoding="utf-8")
-    (keys / "api_key").write_text(API_KEY, encoding="utf-8")
-    (keys / "api_key").chmod(0o600)
+    (root / "etc/kling-proxy").mkdir()
+    (root / "etc/kling-proxy/environment").write_text(ENVIRONMENT, encoding="utf-8")
 
 
 def is_first(pid):
@@ -89,6 +90,7 @@ class Systemd(unittest.TestCase):
         up = [*cls.inside, "systemctl", "is-system-running", "--quiet"]
         eventually("systemd is up", lambda: subprocess.run(up, stderr=subprocess.DEVNULL).returncode == 0)
         cls.systemctl("start", "sandbox")
+        cls.commands(CLONE, printed(UNITS / SERVICE))
 
     @classmethod
     def end(cls):
@@ -114,9 +116,15 @@ class Systemd(unittest.TestCase):
     def systemctl(cls, *words, **options):
         return run(*cls.inside, "systemctl", *words, **options).strip()
 
+    @classmethod
+    def commands(cls, folder, text):
+        """What the commands of a reader print, run in a folder of the machine as they are printed."""
+        shell = f'sudo() {{ "$@"; }}\ncd {folder}\n{text}'
+        return run(*cls.inside, "bash", "-euc", shell, env=os.environ | {"KLING_API_KEY": API_KEY})
+
     def setUp(self):
         self.addCleanup(self.systemctl, "reset-failed")
-        self.addCleanup(self.systemctl, "stop", SOCKET, SERVICE)
+        self.addCleanup(self.systemctl, "stop", SERVICE)
 
     def show(self, *names):
         lines = self.systemctl("show", SERVICE, f"--property={','.join(names)}").splitlines()
@@ -125,8 +133,17 @@ class Systemd(unittest.TestCase):
     def create(self, address="127.0.0.1:5546"):
         return create(*self.inside, *CREATE, f"http://{address}/v1/videos/text2video")
 
+    def test_the_printed_commands_install_and_start_the_service(self):
+        self.systemctl("stop", SERVICE)
+        self.commands(CLONE, printed(UNITS / SERVICE))
+        self.assertEqual(self.show("ActiveState", "UnitFileState"), {"ActiveState": "active", "UnitFileState": "enabled"})
+        self.create()
+        keys = self.root / "etc/kling-proxy"
+        self.assertEqual([path.stat().st_mode & 0o777 for path in [keys, keys / "api_key"]], [0o700, 0o600])
+        self.assertEqual((keys / "api_key").read_text(encoding="utf-8"), API_KEY)
+
     def test_systemd_has_nothing_to_say_about_the_units(self):
-        verify = [*self.inside, "systemd-analyze", "verify", SERVICE, SOCKET]
+        verify = [*self.inside, "systemd-analyze", "verify", *(f"{CLONE}/config/systemd/{unit}" for unit in [SERVICE, SOCKET])]
         done = subprocess.run(verify, capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
 
@@ -170,7 +187,8 @@ class Systemd(unittest.TestCase):
         self.assertEqual(self.show(*ended), ended)
 
     def test_the_first_connection_starts_the_service_and_none_is_refused_after_that(self):
-        self.systemctl("start", SOCKET)
+        self.addCleanup(self.systemctl, "disable", "--now", SOCKET)
+        self.commands(CLONE, printed(UNITS / SOCKET))
         self.assertEqual(self.show("ActiveState"), {"ActiveState": "inactive"})
         first = self.create("[::1]:5546")
         self.assertEqual(self.show("ActiveState"), {"ActiveState": "active"})
