@@ -67,8 +67,13 @@ compare:
     cargo build --locked
     python3 benches/compare/compare.py --smoke
 
-# The crate, the image, what is in config/: built and started. As root, with the Debian packages of `.ci/run` and
-# `pip install -r tests/packages/requirements.txt`.
+# Needs cargo-cyclonedx, which `.ci/run` installs under target/ci/bin. The program is static if Rust has the musl target.
+# An archive as a release has it, its bill of materials and checksums, in target/dist.
+release *options:
+    python3 .ci/release.py {{ options }}
+
+# The crate, the image, the release, what is in config/: built and started. As root, with the Debian packages of
+# `.ci/run`, cargo-cyclonedx, and `pip install -r tests/packages/requirements.txt`.
 packages:
     cargo build --locked
     cargo package --locked --allow-dirty
