@@ -30,6 +30,8 @@ typos:
 
 files:
     hadolint Dockerfile
+    actionlint
+    zizmor --offline .github/workflows
     check-jsonschema --builtin-schema vendor.compose-spec config/compose.yaml
     kubernetes-validate --strict config/kubernetes/*.yaml
     promtool check config config/prometheus.yaml

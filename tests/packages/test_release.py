@@ -143,6 +143,11 @@ class Release(unittest.TestCase):
         self.assertEqual((done.returncode, (self.scratch / "wrong").exists()), (1, False), done.stderr)
         self.assertIn("is not static", done.stderr)
 
+    def test_all_builds_use_the_same_rust(self):
+        for file in ["Dockerfile", ".github/workflows/ci.yml"]:
+            images = re.findall(r"\brust:\S+", (ROOT / file).read_text(encoding="utf-8"))
+            self.assertEqual(images, [f"rust:{CARGO['rust-version']}-bookworm"], file)
+
 
 if __name__ == "__main__":
     unittest.main()
