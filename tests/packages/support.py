@@ -50,6 +50,13 @@ def printed(path):
     return "\n".join(re.findall(r"^(?:#   |    )(.*)$", head, re.MULTILINE))
 
 
+def documented(page, heading):
+    """The one block of commands in a section of a page in `docs/`."""
+    section = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"# {heading}\n")[1].split("\n#")[0]
+    [block] = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return block
+
+
 def create(*command):
     """The id of the task that a create makes, sent by curl with these words before and after."""
     answer = json.loads(run(*command))

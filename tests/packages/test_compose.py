@@ -79,6 +79,7 @@ class Compose(unittest.TestCase):
             wait_until_healthy(name)
         self.assertEqual(confinement(proxy), CONFINED)
         self.assertEqual(json.loads(self.client("client"))["data"], [])
+        self.client("kling-proxy", "check")  # as docs/upgrading.md says
 
         past_it = ["--entrypoint=curl", "client", "--max-time", "5"]
         self.client(*past_it, f"https://{KLING}:5546", code=6)

@@ -15,6 +15,7 @@ from support import (
     CREATE,
     UNPRIVILEGED,
     create,
+    documented,
     eventually,
     mounts,
     printed,
@@ -141,6 +142,29 @@ class Systemd(unittest.TestCase):
         keys = self.root / "etc/kling-proxy"
         self.assertEqual([path.stat().st_mode & 0o777 for path in [keys, keys / "api_key"]], [0o700, 0o600])
         self.assertEqual((keys / "api_key").read_text(encoding="utf-8"), API_KEY)
+
+    def test_the_documented_commands_upgrade_go_back_and_uninstall(self):
+        page, program = "upgrading.md", self.root / "usr/local/bin/kling-proxy"
+        self.systemctl("start", SERVICE)
+        old, pid = program.stat().st_ino, self.show("MainPID")
+        report = self.commands(RELEASE, documented(page, "Check the new version"))
+        self.assertIn("127.0.0.1:5548", report)
+
+        for section in ["Upgrade the service", "Go back to the old program"]:
+            self.commands(RELEASE, documented(page, section))
+            new, now = program.stat().st_ino, self.show("MainPID")
+            self.assertTrue(new != old and now != pid, section)
+            old, pid = new, now
+            self.create()
+        self.assertEqual(list(program.parent.iterdir()), [program])
+
+        self.addCleanup(self.commands, CLONE, printed(UNITS / SERVICE))
+        self.addCleanup((self.root / "etc/kling-proxy/environment").write_text, ENVIRONMENT, encoding="utf-8")
+        self.addCleanup((self.root / "etc/kling-proxy").mkdir)
+        self.commands(RELEASE, documented(page, "Uninstall the service"))
+        left = [path for path in self.root.glob("[eu][ts][cr]/**/*kling-proxy*") if path.is_file()]
+        self.assertEqual((left, (self.root / "etc/kling-proxy").exists()), ([], False))
+        self.assertEqual(self.show("LoadState"), {"LoadState": "not-found"})
 
     def test_systemd_has_nothing_to_say_about_the_units(self):
         verify = [*self.inside, "systemd-analyze", "verify", *(f"{CLONE}/config/systemd/{unit}" for unit in [SERVICE, SOCKET])]
