@@ -134,6 +134,17 @@ class Release(unittest.TestCase):
         files = [self.archive, self.files / f"{self.name}.cdx.json"]
         self.assertEqual(listed, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files})
 
+    def test_the_crate_has_no_key_of_the_clone(self):
+        copy = self.scratch / "copy"
+        for name in run("git", "-c", "safe.directory=*", "ls-files", "-z", cwd=ROOT).split("\0")[:-1]:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+        (copy / "config/secrets").mkdir()
+        (copy / "config/secrets/kling_api_key").write_text("a key", encoding="utf-8")
+        listed = run("cargo", "package", "--list", "--locked", cwd=copy).splitlines()
+        self.assertIn("config/compose.yaml", listed)
+        self.assertNotIn("config/secrets/kling_api_key", listed)
+
     @unittest.skipUnless(HOST.endswith("-linux-gnu"), "needs a program that is not static")
     def test_a_program_with_a_loader_is_not_released_as_static(self):
         wrong = [f"--out={self.scratch / 'wrong'}", f"--target={HOST.replace('gnu', 'musl')}", f"--program={sys.executable}"]
