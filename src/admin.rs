@@ -93,7 +93,7 @@ impl Control {
                 Ok(health(Phase::Stopping, true))
             }
             (_, INDEX, _) | (Some(_), QUIT, _) => Err(Error::MethodNotAllowed),
-            _ => Err(Error::NotFound),
+            _ => Err(Error::NotFound("nothing is at this path")),
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::auth::token::MintError;
 use crate::kling::envelope::Envelope;
 use crate::kling::idempotency::Effect;
 use crate::kling::service_code::{self, Class, Resend, Row};
+use crate::tasks::ledger::Unavailable;
 
 /// Any error of another crate, as the cause of a failure.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -53,9 +54,15 @@ pub enum Error {
     /// The client's connection ended in the middle of the body, or its chunks are malformed.
     #[error("the request body was cut off or is malformed")]
     BodyCutOff,
-    /// The path is reserved for the proxy, and nothing is served there.
-    #[error("nothing is at this reserved path")]
-    NotFound,
+    /// The path is reserved for the proxy, and nothing is served there. The text is the message.
+    #[error("{0}")]
+    NotFound(&'static str),
+    /// The create was sent, so the proxy cannot cancel it.
+    #[error("the create was sent already")]
+    TaskNotCancelable,
+    /// The store of tasks fails, and the request needs it.
+    #[error(transparent)]
+    StoreUnavailable(#[from] Unavailable),
     /// The request body made no progress for this time, or came too slowly.
     #[error("the request body stalled for {0:?}")]
     ClientTooSlow(Duration),
@@ -190,7 +197,9 @@ impl Error {
             Self::PathNotAllowed => service_code::PATH_NOT_ALLOWED,
             Self::MethodNotAllowed => service_code::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge { .. } => service_code::BODY_TOO_LARGE,
-            Self::NotFound => service_code::NOT_FOUND,
+            Self::NotFound(_) => service_code::NOT_FOUND,
+            Self::TaskNotCancelable => service_code::TASK_NOT_CANCELABLE,
+            Self::StoreUnavailable(_) => service_code::STORE_UNAVAILABLE,
             Self::ClientTooSlow(_) => service_code::CLIENT_TOO_SLOW,
             Self::Unreachable(_) | Self::EgressRefused(_) => service_code::UPSTREAM_UNREACHABLE,
             Self::UpstreamTimeout { .. } => service_code::UPSTREAM_TIMEOUT,

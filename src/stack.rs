@@ -146,6 +146,7 @@ impl Shared {
             Arc::clone(&metrics),
         );
         let retry_tokens = Arc::clone(&tokens);
+        let ledger = Ledger::new(Arc::clone(&clock), Arc::clone(&metrics));
         let (destination, place): (fn(&Request) -> _, _) = if sandboxed {
             let place = "the embedded sandbox, which costs nothing".to_owned();
             (destination_with_sandbox, place)
@@ -153,7 +154,7 @@ impl Shared {
             (destination, origin.to_string())
         };
         Self {
-            local: LocalLayer::new(&place, admin.as_deref()),
+            local: LocalLayer::new(&place, admin.as_deref(), ledger.clone()),
             destination,
             retry_policy: RetryPolicy::new(
                 retry,
@@ -170,7 +171,7 @@ impl Shared {
             tokens,
             origin,
             upstream,
-            ledger: Ledger::new(Arc::clone(&clock), Arc::clone(&metrics)),
+            ledger,
             clock,
             lifecycle: Arc::default(),
             metrics,
@@ -295,7 +296,7 @@ pub fn sandbox(
         })
         .service(service_fn(move |inbound: ProxyRequest| {
             if local::is_reserved(&inbound.request) {
-                return Either::Left(ready(Err(Error::NotFound)));
+                return Either::Left(ready(Err(Error::NotFound("the sandbox has no such file"))));
             }
             let answer = all_else.call(inbound.request);
             // The layers only pass errors of type [`Error`], so a reset travels as an extension.

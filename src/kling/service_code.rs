@@ -273,6 +273,13 @@ pub const TABLE: &[Row] = &[
     row(9302, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "draining", Resend::ByClient,
         ["Refused by the proxy", "The proxy is shutting down",
          "Try again after the proxy has restarted"]),
+    row(9404, Class::Request, StatusCode::CONFLICT, "task_not_cancelable", Resend::Never,
+        ["Refused by the proxy", "The create was sent already, and Kling cannot cancel a task",
+         "Wait for the end of the task, or ignore it"]),
+    row(9502, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", Resend::ByClient,
+        ["Refused by the proxy", "The store of tasks does not answer",
+         "Try again later; `kling_proxy_state_up` and the log tell of the store, `state.url` is its place"])
+        .retry_after(SHORT_WAIT),
 ];
 
 /// Row for each code that Kling sends and the table does not have, for example because Kling added it
@@ -315,6 +322,11 @@ pub const CREDENTIALS_UNAVAILABLE: &Row = own(9201);
 pub const OVERLOADED: &Row = own(9301);
 /// Row of the proxy for requests during its shutdown.
 pub const DRAINING: &Row = own(9302);
+
+/// Row of the proxy for a task that cannot be cancelled.
+pub const TASK_NOT_CANCELABLE: &Row = own(9404);
+/// Row of the proxy for requests that need the store while it fails.
+pub const STORE_UNAVAILABLE: &Row = own(9502);
 
 /// Finds the row of a code that Kling sent. A code from the proxy's own range counts as unknown.
 pub fn sent_by_kling(code: i64) -> &'static Row {

@@ -255,6 +255,9 @@ impl Creates {
             create: Arc::clone(create),
             ending,
         };
+        if reading.ended {
+            create.unreadable();
+        }
         let body = AnswerBody {
             reading: Some(reading),
             running: self.running.clone(),

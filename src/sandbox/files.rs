@@ -110,7 +110,8 @@ mod tests {
 
     #[test]
     fn only_a_path_in_the_form_of_a_result_is_one() {
-        let url = Files::new("http://a.test").url(Duration::from_secs(100), "1-0.png");
+        let url =
+            Files::new("http://a.test", Results::Link).url(Duration::from_secs(100), "1-0.png");
         let made = url.strip_prefix("http://a.test").unwrap();
         for (path, is_result) in [
             (made, true),

@@ -122,6 +122,18 @@ impl<'a> From<&'a TaskRecord> for TaskView<'a> {
     }
 }
 
+// === impl PageView ===
+
+impl PageView<'_> {
+    /// Returns a page without tasks.
+    pub fn empty() -> Self {
+        Self {
+            tasks: Vec::new(),
+            next_cursor: None,
+        }
+    }
+}
+
 impl<'a> From<&'a Page> for PageView<'a> {
     fn from(page: &'a Page) -> Self {
         Self {

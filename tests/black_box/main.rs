@@ -40,6 +40,7 @@ mod settings;
 mod soak;
 mod stream;
 mod systemd;
+mod tasks;
 mod timeouts;
 mod trust;
 mod trusted_files;

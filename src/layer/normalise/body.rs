@@ -196,7 +196,11 @@ mod tests {
     #[test]
     fn error_of_the_proxy_has_the_same_members() {
         assert_eq!(
-            rendered(&Error::NotFound, Effect::Read, &context()),
+            rendered(
+                &Error::NotFound("nothing is at this reserved path"),
+                Effect::Read,
+                &context()
+            ),
             concat!(
                 r#"{"code":9007,"message":"nothing is at this reserved path","request_id":"ours","#,
                 r#""error":{"type":"not_found","source":"proxy","upstream_status":null,"#,

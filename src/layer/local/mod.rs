@@ -1,6 +1,9 @@
 //! Answers the requests that are for the proxy itself: `/`, `/favicon.ico`, and everything below `/_proxy`.
 //! All other requests pass.
 
+pub mod tasks;
+
+use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use axum::body::Body;
@@ -12,12 +15,14 @@ use http::header::{CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Method, StatusCode};
 use tower::{Layer, Service};
 
+use self::tasks::TaskRequest;
 use crate::error::Error;
 use crate::kling::api_path::is_under;
 use crate::layer::Refusable;
 use crate::request::context::ProxyRequest;
+use crate::tasks::ledger::Ledger;
 
-/// Prefix of the paths that the proxy reserves for itself, with all methods. Nothing is served there yet.
+/// Prefix of the paths that the proxy reserves for itself, with all methods.
 const RESERVED: &str = "/_proxy";
 /// Path of the text that says to a browser or to curl which program answers.
 const FRONT_PAGE: &str = "/";
@@ -31,21 +36,25 @@ const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
 #[derive(Clone)]
 pub struct LocalLayer {
     front_page: Bytes,
+    ledger: Ledger,
 }
 
 /// Answers requests for the proxy itself, and passes all others.
 #[derive(Clone)]
 pub struct Local<S> {
     inner: S,
-    front_page: Bytes,
+    layer: LocalLayer,
 }
+
+/// Future of an answer that waits for the store.
+type TaskAnswer = Pin<Box<dyn Future<Output = Result<Response, Error>> + Send>>;
 
 /// Answer to a request for the proxy itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
     FrontPage,
     NoIcon,
-    NotFound,
+    Reserved,
 }
 
 /// Returns true if the proxy answers a request itself.
@@ -74,6 +83,7 @@ fn front_page(upstream: &str, admin: Option<&str>) -> String {
          Use this address as the base URL of your client. The proxy adds the credential, and sends each\n\
          request to {upstream}.\n\
          \n\
+         tasks            GET /_proxy/tasks, or `kling-proxy tasks`\n\
          health, metrics  {health}\n\
          documentation    the folder docs/ of the source code, and `kling-proxy --help`\n\
          error codes      `kling-proxy explain CODE`\n"
@@ -85,9 +95,9 @@ fn front_page(upstream: &str, admin: Option<&str>) -> String {
 impl LocalLayer {
     /// Makes a layer with the text of `/`. `upstream` says where other requests go, and `admin` is the URL of the
     /// admin listener, if there is one.
-    pub fn new(upstream: &str, admin: Option<&str>) -> Self {
+    pub fn new(upstream: &str, admin: Option<&str>, ledger: Ledger) -> Self {
         let front_page = front_page(upstream, admin).into();
-        Self { front_page }
+        Self { front_page, ledger }
     }
 }
 
@@ -95,8 +105,8 @@ impl<S> Layer<S> for LocalLayer {
     type Service = Local<S>;
 
     fn layer(&self, inner: S) -> Local<S> {
-        let front_page = self.front_page.clone();
-        Local { inner, front_page }
+        let layer = self.clone();
+        Local { inner, layer }
     }
 }
 
@@ -107,10 +117,10 @@ impl<S> Local<S> {
         match answer {
             Answer::FrontPage => {
                 let headers = [(CONTENT_TYPE, TEXT), (X_CONTENT_TYPE_OPTIONS, NO_SNIFF)];
-                Ok((headers, Body::from(self.front_page.clone())).into_response())
+                Ok((headers, Body::from(self.layer.front_page.clone())).into_response())
             }
             Answer::NoIcon => Ok(StatusCode::NO_CONTENT.into_response()),
-            Answer::NotFound => Err(Error::NotFound),
+            Answer::Reserved => Err(Error::NotFound("nothing is at this reserved path")),
         }
     }
 }
@@ -121,7 +131,7 @@ where
 {
     type Response = Response;
     type Error = Error;
-    type Future = Refusable<S::Future>;
+    type Future = Either<TaskAnswer, Refusable<S::Future>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
         self.inner.poll_ready(cx)
@@ -130,8 +140,13 @@ where
     fn call(&mut self, inbound: ProxyRequest) -> Self::Future {
         let request = &inbound.request;
         match Answer::to(request.method(), request.uri().path()) {
-            Some(answer) => Either::Left(ready(self.answer(answer))),
-            None => Either::Right(self.inner.call(inbound)),
+            None => Either::Right(Either::Right(self.inner.call(inbound))),
+            Some(Answer::Reserved)
+                if let Some(asked) = TaskRequest::of(request, &inbound.context) =>
+            {
+                Either::Left(Box::pin(asked.answer(self.layer.ledger.clone())))
+            }
+            Some(answer) => Either::Right(Either::Left(ready(self.answer(answer)))),
         }
     }
 }
@@ -142,7 +157,7 @@ impl Answer {
     /// Returns the answer to a request; `None` if the request is not for the proxy itself.
     fn to(method: &Method, path: &str) -> Option<Self> {
         if is_under(path, RESERVED) {
-            return Some(Self::NotFound);
+            return Some(Self::Reserved);
         }
         let answer = match path {
             FRONT_PAGE => Self::FrontPage,
@@ -166,8 +181,8 @@ mod tests {
             (Method::HEAD, "/", Some(Answer::FrontPage)),
             (Method::GET, "/favicon.ico", Some(Answer::NoIcon)),
             (Method::HEAD, "/favicon.ico", Some(Answer::NoIcon)),
-            (Method::GET, "/_proxy", Some(Answer::NotFound)),
-            (Method::POST, "/_proxy/x", Some(Answer::NotFound)),
+            (Method::GET, "/_proxy", Some(Answer::Reserved)),
+            (Method::POST, "/_proxy/x", Some(Answer::Reserved)),
             (Method::POST, "/", None),
             (Method::OPTIONS, "/", None),
             (Method::PUT, "/favicon.ico", None),

@@ -1,0 +1,122 @@
+//! Answers the requests about tasks: everything below `/_proxy/tasks`.
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::response::{IntoResponse, Response};
+use http::Method;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use serde::Serialize;
+
+use crate::error::Error;
+use crate::request::context::RequestContext;
+use crate::tasks::ledger::Ledger;
+use crate::tasks::record::TaskRecord;
+use crate::tasks::state::TaskState;
+use crate::tasks::store::ListQuery;
+use crate::tasks::view::{BadQuery, PageView, TaskView};
+
+/// Path of the list of all tasks. A further segment names one task.
+pub const TASKS: &str = "/_proxy/tasks";
+
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
+const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
+
+/// What a request about tasks wants.
+#[derive(Debug, PartialEq, Eq)]
+pub struct TaskRequest {
+    method: Method,
+    /// The id in the path; `None` for the list.
+    id: Option<String>,
+    query: String,
+    /// The client whose tasks the request may see; `None` for all tasks.
+    client: Option<String>,
+}
+
+// === impl TaskRequest ===
+
+impl TaskRequest {
+    /// Reads a request; `None` if its path is not about tasks. With client tokens, a client sees the tasks
+    /// that its own name has created.
+    pub fn of(request: &Request, context: &RequestContext) -> Option<Self> {
+        let rest = request.uri().path().strip_prefix(TASKS)?;
+        let id = match rest.strip_prefix('/') {
+            None if rest.is_empty() => None,
+            None => return None,
+            Some("") => None,
+            Some(id) => Some(id.to_owned()),
+        };
+        Some(Self {
+            method: request.method().clone(),
+            id,
+            query: request.uri().query().unwrap_or_default().to_owned(),
+            client: context.client().map(str::to_owned),
+        })
+    }
+
+    /// Answers the request from the store.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::NotFound`] if there is no such task, or if it is another client's.
+    /// - [`Error::BadRequest`] if the query of a list is not understood.
+    /// - [`Error::TaskNotCancelable`] for the cancellation of a create that was sent.
+    /// - [`Error::StoreUnavailable`] if the store does not answer.
+    pub async fn answer(self, ledger: Ledger) -> Result<Response, Error> {
+        let Self {
+            method,
+            id,
+            query,
+            client,
+        } = self;
+        match (method, id) {
+            (Method::GET | Method::HEAD, None) => list(&query, client, &ledger).await,
+            (Method::GET | Method::HEAD, Some(id)) => {
+                let task = find(id, client, &ledger).await?;
+                Ok(json(&TaskView::from(&task)))
+            }
+            (Method::DELETE, Some(id)) => {
+                let task = find(id, client, &ledger).await?;
+                match task.state {
+                    TaskState::Canceled => Ok(json(&TaskView::from(&task))),
+                    _ => Err(Error::TaskNotCancelable),
+                }
+            }
+            _ => Err(Error::MethodNotAllowed),
+        }
+    }
+}
+
+async fn list(query: &str, client: Option<String>, ledger: &Ledger) -> Result<Response, Error> {
+    let query = ListQuery::of_request(query, ledger.now());
+    let mut query = query.map_err(|BadQuery(problem)| Error::BadRequest(problem))?;
+    if let Some(client) = client {
+        if query.client.as_ref().is_some_and(|asked| *asked != client) {
+            // The tasks of others are not there for this client.
+            return Ok(json(&PageView::empty()));
+        }
+        query.client = Some(client);
+    }
+    let page = ledger.read(move |store| store.list(&query)).await?;
+    Ok(json(&PageView::from(&page)))
+}
+
+async fn find(id: String, client: Option<String>, ledger: &Ledger) -> Result<TaskRecord, Error> {
+    let found = ledger
+        .read(move |store| store.find(&id, client.as_deref()))
+        .await?;
+    found.ok_or(Error::NotFound("there is no such task"))
+}
+
+/// Answers with JSON and a newline, which nobody may keep or take for something else.
+fn json(value: &impl Serialize) -> Response {
+    // A struct of texts and numbers cannot fail to serialise.
+    let mut body = serde_json::to_vec(value).unwrap_or_default();
+    body.push(b'\n');
+    let headers = [
+        (CONTENT_TYPE, JSON),
+        (CACHE_CONTROL, NO_STORE),
+        (X_CONTENT_TYPE_OPTIONS, NO_SNIFF),
+    ];
+    (headers, Body::from(body)).into_response()
+}
