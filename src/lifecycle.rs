@@ -22,11 +22,12 @@ pub enum Phase {
     Ended,
 }
 
-/// Holds the current [`Phase`], and wakes those that wait for the last one.
+/// Holds the current [`Phase`], and wakes those that wait for one of the last two.
 #[derive(Debug, Default)]
 pub struct Lifecycle {
     phase: AtomicU8,
-    ended: Notify,
+    /// Notified at the beginning of each of the last two phases.
+    ending: Notify,
 }
 
 // === impl Phase ===
@@ -57,15 +58,28 @@ impl Lifecycle {
     /// Moves to a phase. It has no effect if the current phase is later.
     pub fn enter(&self, phase: Phase) {
         self.phase.fetch_max(phase as u8, Relaxed);
-        if phase == Phase::Ended {
-            self.ended.notify_waiters();
+        if phase >= Phase::Draining {
+            self.ending.notify_waiters();
         }
+    }
+
+    /// Waits until no new request may begin.
+    pub async fn draining(&self) {
+        self.reached(Phase::Draining).await;
     }
 
     /// Waits until the phase is [`Phase::Ended`].
     pub async fn ended(&self) {
-        let notified = self.ended.notified();
-        if self.phase() != Phase::Ended {
+        self.reached(Phase::Ended).await;
+    }
+
+    /// Waits for one of the last two phases.
+    async fn reached(&self, phase: Phase) {
+        loop {
+            let notified = self.ending.notified();
+            if self.phase() >= phase {
+                return;
+            }
             notified.await;
         }
     }

@@ -31,6 +31,7 @@ use crate::layer::normalise::{ErrorFormat, NormaliseLayer};
 use crate::layer::observe::ObserveLayer;
 use crate::layer::retry::{RetryLimits, RetryPolicy};
 use crate::layer::trace::{Counted, TraceLayer};
+use crate::layer::wait::WaitLayer;
 use crate::lifecycle::Lifecycle;
 use crate::reloadable::Reloadable;
 use crate::request::context::ProxyRequest;
@@ -38,6 +39,7 @@ use crate::request::replay_body::{ReplayBudget, ReplayLimits};
 use crate::request::replayable::ReplayableRequest;
 use crate::sandbox::{self, Sandbox};
 use crate::tasks::ledger::Ledger;
+use crate::tasks::waiting::WaitingRoom;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
 
@@ -65,6 +67,8 @@ pub struct Parts {
     pub dial: Arc<dyn Dial>,
     /// Time limits for connections to upstream and for its responses.
     pub timeouts: Timeouts,
+    /// Most requests that wait at once (`state.waiting`).
+    pub waiting: u64,
     /// Wall clock of this machine, without correction.
     pub clock: Arc<dyn Clock>,
     /// Metrics of the whole process.
@@ -102,6 +106,8 @@ pub struct Shared {
     pub clock: Arc<dyn Clock>,
     /// Memory of all creates and their tasks.
     pub ledger: Ledger,
+    /// Lets requests wait for the end of their task.
+    pub wait: WaitLayer,
     /// Phase of the proxy, from start to end.
     pub lifecycle: Arc<Lifecycle>,
     /// Metrics of the whole process.
@@ -125,6 +131,7 @@ impl Shared {
             admin,
             dial,
             timeouts,
+            waiting,
             clock,
             metrics,
         } = parts;
@@ -147,6 +154,13 @@ impl Shared {
         );
         let retry_tokens = Arc::clone(&tokens);
         let ledger = Ledger::new(Arc::clone(&clock), Arc::clone(&metrics));
+        let lifecycle = Arc::<Lifecycle>::default();
+        let wait = WaitLayer {
+            room: WaitingRoom::new(waiting, Arc::clone(&metrics)),
+            polls: Arc::default(),
+            lifecycle: Arc::clone(&lifecycle),
+            metrics: Arc::clone(&metrics),
+        };
         let (destination, place): (fn(&Request) -> _, _) = if sandboxed {
             let place = "the embedded sandbox, which costs nothing".to_owned();
             (destination_with_sandbox, place)
@@ -172,8 +186,9 @@ impl Shared {
             origin,
             upstream,
             ledger,
+            wait,
             clock,
-            lifecycle: Arc::default(),
+            lifecycle,
             metrics,
         }
     }
@@ -182,8 +197,8 @@ impl Shared {
     /// `detached` tracks the creates that go on after their client has disconnected.
     ///
     /// ```text
-    /// listener -> trace -> cors -> normalise -> drain -> guard -> local -> replayable -> observe
-    ///          -> detach -> retry -> authenticate -> upstream
+    /// listener -> trace -> cors -> normalise -> drain -> guard -> local -> replayable -> wait
+    ///          -> observe -> detach -> retry -> authenticate -> upstream
     /// ```
     ///
     /// There is no router: for one prefix it cost a poll more than all the checks of the guard.
@@ -210,6 +225,7 @@ impl Shared {
             .layer(self.local.clone()) // answers requests for the proxy itself
             // From here on requests do not have the client's credentials.
             .map_request(move |inbound| ReplayableRequest::new(inbound, &replay_budget, is_marked))
+            .layer(self.wait.clone()) // holds answers back until their task has ended, for clients that ask for it
             .layer(ObserveLayer::new(self.ledger.clone())) // learns from polls and lists what becomes of tasks
             .layer(DetachLayer::new(detached.clone(), self.ledger.clone())) // records creates; each goes on without its client
             .layer(RetryLayer::new(self.retry_policy.clone())) // never retries a create that may have worked

@@ -170,6 +170,7 @@ fn shared(settings: &Settings) -> Shared {
         sandboxed: false,
         admin: None,
         timeouts,
+        waiting: settings.state.waiting,
         clock: Arc::new(SystemClock),
         metrics: Arc::new(Metrics::new().unwrap()),
     })

@@ -9,7 +9,8 @@ use reqwest::redirect::Policy;
 use reqwest::{Client, Proxy, retry};
 use rustls::RootCertStore;
 
-use crate::upstream::{EgressProxy, NAME, TlsError, client_config_with};
+use crate::request::headers::NAME;
+use crate::upstream::{EgressProxy, TlsError, client_config_with};
 
 /// Largest part of a body that is read, in bytes.
 const BODY_LIMIT: usize = 64 << 10;

@@ -10,6 +10,7 @@ pub mod normalise;
 pub mod observe;
 pub mod retry;
 pub mod trace;
+pub mod wait;
 
 use axum::response::Response;
 use futures_util::future::{Either, Ready};

@@ -1,7 +1,7 @@
 //! The record of one request, which the layers fill in. `trace` logs it when the request ends.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use axum::extract::Request;
 use tokio::time::Instant;
@@ -26,7 +26,7 @@ struct ContextInner {
     begun: Instant,
     in_flight: InFlight,
     client: OnceLock<ClientName>,
-    share: OnceLock<Held>,
+    share: Mutex<Option<Held>>,
     attempts: AtomicU32,
     external_id: OnceLock<String>,
     reference: OnceLock<TaskRef>,
@@ -53,7 +53,7 @@ impl RequestContext {
             begun: Instant::now(),
             in_flight,
             client: OnceLock::new(),
-            share: OnceLock::new(),
+            share: Mutex::default(),
             attempts: AtomicU32::new(0),
             external_id: OnceLock::new(),
             reference: OnceLock::new(),
@@ -85,8 +85,18 @@ impl RequestContext {
 
     /// Records that the request counts in its client's share, as long as the context exists.
     pub fn holds(&self, place: Held) {
-        // Only the guard calls this, once for each request.
-        let _ = self.0.share.set(place);
+        *self.share() = Some(place);
+    }
+
+    /// Records that the request only waits from now on, so it counts neither in its client's share nor as
+    /// in flight.
+    pub fn waits(&self) {
+        self.share().take();
+        self.0.in_flight.leave();
+    }
+
+    fn share(&self) -> MutexGuard<'_, Option<Held>> {
+        self.0.share.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the name of the client, if clients must show a token.

@@ -7,6 +7,9 @@ use http::header::{
 
 use crate::request::accept_encoding;
 
+/// `User-Agent` of the requests that the proxy sends for itself.
+pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
+
 /// Header that lists the ids of the proxies that a request came through; see
 /// [`Hop`](crate::layer::guard::hop).
 pub const HOP: HeaderName = HeaderName::from_static("kling-proxy-hop");

@@ -117,6 +117,16 @@ impl ReplayBody {
         }
     }
 
+    /// Returns the body of a request without one.
+    pub fn none() -> Self {
+        Self {
+            source: None,
+            at: 0,
+            turn: None,
+            length: None,
+        }
+    }
+
     /// Returns true if this clone can still deliver the whole body.
     pub fn is_whole(&self) -> bool {
         self.source

@@ -3,15 +3,18 @@
 use std::sync::Arc;
 
 use axum::extract::Request;
+use http::header::{ACCEPT, HeaderMap, HeaderValue, USER_AGENT};
 use http::{Method, Uri, request};
 use tokio::task::yield_now;
 
 use crate::clock::Correction;
 use crate::kling::idempotency::Effect;
 use crate::request::context::{ProxyRequest, RequestContext};
-use crate::request::headers;
+use crate::request::headers::{self, NAME};
+use crate::request::id::RequestId;
 use crate::request::pending_create::{ClientLeft, PendingCreate};
 use crate::request::replay_body::{ReplayBody, ReplayBudget};
+use crate::telemetry::metrics::Metrics;
 
 /// A request that can be sent again. Clones share one head, so a clone costs almost nothing. Most requests
 /// need only one attempt, and their clone is never used.
@@ -64,6 +67,28 @@ impl ReplayableRequest {
             create: None,
             body,
         }
+    }
+
+    /// Makes a read of the proxy's own, which carries no header of a client.
+    pub fn own_read(target: Uri, metrics: &Arc<Metrics>) -> Self {
+        let mut head = Request::new(()).into_parts().0;
+        head.uri = target;
+        let headers = &mut head.headers;
+        headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+        headers.insert(USER_AGENT, HeaderValue::from_static(NAME));
+        let context = RequestContext::new(RequestId::random(), metrics.enter_uncounted());
+        Self {
+            head: Arc::new(head),
+            effect: Effect::Read,
+            context,
+            create: None,
+            body: ReplayBody::none(),
+        }
+    }
+
+    /// Returns the headers of the request that may reach upstream.
+    pub fn headers(&self) -> &HeaderMap {
+        &self.head.headers
     }
 
     /// Returns the effect of the request, which decides if it may be sent again.

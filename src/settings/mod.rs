@@ -168,6 +168,8 @@ pub struct StateSettings {
     pub url: StateUrl,
     /// Time for which a task is kept after its end.
     pub keep: Duration,
+    /// Most requests that wait at once.
+    pub waiting: u64,
 }
 
 /// Time limits of an orderly shutdown (`shutdown.*`).
@@ -335,6 +337,7 @@ impl Settings {
             state: StateSettings {
                 url: from.get("state.url"),
                 keep: from.get("state.keep"),
+                waiting: from.get("state.waiting"),
             },
             shutdown: Shutdown {
                 delay: from.get("shutdown.delay"),

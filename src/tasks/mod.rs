@@ -10,6 +10,7 @@
 //! | `ledger.rs` | the queue of writes, and the thread that owns the store |
 //! | `running.rs` | the tasks that run now, for the path of a poll |
 //! | `view.rs` | a task as users see it |
+//! | `waiting.rs` | the limit of the requests that wait |
 //! | `create.rs` | the record of a create while its request is in flight |
 
 pub mod create;
@@ -22,3 +23,4 @@ pub mod state;
 pub mod store;
 pub mod units;
 pub mod view;
+pub mod waiting;

@@ -5,6 +5,7 @@
 //! that only appears with its first event.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use http::{Method, StatusCode};
@@ -55,6 +56,7 @@ pub struct Metrics {
     token_expiry: IntGauge,
     clock_offset: Gauge,
     log_lines_dropped: IntCounter,
+    waiting: IntGauge,
     state_up: IntGauge,
 }
 
@@ -135,6 +137,10 @@ impl Metrics {
                 "log_lines_dropped_total",
                 "Log lines that were lost because standard error did not accept them.",
             )?)?,
+            waiting: registrar.gauge(
+                "requests_waiting",
+                "Requests that wait for the end of a task, or for events.",
+            )?,
             state_up: registrar.gauge(
                 "state_up",
                 "1 while the store of tasks takes writes, else 0.",
@@ -161,7 +167,7 @@ impl Metrics {
         self.in_flight.inc();
         InFlight {
             metrics: Arc::clone(self),
-            is_counted: true,
+            is_counted: AtomicBool::new(true),
         }
     }
 
@@ -169,7 +175,7 @@ impl Metrics {
     pub fn enter_uncounted(self: &Arc<Self>) -> InFlight {
         InFlight {
             metrics: Arc::clone(self),
-            is_counted: false,
+            is_counted: AtomicBool::new(false),
         }
     }
 
@@ -232,6 +238,15 @@ impl Metrics {
     pub fn token_expires(&self, exp: u64) {
         self.token_expiry
             .set(i64::try_from(exp).unwrap_or(i64::MAX));
+    }
+
+    /// Counts one request more that waits, or one less.
+    pub fn waits(&self, waits: bool) {
+        if waits {
+            self.waiting.inc();
+        } else {
+            self.waiting.dec();
+        }
     }
 
     /// Records if the store of tasks takes writes.
@@ -329,7 +344,7 @@ pub fn method_label(method: &Method) -> &str {
 /// Counts one request as in flight until it is dropped.
 pub struct InFlight {
     metrics: Arc<Metrics>,
-    is_counted: bool,
+    is_counted: AtomicBool,
 }
 
 // === impl InFlight ===
@@ -339,12 +354,17 @@ impl InFlight {
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
     }
+
+    /// Counts the request as in flight no longer.
+    pub fn leave(&self) {
+        if self.is_counted.swap(false, Relaxed) {
+            self.metrics.in_flight.dec();
+        }
+    }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        if self.is_counted {
-            self.metrics.in_flight.dec();
-        }
+        self.leave();
     }
 }

@@ -15,8 +15,9 @@ use hyper_util::rt::TokioIo;
 use percent_encoding::percent_decode_str;
 use tokio::net::TcpStream;
 
-use super::origin::{NAME, Origin, without_brackets};
+use super::origin::{Origin, without_brackets};
 use crate::error::BoxError;
+use crate::request::headers::NAME;
 
 /// An HTTP proxy that opens tunnels (`CONNECT`: RFC 9110, section 9.3.6).
 ///

@@ -47,7 +47,7 @@ pub use self::clock::UpstreamClock;
 pub use self::clock_reading::{ClockReading, shifted};
 pub use self::dial::{Dial, Dialing, Network, NoHttp1, Transport, Versions};
 pub use self::egress::{EgressProxy, NoEgressProxy, TunnelError};
-pub use self::origin::{NAME, Origin};
+pub use self::origin::Origin;
 pub use self::text::Decoder;
 pub use self::timeouts::Timeouts;
 pub use self::trust::{TlsError, client_config, client_config_with, trust_roots};
@@ -64,6 +64,7 @@ use self::warm::WarmConnection;
 use crate::clock::{Clock, Correction};
 use crate::error::{Answer, BoxError, Error, LateAnswer, chain};
 use crate::kling::service_code::Class;
+use crate::request::headers::NAME;
 use crate::request::replayable::{Attempt, AttemptedCreate};
 use crate::telemetry::metrics::Metrics;
 

@@ -5,9 +5,6 @@ use std::fmt;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Uri};
 
-/// `User-Agent` of the requests that the proxy sends for itself.
-pub const NAME: &str = concat!("kling-proxy/", env!("CARGO_PKG_VERSION"));
-
 /// Scheme and authority of `upstream.url`. All requests go there, and nothing in a request can change that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {

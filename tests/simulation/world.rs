@@ -197,6 +197,7 @@ fn proxy(world: &World) -> Shared {
         admin: None,
         dial: Arc::new(Upstream::new(world.clone())),
         timeouts: settings.upstream.timeouts,
+        waiting: settings.state.waiting,
         clock: Arc::new(SimulatedClock(Instant::now())),
         metrics: Arc::new(Metrics::new().unwrap()),
     })

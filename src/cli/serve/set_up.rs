@@ -105,6 +105,7 @@ impl Proxy {
             admin: listeners.admin_url(),
             dial: Arc::new(network),
             timeouts,
+            waiting: settings.state.waiting,
             clock,
             metrics,
         });
