@@ -348,12 +348,16 @@ fn is_within(limit: Duration, since: SystemTime, now: SystemTime) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::time::UNIX_EPOCH;
 
+    use axum::body::Body;
+    use bytes::Bytes;
     use tokio::io::duplex;
     use tokio::net::{TcpListener, TcpStream};
-    use tokio::sync::mpsc;
+    use tokio::sync::{Semaphore, mpsc};
+    use tokio::task::{JoinSet, yield_now};
 
     use super::*;
     use crate::upstream::dial::{Dial, Dialing, NoHttp1, Transport, Versions};
@@ -486,5 +490,257 @@ mod tests {
             assert!(matches!(connected, Connection::Http1(_)));
             assert_eq!(upstream.0.load(Relaxed), refusals);
         }
+    }
+
+    /// An upstream that speaks HTTP/1.1, and HTTP/2 too if it has `streams`.
+    struct Versatile {
+        /// Most streams of an HTTP/2 connection; `None` without HTTP/2.
+        streams: Option<u32>,
+        refuses_http1: bool,
+        /// Number of connections that were asked for.
+        dials: AtomicU64,
+        /// One permit for each connection that may open.
+        gate: Semaphore,
+        /// The ends of the connections on the side of upstream.
+        servers: Mutex<JoinSet<()>>,
+    }
+
+    impl Versatile {
+        fn open(&self, streams: Option<u32>) -> Transport {
+            let (io, stream) = duplex(1_024);
+            let server = async move {
+                let mut http = h2::server::Builder::new();
+                let Some(streams) = streams else {
+                    // The stream of HTTP/1.1 stays open.
+                    let _stream = stream;
+                    return pending().await;
+                };
+                let http = http.max_concurrent_streams(streams);
+                let mut http = http.handshake::<_, Bytes>(stream).await.unwrap();
+                while let Some(Ok(_)) = http.accept().await {}
+            };
+            self.servers.lock().unwrap().spawn(server);
+            Transport {
+                io: Box::new(io),
+                is_http2: streams.is_some(),
+            }
+        }
+    }
+
+    impl Dial for Versatile {
+        fn dial(&self, versions: Versions) -> Dialing<'_> {
+            Box::pin(async move {
+                self.dials.fetch_add(1, Relaxed);
+                self.gate.acquire().await.unwrap().forget();
+                match versions {
+                    Versions::Http1 if self.refuses_http1 => Err(NoHttp1("an alert".into()).into()),
+                    Versions::Http1 => Ok(self.open(None)),
+                    Versions::Any => Ok(self.open(self.streams)),
+                }
+            })
+        }
+    }
+
+    /// Creates a pool, whose upstream opens `most` connections.
+    fn versatile(
+        streams: Option<u32>,
+        refuses_http1: bool,
+        most: usize,
+    ) -> (Arc<Hand>, Arc<Versatile>, Arc<Pool>) {
+        let clock = Arc::<Hand>::default();
+        let upstream = Arc::new(Versatile {
+            streams,
+            refuses_http1,
+            dials: AtomicU64::new(0),
+            gate: Semaphore::new(most),
+            servers: Mutex::default(),
+        });
+        let origin = "https://kling.test".parse().unwrap();
+        let connector = Connector::new(Arc::<Versatile>::clone(&upstream), &origin);
+        let patience = Duration::from_secs(20);
+        let pool = Pool::new(connector, patience, Arc::<Hand>::clone(&clock));
+        (clock, upstream, Arc::new(pool))
+    }
+
+    /// Lets the tasks of connections run. All is in memory, so a few turns are enough.
+    async fn turns() {
+        for _ in 0..100 {
+            yield_now().await;
+        }
+    }
+
+    /// Returns the major version of HTTP that a connection speaks, or 0 without a connection.
+    fn version(connection: Option<&Connection>) -> u8 {
+        match connection {
+            None => 0,
+            Some(Connection::Http1(_)) => 1,
+            Some(Connection::Http2(_)) => 2,
+        }
+    }
+
+    /// Keeps a connection of HTTP/1.1, of HTTP/2, or of both.
+    async fn keep(pool: &Pool, classes: &[RequestClass]) {
+        for class in classes {
+            pool.checkin(pool.connect(*class).await.unwrap());
+        }
+        turns().await;
+    }
+
+    #[tokio::test]
+    async fn each_class_gets_the_kept_connection_that_suits_it() {
+        use RequestClass::{Few, Large, Many};
+        // Few connects over HTTP/1.1 where upstream speaks it, Many over HTTP/2.
+        for (refuses_http1, kept, of_thread, of_another) in [
+            (false, &[][..], [0, 0, 0], [0, 0, 0]),
+            (false, &[Few], [1, 1, 1], [1, 1, 1]),
+            (false, &[Many], [2, 2, 0], [2, 2, 0]),
+            (false, &[Few, Many], [1, 2, 1], [2, 2, 1]),
+            // HTTP/1.1 is known to be refused, or not yet.
+            (true, &[Few], [2, 2, 2], [2, 2, 2]),
+            (true, &[Many], [2, 2, 0], [2, 2, 0]),
+        ] {
+            let case = format!("refuses HTTP/1.1: {refuses_http1}, kept for {kept:?}");
+            for (index, class) in [Few, Many, Large].into_iter().enumerate() {
+                let (_, _upstream, pool) = versatile(Some(100), refuses_http1, 9);
+                keep(&pool, kept).await;
+                let checkout = pool.checkout(class);
+                assert_eq!(
+                    version(checkout.as_ref()),
+                    of_thread[index],
+                    "{class:?}, {case}"
+                );
+                let (_, _upstream, pool) = versatile(Some(100), refuses_http1, 9);
+                keep(&pool, kept).await;
+                let checkout = pool.checkout_shared(class).await;
+                assert_eq!(
+                    version(checkout.as_ref()),
+                    of_another[index],
+                    "{class:?}, {case}"
+                );
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn connection_is_used_until_it_is_closed_or_a_minute_old() {
+        type Event = fn(&Hand, &Versatile, &Pool);
+        let events: [(&str, Event, bool); 5] = [
+            ("at once", |_, _, _| (), true),
+            ("59 s later", |clock, _, _| clock.0.store(59, Relaxed), true),
+            (
+                "60 s later",
+                |clock, _, _| clock.0.store(60, Relaxed),
+                false,
+            ),
+            (
+                "closed by upstream",
+                |_, upstream, _| upstream.servers.lock().unwrap().abort_all(),
+                false,
+            ),
+            ("closed by the proxy", |_, _, pool| pool.clear(), false),
+        ];
+        for (when, event, is_used) in events {
+            for (class, expected) in [(RequestClass::Few, 1), (RequestClass::Many, 2)] {
+                let (clock, upstream, pool) = versatile(Some(100), false, 9);
+                keep(&pool, &[class]).await;
+                event(&clock, &upstream, &pool);
+                turns().await;
+                let checkout = pool.checkout(class);
+                let expected = if is_used { expected } else { 0 };
+                assert_eq!(version(checkout.as_ref()), expected, "{when}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn idle_connection_is_closed_when_another_becomes_idle_a_minute_later() {
+        let (clock, _upstream, pool) = versatile(None, false, 9);
+        for (second, expected) in [
+            (0, &[0][..]),
+            (30, &[0, 30]),
+            (59, &[0, 30, 59]),
+            (60, &[30, 59, 60]),
+            (120, &[120]),
+        ] {
+            clock.0.store(second, Relaxed);
+            keep(&pool, &[RequestClass::Few]).await;
+            let kept = pool.lock();
+            let seconds = kept.idle.iter().map(|(_, since)| *since);
+            let seconds = seconds.map(|since| since.duration_since(UNIX_EPOCH).unwrap().as_secs());
+            assert_eq!(seconds.collect::<Vec<_>>(), expected, "second {second}");
+        }
+    }
+
+    /// A connection of HTTP/2 serves many requests, so one is made at a time.
+    #[tokio::test]
+    async fn connections_are_made_at_once_only_if_each_serves_few_requests() {
+        let few = u32::try_from(FEW).unwrap();
+        for (streams, later) in [(None, 3), (Some(few), 3), (Some(few + 1), 1)] {
+            let (_, upstream, pool) = versatile(streams, false, 0);
+            // Before the first connection, it is not known what upstream speaks.
+            for at_once in [1, later] {
+                let mut connecting = JoinSet::new();
+                for _ in 0..3 {
+                    let pool = Arc::clone(&pool);
+                    connecting.spawn(async move { pool.connect(RequestClass::Many).await });
+                }
+                turns().await;
+                assert_eq!(
+                    upstream.dials.swap(0, Relaxed),
+                    at_once,
+                    "{streams:?} streams"
+                );
+                upstream.gate.add_permits(3);
+                for connected in connecting.join_all().await {
+                    connected.unwrap();
+                }
+                upstream.gate.forget_permits(3);
+                upstream.dials.store(0, Relaxed);
+                pool.clear();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn thread_that_needs_the_warm_connection_again_makes_one_of_its_own() {
+        for (seconds, dials) in [
+            (&[0][..], 0),
+            (&[0, 60], 0),
+            (&[0, 60, 119], 1),
+            // The connection is still being made.
+            (&[0, 1, 2], 1),
+        ] {
+            let (clock, upstream, pool) = versatile(None, false, 0);
+            for second in seconds {
+                clock.0.store(*second, Relaxed);
+                pool.note_miss(RequestClass::Few);
+            }
+            turns().await;
+            assert_eq!(upstream.dials.load(Relaxed), dials, "misses at {seconds:?}");
+            upstream.gate.add_permits(9);
+            turns().await;
+            let checkout = pool.checkout(RequestClass::Few);
+            assert_eq!(u64::from(version(checkout.as_ref())), dials);
+            pool.note_miss(RequestClass::Few);
+            pool.note_miss(RequestClass::Few);
+            turns().await;
+            assert_eq!(upstream.dials.load(Relaxed), dials + 1, "and again");
+        }
+    }
+
+    #[tokio::test]
+    async fn requests_of_one_thread_count_together() {
+        let (_, _, pool) = versatile(None, false, 0);
+        let begin = |pool: &Pool| pool.in_flight().begin(&Body::empty());
+        let in_flight: Vec<_> = (0..FEW).map(|_| begin(&pool)).collect();
+        assert!(
+            in_flight
+                .iter()
+                .all(|(class, _)| *class == RequestClass::Few)
+        );
+        assert_eq!(begin(&pool).0, RequestClass::Many);
+        assert_eq!(begin(&pool.for_thread()).0, RequestClass::Few);
+        drop(in_flight);
+        assert_eq!(begin(&pool).0, RequestClass::Few);
     }
 }
