@@ -433,10 +433,12 @@ impl ReplayBudget {
 
 #[cfg(test)]
 mod tests {
+    use axum::extract::Request;
     use futures_util::{FutureExt, StreamExt, stream};
     use http_body_util::BodyExt;
 
     use super::*;
+    use crate::request::context::ProxyRequest;
 
     fn budget(body: u64, memory: u64) -> Arc<ReplayBudget> {
         let limits = ReplayLimits {
@@ -575,5 +577,143 @@ mod tests {
         }
         drop((attempt, body));
         assert_eq!(budget.used.load(Relaxed), 0);
+    }
+
+    fn context() -> RequestContext {
+        let metrics = Arc::new(Metrics::new().unwrap());
+        ProxyRequest::untraced(Request::default(), &metrics).context
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn body_of_a_create_is_read_ahead_until_its_external_id_is_known() {
+        let frame = size_of::<Frame<Bytes>>();
+        let exactly = "x".repeat(AHEAD - frame);
+        let half = "x".repeat(AHEAD / 2 + 1);
+        for (frames, is_create, is_open, arrived, external_id) in [
+            (
+                &[r#"{"external_task"#, r#"_id":"mine"}"#, " "][..],
+                true,
+                false,
+                2,
+                Some("mine"),
+            ),
+            // The end of the body counts as one frame.
+            (&["{", "}"], true, false, 3, None),
+            (&["{"], true, true, 1, None),
+            (&[&exactly, "x", "x"], true, false, 1, None),
+            (&[&exactly[1..], "x", "x"], true, false, 2, None),
+            (&[&half, &half, "x"], true, false, 2, None),
+            (&["{", "}"], false, false, 0, None),
+        ] {
+            let all = frames.concat();
+            let frames: Vec<_> = frames
+                .iter()
+                .map(|frame| Ok::<_, BoxError>((*frame).to_owned()))
+                .collect();
+            let frames = stream::iter(frames);
+            let sent = if is_open {
+                Body::from_stream(frames.chain(stream::pending()))
+            } else {
+                Body::from_stream(frames)
+            };
+            let context = context();
+            let mut body = ReplayBody::new(sent, &budget(0, 0), is_create.then_some(&context));
+            body.read_ahead().await.unwrap();
+            assert_eq!(body.arrived(), arrived, "{} bytes", all.len());
+            assert_eq!(context.external_id(), external_id);
+            let mut read = String::new();
+            while let Some(Some(frame)) = body.frame().now_or_never() {
+                read.push_str(str::from_utf8(frame.unwrap().data_ref().unwrap()).unwrap());
+            }
+            assert!(read == all, "read {} of {} bytes", read.len(), all.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn body_that_was_read_ahead_to_its_end_is_not_at_its_end() {
+        for whole in [Body::from("abcd"), chunks(&["ab", "cd"])] {
+            let body = ReplayBody::new(whole, &budget(10_000, 10_000), None);
+            assert!(body.read_while(|| true).now_or_never().is_none());
+            assert!(!body.is_end_stream());
+            assert_eq!(rest(body).await, Ok("abcd".to_owned()));
+        }
+    }
+
+    #[tokio::test]
+    async fn failure_of_a_body_is_noticed_before_it_is_sent() {
+        let failing = || {
+            let frames = [Ok("ab"), Err(BoxError::from("the client has left"))];
+            Body::from_stream(stream::iter(frames))
+        };
+        let body = ReplayBody::new(failing(), &budget(10_000, 10_000), None);
+        assert!(body.read_while(|| true).now_or_never().is_some());
+        let body = ReplayBody::new(failing(), &budget(10_000, 10_000), Some(&context()));
+        assert!(body.read_ahead().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn body_is_read_ahead_while_the_limits_have_room() {
+        let frame = size_of::<Frame<Bytes>>() as u64;
+        for (body, memory, arrived) in [
+            (frame, 10_000, 1),
+            (frame + 2, 10_000, 2),
+            (10_000, frame, 1),
+            (10_000, frame + 2, 2),
+            // The declared length is above the limit.
+            (3, 10_000, 0),
+        ] {
+            let declared = Body::new(Declared(chunks(&["a", "b", "c"]), 3));
+            let read = ReplayBody::new(declared, &budget(body, memory), None);
+            assert!(read.read_while(|| true).now_or_never().is_none());
+            assert_eq!(read.arrived(), arrived, "limits {body} and {memory}");
+        }
+    }
+
+    #[test]
+    fn table_of_limits_holds() {
+        // Bytes in use, least length of the body, bytes to keep: do they fit?
+        for (used, all, more, fits) in [
+            (0, 5, 5, true),
+            (0, 6, 3, false),
+            (5, 5, 5, true),
+            (6, 5, 5, false),
+            (10, 1, 1, false),
+        ] {
+            let budget = budget(5, 10);
+            budget.reserve(used);
+            assert_eq!(budget.take(all, more), fits, "{used} {all} {more}");
+            let taken = if fits { used + more } else { used };
+            assert_eq!(budget.used.load(Relaxed), taken as u64);
+        }
+        // Bytes in use, declared length, bytes read ahead: is there room for more?
+        for (used, all, ahead, has_room) in [
+            (0, 0, 0, true),
+            (9, 4, 4, true),
+            (10, 0, 0, false),
+            (0, 5, 0, false),
+            (0, 0, 5, false),
+            (10, 5, 5, false),
+        ] {
+            let budget = budget(5, 10);
+            budget.reserve(used);
+            assert_eq!(
+                budget.has_room(all, ahead),
+                has_room,
+                "{used} {all} {ahead}"
+            );
+        }
+    }
+
+    #[test]
+    fn new_limits_apply_to_what_is_read_from_then_on() {
+        let budget = budget(5, 5);
+        assert!(budget.take(5, 5));
+        for (body, memory, fits) in [(5, 9, false), (5, 10, true), (4, 20, false)] {
+            budget.set_limits(ReplayLimits {
+                body: ByteSize::b(body),
+                memory: ByteSize::b(memory),
+            });
+            assert_eq!(budget.take(5, 5), fits, "limits {body} and {memory}");
+        }
     }
 }
