@@ -170,3 +170,63 @@ impl AttemptedCreate {
         self.pending.not_created();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use bytesize::ByteSize;
+    use futures_util::{FutureExt, stream};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::error::BoxError;
+    use crate::request::replay_body::ReplayLimits;
+    use crate::telemetry::metrics::Metrics;
+
+    /// Asks for permission to send a create. In each of the first `frames` turns a frame of its body arrives,
+    /// and in turn `left` after them its client disconnects.
+    async fn begin_sending(frames: usize, left: usize) -> Result<(), ClientLeft> {
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let limits = ReplayLimits {
+            body: ByteSize::kib(64),
+            memory: ByteSize::kib(64),
+        };
+        let budget = Arc::new(ReplayBudget::new(limits, Arc::clone(&metrics)));
+        let (client, mut received) = mpsc::unbounded_channel::<Result<&str, BoxError>>();
+        let sent = Body::from_stream(stream::poll_fn(move |cx| received.poll_recv(cx)));
+        let request = Request::post("/v1/videos/text2video").body(sent).unwrap();
+        let request = ProxyRequest::untraced(request, &metrics);
+        let mut request = ReplayableRequest::new(request, &budget, false);
+        let pending = PendingCreate::new(request.context().clone(), request.uri().clone());
+        let pending = Arc::new(pending);
+        request.set_pending(Arc::clone(&pending));
+        let body = request.body().clone();
+        let create = request.attempt().create.unwrap();
+        let client = async {
+            for _ in 0..frames {
+                client.send(Ok("x")).unwrap();
+                assert!(body.read_while(|| true).now_or_never().is_none());
+                yield_now().await;
+            }
+            for _ in 1..left {
+                yield_now().await;
+            }
+            pending.client_left();
+        };
+        let (begun, ()) = tokio::join!(biased; create.begin_sending(), client);
+        assert_eq!(pending.is_being_sent(), begun.is_ok());
+        create.not_created();
+        assert!(!pending.is_being_sent());
+        begun
+    }
+
+    #[tokio::test]
+    async fn create_is_sent_after_two_turns_without_news_of_its_client() {
+        for frames in [0, 1, 5] {
+            for (left, may_send) in [(1, false), (2, false), (3, true)] {
+                let begun = begin_sending(frames, left).await;
+                assert_eq!(begun.is_ok(), may_send, "{frames} frames, turn {left}");
+            }
+        }
+    }
+}
