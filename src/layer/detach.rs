@@ -376,7 +376,8 @@ impl AnswerReader {
         Poll::Ready(step)
     }
 
-    /// Reads until the task is known or the body ends, and then logs the task.
+    /// Reads until the task is known or the body ends, and then logs the task. If the body fails before, the
+    /// task is unknown.
     async fn read_on(mut self, unfinished: Unfinished) {
         let reading = async {
             while !self.is_over() {
@@ -388,11 +389,10 @@ impl AnswerReader {
         };
         let is_whole = timeout(READ_ON, reading).await.unwrap_or(false);
         unfinished.disarm();
-        let is_known = is_whole || self.has_task();
-        if !is_known {
+        if !is_whole {
             self.create.unreadable();
         }
-        self.log(if is_known {
+        self.log(if is_whole {
             self.ending
         } else {
             Ending::Unknown
@@ -410,5 +410,229 @@ impl AnswerReader {
 
     fn log(&self, ending: Ending) {
         self.create.log_answer(self.status, ending);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt;
+    use std::sync::Mutex;
+
+    use axum::extract::Request;
+    use bytesize::ByteSize;
+    use futures_util::stream;
+    use http_body_util::BodyExt;
+    use tokio::sync::Notify;
+    use tower::service_fn;
+    use tracing::field::Field;
+    use tracing::{Event, Subscriber};
+    use tracing_subscriber::layer::{self, SubscriberExt};
+
+    use super::*;
+    use crate::error::BoxError;
+    use crate::request::context::ProxyRequest;
+    use crate::request::replay_body::{ReplayBudget, ReplayLimits};
+    use crate::telemetry::CREATES;
+    use crate::telemetry::metrics::Metrics;
+
+    const SUCCESS: &str = r#"{"code":0,"data":{"task_id":"t-1"}}"#;
+    const START: &str = r#"{"code":0,"data":{"#;
+
+    /// Keeps the message of each log line about a create, and the id of the task that the line names.
+    #[derive(Clone, Default)]
+    struct Capture(Arc<Mutex<Vec<(String, String)>>>);
+
+    impl<S: Subscriber> layer::Layer<S> for Capture {
+        fn on_event(&self, event: &Event<'_>, _: layer::Context<'_, S>) {
+            if event.metadata().target() != CREATES {
+                return;
+            }
+            let (mut message, mut task) = (String::new(), String::new());
+            event.record(
+                &mut |field: &Field, value: &dyn fmt::Debug| match field.name() {
+                    "message" => message = format!("{value:?}"),
+                    "task.id" => task = format!("{value:?}").replace('"', ""),
+                    _ => {}
+                },
+            );
+            self.0.lock().unwrap().push((message, task));
+        }
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Client {
+        /// Reads the whole response.
+        Reads,
+        /// Disconnects after the head of the response.
+        LeavesInside,
+        /// Disconnects while the create is being sent.
+        LeavesBefore,
+        /// Disconnects before the create is sent.
+        LeavesUnsent,
+    }
+
+    fn create() -> ReplayableRequest {
+        let metrics = Arc::new(Metrics::new().unwrap());
+        let none = ReplayLimits {
+            body: ByteSize::b(0),
+            memory: ByteSize::b(0),
+        };
+        let request = Request::post("/v1/videos/text2video").body(Body::empty());
+        let request = ProxyRequest::untraced(request.unwrap(), &metrics);
+        ReplayableRequest::new(request, &Arc::new(ReplayBudget::new(none, metrics)), false)
+    }
+
+    /// Creates a response whose body has these parts. An empty part stands for a failure.
+    fn answer(parts: &'static [&str]) -> Response {
+        let parts = parts.iter().map(|part| match *part {
+            "" => Err(BoxError::from("reset")),
+            part => Ok(part),
+        });
+        Response::new(Body::from_stream(stream::iter(parts)))
+    }
+
+    fn timed_out(late: LateAnswer) -> Error {
+        Error::UpstreamTimeout {
+            limit: Duration::from_secs(1),
+            late: Some(late),
+        }
+    }
+
+    fn disconnected() -> Error {
+        Error::Disconnected("reset".into())
+    }
+
+    type Outcome = fn() -> Result<Response, Error>;
+
+    /// Runs a create that has this outcome. Returns the log lines about it.
+    async fn lines(outcome: Outcome, client: Client) -> Vec<(String, String)> {
+        let capture = Capture::default();
+        let lines = tracing_subscriber::registry().with(capture.clone());
+        let _lines = tracing::subscriber::set_default(lines);
+        let [sending, go_on] = [(); 2].map(|()| Arc::new(Notify::new()));
+        let (begun, wait) = (Arc::clone(&sending), Arc::clone(&go_on));
+        let inner = service_fn(move |request: ReplayableRequest| {
+            let (begun, wait) = (Arc::clone(&begun), Arc::clone(&wait));
+            async move {
+                let create = request.attempt().create.unwrap();
+                create.begin_sending().await.unwrap();
+                begun.notify_one();
+                wait.notified().await;
+                outcome()
+            }
+        });
+        let running = TaskTracker::new();
+        let waiting = DetachLayer::new(running.clone())
+            .layer(inner)
+            .call(create());
+        if !matches!(client, Client::LeavesUnsent) {
+            sending.notified().await;
+        }
+        go_on.notify_one();
+        match client {
+            Client::LeavesUnsent | Client::LeavesBefore => drop(waiting),
+            Client::LeavesInside => drop(waiting.await),
+            Client::Reads => {
+                if let Ok(answer) = waiting.await {
+                    let _ = answer.into_body().collect().await;
+                }
+            }
+        }
+        running.close();
+        running.wait().await;
+        let lines = capture.0.lock().unwrap();
+        lines.clone()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn log_of_a_create_has_the_outcome_that_its_client_does_not_get() {
+        use Client::{LeavesBefore, LeavesInside, LeavesUnsent, Reads};
+        let success: Outcome = || Ok(answer(&[SUCCESS]));
+        let failure_after: Outcome = || Ok(answer(&[SUCCESS, ""]));
+        let failure_before: Outcome = || Ok(answer(&[START, ""]));
+        let no_task: Outcome = || Ok(answer(&["{", "}"]));
+        let no_body: Outcome = || Ok(Response::new(Body::empty()));
+        let error: Outcome = || Err(disconnected());
+        let late: Outcome = || Err(timed_out(LateAnswer::new(async { Ok(answer(&[SUCCESS])) })));
+        let late_error: Outcome = || Err(timed_out(LateAnswer::new(async { Err(disconnected()) })));
+        let never: Outcome = || Err(timed_out(LateAnswer::new(std::future::pending())));
+        let carried = "the client has gone";
+        let (too_late, unknown) = ("after its client was told", "no whole answer");
+        // After the line of the first attempt: part of the only other line, if there is one, and the task.
+        for (name, outcome, client, line, task) in [
+            ("success", success, Reads, "", ""),
+            ("success", success, LeavesInside, carried, "t-1"),
+            ("success", success, LeavesBefore, carried, "t-1"),
+            ("failure after the task", failure_after, Reads, "", ""),
+            (
+                "failure after the task",
+                failure_after,
+                LeavesBefore,
+                carried,
+                "t-1",
+            ),
+            (
+                "failure before the task",
+                failure_before,
+                Reads,
+                unknown,
+                "",
+            ),
+            (
+                "failure before the task",
+                failure_before,
+                LeavesBefore,
+                unknown,
+                "",
+            ),
+            ("no task", no_task, Reads, "", ""),
+            ("no task", no_task, LeavesInside, carried, ""),
+            ("no body", no_body, Reads, "", ""),
+            ("no body", no_body, LeavesBefore, carried, ""),
+            ("error", error, Reads, "", ""),
+            ("error", error, LeavesBefore, carried, ""),
+            ("late", late, Reads, too_late, "t-1"),
+            ("late error", late_error, Reads, too_late, ""),
+            ("never", never, Reads, "a create was cut off", ""),
+            ("never sent", success, LeavesUnsent, "", ""),
+        ] {
+            let case = format!("{name}, client {client:?}");
+            let lines = lines(outcome, client).await;
+            let (first, rest) = lines.split_first().expect(&case);
+            let begun = if matches!(client, LeavesUnsent) {
+                "cancelled"
+            } else {
+                "sending"
+            };
+            assert!(first.0.starts_with(begun), "{case}: {lines:?}");
+            match rest {
+                [] => assert_eq!(line, "", "{case}"),
+                [only] => {
+                    assert!(
+                        !line.is_empty() && only.0.contains(line),
+                        "{case}: {lines:?}"
+                    );
+                    assert_eq!(only.1, task, "{case}");
+                }
+                _ => panic!("{case}: {lines:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn length_of_a_response_passes_unchanged() {
+        let inner = service_fn(|_| async { Ok(Response::new(Body::from(SUCCESS))) });
+        let layer = DetachLayer::new(TaskTracker::new());
+        let mut body = layer.layer(inner).call(create()).await.unwrap().into_body();
+        let length = SUCCESS.len() as u64;
+        assert_eq!(
+            (body.size_hint().exact(), body.is_end_stream()),
+            (Some(length), false)
+        );
+        body.frame().await.unwrap().unwrap();
+        assert_eq!(
+            (body.size_hint().exact(), body.is_end_stream()),
+            (Some(0), true)
+        );
     }
 }
