@@ -39,6 +39,7 @@
 //! | [`error`] | all ways in which a request can fail |
 //! | [`tasks`] | the memory of all creates and their tasks |
 //! | [`telemetry`] | log lines and metrics |
+//! | [`style`] | the colours of text for people |
 //! | [`admin`] | health, metrics and control, on a listener of their own |
 //! | [`sandbox`] | an imitation of Kling's API, for trying and testing |
 //!
@@ -75,6 +76,7 @@ mod sandbox;
 mod server;
 mod settings;
 mod stack;
+mod style;
 mod tasks;
 mod telemetry;
 mod upstream;

@@ -1,5 +1,6 @@
 //! `kling-proxy explain`: the meaning of service codes, and their treatment by the proxy.
 
+use std::io;
 use std::str::FromStr;
 
 use serde::Serialize;
@@ -9,6 +10,7 @@ use crate::kling::idempotency::Effect;
 use crate::kling::service_code::{
     self, Class, Needs, Phrase, Resend, Row, TABLE, UNKNOWN, WITH_RETRY_AFTER,
 };
+use crate::style::{Palette, Tone};
 
 /// The argument of `explain`.
 #[derive(Clone, Copy)]
@@ -61,37 +63,51 @@ pub(super) fn run(code: Option<CodeOrType>, output: Output) -> Result<(), Failur
     match (output, row) {
         (Output::Json, None) => say(json(&TABLE.iter().map(ShownCode::from).collect::<Vec<_>>())),
         (Output::Json, Some(row)) => say(json(&ShownCode::from(row))),
-        (Output::Text, None) => {
-            say(format_args!(
-                "{:<5} {:<7} {:<28} {:<10} {:<7} meaning",
-                "code", "status", "type", "retryable", "resent"
-            ));
-            for row in TABLE {
-                let Row {
-                    code, kind, resend, ..
-                } = row;
-                let status = row.status.as_u16();
-                let texts = [row.explanation, row.definition];
-                let meaning = texts.into_iter().find(|text| *text != NONE);
-                say(format_args!(
-                    "{code:<5} {status:<7} {kind:<28} {:<10} {:<7} {}",
-                    retryable(*resend).0,
-                    resent(*resend).0,
-                    meaning.unwrap_or_default()
-                ));
-            }
-        }
-        (Output::Text, Some(row)) => {
-            match shown_code(row) {
-                Some(code) => say(format_args!("{code} {}", row.kind)),
-                None => say(row.kind),
-            }
-            for (name, text) in columns(row) {
-                say(format_args!("  {name:<12} {text}"));
-            }
-        }
+        (Output::Text, None) => say_table(Palette::of(&io::stdout())),
+        (Output::Text, Some(row)) => say_row(row, Palette::of(&io::stdout())),
     }
     Ok(())
+}
+
+/// Prints all rows of the table, one line each.
+fn say_table(palette: Palette) {
+    let heading = format!(
+        "{:<5} {:<7} {:<28} {:<10} {:<7} meaning",
+        "code", "status", "type", "retryable", "resent"
+    );
+    say(palette.paint(Tone::Strong, heading));
+    for row in TABLE {
+        let Row {
+            code, kind, resend, ..
+        } = row;
+        let status = row.status.as_u16();
+        let status = palette.paint(Tone::of_status(status), status);
+        let texts = [row.explanation, row.definition];
+        let meaning = texts.into_iter().find(|text| *text != NONE);
+        say(format_args!(
+            "{code:<5} {status:<7} {kind:<28} {:<10} {:<7} {}",
+            retryable(*resend).0,
+            resent(*resend).0,
+            meaning.unwrap_or_default()
+        ));
+    }
+}
+
+/// Prints one row of the table, one line per column.
+fn say_row(row: &Row, palette: Palette) {
+    let title = match shown_code(row) {
+        Some(code) => format!("{code} {}", row.kind),
+        None => row.kind.to_owned(),
+    };
+    say(palette.paint(Tone::Strong, title));
+    for (name, text) in columns(row) {
+        let tone = match name {
+            "status" => Tone::of_status(row.status.as_u16()),
+            _ => Tone::Normal,
+        };
+        let (name, text) = (palette.paint(Tone::Faint, name), palette.paint(tone, text));
+        say(format_args!("  {name:<12} {text}"));
+    }
 }
 
 /// The vendor's table has this where it has no text.

@@ -1,11 +1,13 @@
 //! The results of the steps, printed as text while they run, or as one JSON object at the end.
 
+use std::io;
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio::time::Instant;
 
 use crate::cli::{Exit, Failure, Output, say};
+use crate::style::{Palette, Tone};
 
 /// Result of a step: a finding, or the fault that made the step fail.
 pub(super) type StepResult<T = ()> = Result<Finding<T>, Fault>;
@@ -37,8 +39,9 @@ pub(super) struct Problem {
 
 /// The results of all steps that have run.
 pub(super) struct Report {
-    /// `None` to tell nothing.
     output: Output,
+    /// Colours of the text on standard output.
+    palette: Palette,
     steps: Vec<Step>,
     /// Exit code of the first step that failed.
     exit: Option<Exit>,
@@ -131,6 +134,7 @@ impl Report {
     pub(super) fn new(output: Output) -> Self {
         Self {
             output,
+            palette: Palette::of(&io::stdout()),
             steps: Vec::new(),
             exit: None,
         }
@@ -219,7 +223,7 @@ impl Report {
             took_ms: took.as_millis(),
         };
         if let Output::Text = self.output {
-            step.tell();
+            step.tell(self.palette);
         }
         self.steps.push(step);
         outcome
@@ -229,23 +233,24 @@ impl Report {
 // === impl Step ===
 
 impl Step {
-    fn tell(&self) {
+    fn tell(&self, palette: Palette) {
         let Self {
             name,
             found,
             took_ms,
             ..
         } = self;
-        let status = match self.status {
-            Status::Ok => "ok",
-            Status::Warning => "warning",
-            Status::Failure => "FAILED",
+        let (status, tone) = match self.status {
+            Status::Ok => ("ok", Tone::Good),
+            Status::Warning => ("warning", Tone::Warning),
+            Status::Failure => ("FAILED", Tone::Bad),
         };
-        say(format_args!(
-            "{status:<8} {name:<13}  {found} ({took_ms} ms)"
-        ));
+        let status = palette.paint(tone, status);
+        let took = palette.paint(Tone::Faint, format!("({took_ms} ms)"));
+        say(format_args!("{status:<8} {name:<13}  {found} {took}"));
         for Problem { advice, .. } in &self.problems {
-            say(format_args!("{:<24}-> {advice}", ""));
+            let arrow = palette.paint(tone, "->");
+            say(format_args!("{:<24}{arrow} {advice}", ""));
         }
     }
 }
