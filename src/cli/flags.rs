@@ -1,5 +1,6 @@
 //! The flags that commands share, and the commands that each flag has an effect on.
 
+use std::mem;
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
@@ -8,6 +9,7 @@ use clap::{ArgMatches, Args, CommandFactory, Id};
 use super::{CommandLine, Exit, Failure};
 use crate::environment::Environment;
 use crate::settings::{Flags, SettingProblem, SettingRow, Settings};
+use crate::telemetry;
 
 #[derive(Args, Clone, Copy)]
 pub(super) struct WithSandbox {
@@ -115,13 +117,25 @@ impl SettingsArgs {
         }
     }
 
+    /// Reads and checks all settings. If `log.filter` is not set, the filter depends on standard error.
     pub(super) fn load(
         &self,
         environment: &Environment,
     ) -> Result<(Settings, Vec<SettingRow>), Failure> {
-        Settings::load(&self.flags(), environment).map_err(|problems| Failure {
+        let loaded = Settings::load(&self.flags(), environment);
+        let (mut settings, rows) = loaded.map_err(|problems| Failure {
             exit: Exit::Settings,
             lines: problems.iter().map(SettingProblem::to_string).collect(),
-        })
+        })?;
+        if has_default(&rows, "log.filter") {
+            let log = &mut settings.log;
+            log.filter = telemetry::default_filter(mem::take(&mut log.filter), log.format);
+        }
+        Ok((settings, rows))
     }
+}
+
+/// Returns true if no source sets this key.
+pub(super) fn has_default(rows: &[SettingRow], key: &str) -> bool {
+    rows.iter().any(|row| row.key == key && row.is_default())
 }

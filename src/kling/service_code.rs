@@ -35,6 +35,9 @@ pub struct Row {
     pub solution: &'static str,
     /// Further advice of the proxy, in `error.hint`.
     pub hint: Option<&'static str>,
+    /// Advice in a few words, for the log of a person: at most 40 characters. `None` if the message of the
+    /// error says more.
+    pub advice: Option<&'static str>,
     /// Phrases in Kling's messages that give more detail than the code.
     pub phrases: &'static [Phrase],
     /// True to close the client's connection after the response, because the start of the next request
@@ -150,38 +153,47 @@ pub const TABLE: &[Row] = &[
     row(1000, Class::Credential, StatusCode::UNAUTHORIZED, "authentication_failed", Resend::Never,
         ["Authentication failed", "Authentication failed",
          "Check if the Authorization is correct"])
-        .hint(WRONG_CREDENTIAL).phrases(&[NO_API_KEY]),
+        .hint(WRONG_CREDENTIAL).phrases(&[NO_API_KEY])
+        .advice("check the proxy's keys and region"),
     row(1001, Class::CredentialMissing, StatusCode::UNAUTHORIZED, "authorization_missing", Resend::Never,
         ["Authentication failed", "Authorization is empty",
          "Fill in the correct Authorization in the Request Header"])
-        .hint(WRONG_CREDENTIAL),
+        .hint(WRONG_CREDENTIAL)
+        .advice("check the proxy's keys and region"),
     row(1002, Class::Credential, StatusCode::UNAUTHORIZED, "authorization_invalid", Resend::Never,
         ["Authentication failed", "Authorization is invalid",
          "Fill in the correct Authorization in the Request Header"])
-        .hint(WRONG_CREDENTIAL).phrases(&[NO_KEY_PAIRS, NO_API_KEY]),
+        .hint(WRONG_CREDENTIAL).phrases(&[NO_KEY_PAIRS, NO_API_KEY])
+        .advice("check the proxy's keys and region"),
     row(1003, Class::TokenTime, StatusCode::UNAUTHORIZED, "authorization_not_yet_valid", Resend::NewToken,
         ["Authentication failed", "Authorization is not yet valid",
          "Check the start effective time of the token, wait for it to take effect or reissue"])
-        .hint(WRONG_CLOCK),
+        .hint(WRONG_CLOCK)
+        .advice("correct this machine's clock"),
     row(1004, Class::TokenTime, StatusCode::UNAUTHORIZED, "authorization_expired", Resend::NewToken,
         ["Authentication failed", "Authorization has expired",
          "Check the validity period of the token and reissue it"])
-        .hint(WRONG_CLOCK),
+        .hint(WRONG_CLOCK)
+        .advice("correct this machine's clock"),
     row(1100, Class::Account, StatusCode::TOO_MANY_REQUESTS, "account_exception", Resend::Never,
         ["Account exception", "Account exception",
          "Verifying account configuration information"])
-        .actionable(StatusCode::PAYMENT_REQUIRED),
+        .actionable(StatusCode::PAYMENT_REQUIRED)
+        .advice("check the account in Kling's console"),
     row(1101, Class::Account, StatusCode::TOO_MANY_REQUESTS, "account_in_arrears", Resend::Never,
         ["Account exception", "Account in arrears (postpaid scenario)",
          "Recharge the account to ensure sufficient balance"])
-        .actionable(StatusCode::PAYMENT_REQUIRED),
+        .actionable(StatusCode::PAYMENT_REQUIRED)
+        .advice("top up the account"),
     row(1102, Class::Account, StatusCode::TOO_MANY_REQUESTS, "resource_pack_depleted", Resend::Never,
         ["Account exception", "Resource pack depleted or expired (prepaid scenario)",
          "Purchase additional resource packages, or activate the post-payment service (if available)"])
-        .actionable(StatusCode::PAYMENT_REQUIRED),
+        .actionable(StatusCode::PAYMENT_REQUIRED)
+        .advice("buy a resource pack"),
     row(1103, Class::Account, StatusCode::FORBIDDEN, "access_denied", Resend::Never,
         ["Account exception", "Unauthorized access to requested resource, such as API/model",
-         "Verifying account permissions"]),
+         "Verifying account permissions"])
+        .advice("check what the account may use"),
     row(1200, Class::Parameters, StatusCode::BAD_REQUEST, "invalid_parameters", Resend::Never,
         ["Invalid request parameters", "Invalid request parameters",
          "Check whether the request parameters are correct"]),
@@ -199,21 +211,25 @@ pub const TABLE: &[Row] = &[
          "Check if any platform policies have been triggered"]),
     row(1301, Class::Policy, StatusCode::BAD_REQUEST, "content_policy", Resend::Never,
         ["Trigger strategy", "Trigger the content security policy of the platform",
-         "Check the input content, modify it, and resend the request"]),
+         "Check the input content, modify it, and resend the request"])
+        .advice("change the prompt or the image"),
     row(1302, Class::Limit, StatusCode::TOO_MANY_REQUESTS, "rate_limited", Resend::Refused,
         ["Trigger strategy", "The API request is too fast, exceeding the platform’s rate limit",
          "Reduce the request frequency, try again later, or contact customer service to increase the limit"])
-        .retry_after(SHORT_WAIT),
+        .retry_after(SHORT_WAIT)
+        .advice("send fewer requests"),
     row(1303, Class::Limit, StatusCode::TOO_MANY_REQUESTS, "concurrency_limited", Resend::Refused,
         ["Trigger strategy", "Concurrency or QPS exceeds the prepaid resource package limit",
          "Reduce the request frequency, try again later, or contact customer service to increase the limit"])
         .hint("all keys of an account share its slots, and a task holds a slot until it ends: \
-               wait for running tasks, then send this again"),
+               wait for running tasks, then send this again")
+        .advice("wait for running tasks"),
     row(1304, Class::Address, StatusCode::TOO_MANY_REQUESTS, "ip_not_allowed", Resend::Never,
         ["Trigger strategy", "Trigger the platform’s IP whitelisting policy",
          "Contact customer service"])
         .hint("the account accepts only listed IP addresses: add the public address of this machine")
-        .actionable(StatusCode::FORBIDDEN),
+        .actionable(StatusCode::FORBIDDEN)
+        .advice("let the account admit this machine"),
     row(5000, Class::Internal, StatusCode::INTERNAL_SERVER_ERROR, "internal_error", Resend::Reads,
         ["Internal error", "Server internal error",
          "Try again later, or contact customer service"]),
@@ -371,6 +387,7 @@ const fn row(
         explanation,
         solution,
         hint: None,
+        advice: None,
         phrases: &[],
         closes_connection: false,
     }
@@ -414,6 +431,13 @@ impl Row {
     const fn hint(self, hint: &'static str) -> Self {
         Self {
             hint: Some(hint),
+            ..self
+        }
+    }
+
+    const fn advice(self, advice: &'static str) -> Self {
+        Self {
+            advice: Some(advice),
             ..self
         }
     }
@@ -519,6 +543,18 @@ mod tests {
         let mut kinds: Vec<_> = TABLE.iter().map(|row| row.kind).collect();
         kinds.sort_unstable();
         assert!(kinds.is_sorted_by(|a, b| a < b), "{kinds:?}");
+    }
+
+    /// A log line has 110 columns.
+    #[test]
+    fn advice_is_short() {
+        for row in TABLE {
+            assert!(
+                row.advice.is_none_or(|text| text.len() <= 40),
+                "{}",
+                row.code
+            );
+        }
     }
 
     #[test]

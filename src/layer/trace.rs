@@ -22,7 +22,7 @@ use crate::kling::idempotency::Effect;
 use crate::request::context::{ProxyRequest, RequestContext};
 use crate::request::id::RequestId;
 use crate::telemetry::metrics::{Metrics, method_label};
-use crate::telemetry::{CREATES, printable};
+use crate::telemetry::{CREATES, INTERIM, READS, printable};
 
 /// Response header with the id of the request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("kling-proxy-request-id");
@@ -231,13 +231,13 @@ impl Subject {
         }
         match effect {
             Effect::Create => failed!(CREATES),
-            Effect::Read => failed!(module_path!()),
+            Effect::Read => failed!(READS),
         }
     }
 
     /// Logs a successful read at `debug`: there are many of them, and they show little.
     fn log_read(&self, status: StatusCode) {
-        event!(self, status, debug, target: module_path!(), "answered");
+        event!(self, status, debug, target: READS, "answered");
     }
 
     fn log_create(&self, status: StatusCode) {
@@ -260,14 +260,24 @@ impl Drop for Unanswered {
         if self.answered {
             return;
         }
-        // The `detach` layer logs the outcome of a create.
         let Subject { context, uri, .. } = &self.subject;
-        tracing::debug!(
-            request_id = context.id().as_str(),
-            client = context.client(),
-            url.path = &*printable(uri.path()),
-            "the client has gone before its answer"
-        );
+        macro_rules! gone {
+            ($name:expr) => {
+                tracing::debug!(
+                    name: $name,
+                    target: READS,
+                    request_id = context.id().as_str(),
+                    client = context.client(),
+                    url.path = &*printable(uri.path()),
+                    "the client has gone before its answer"
+                )
+            };
+        }
+        match self.effect {
+            // The `detach` layer logs the outcome of a create.
+            Effect::Create => gone!(INTERIM),
+            Effect::Read => gone!("gone"),
+        }
     }
 }
 

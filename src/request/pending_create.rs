@@ -19,7 +19,7 @@ use crate::request::context::RequestContext;
 use crate::tasks::create::CreateRecord;
 use crate::tasks::ledger::Ledger;
 use crate::tasks::record::RefusedCreate;
-use crate::telemetry::{CREATES, printable};
+use crate::telemetry::{CREATES, INTERIM, printable};
 
 /// A create request without an outcome.
 pub struct PendingCreate {
@@ -63,6 +63,22 @@ pub enum Ending {
     Late,
     /// Upstream did not respond, or its response cannot be read.
     Unknown,
+}
+
+/// Logs a step of a create, under this name.
+macro_rules! log_step {
+    ($create:ident, $name:expr, $text:expr) => {
+        tracing::info!(
+            name: $name,
+            target: CREATES,
+            request_id = $create.context.id().as_str(),
+            client = $create.context.client(),
+            url.path = &*printable($create.uri.path()),
+            task.external_id = $create.external_id().as_deref(),
+            "{}",
+            $text
+        )
+    };
 }
 
 // === impl PendingCreate ===
@@ -146,7 +162,7 @@ impl PendingCreate {
         self.record.begin_sending();
         if !std::mem::replace(&mut state.was_told, true) {
             drop(state);
-            self.log_step("sending");
+            log_step!(self, INTERIM, "sending");
         }
         Ok(())
     }
@@ -181,7 +197,8 @@ impl PendingCreate {
 
     /// Logs that the create was cancelled.
     pub fn log_cancelled(&self) {
-        self.log_step("cancelled, no task was made: the client has left");
+        let text = "cancelled, no task was made: the client has left";
+        log_step!(self, "cancelled", text);
     }
 
     /// Records and logs that this process gives the create up: it was cancelled, or cut off while it was
@@ -212,17 +229,6 @@ impl PendingCreate {
             return self.log_cancelled();
         }
         self.log(None, Some(error), ending.text());
-    }
-
-    fn log_step(&self, text: &str) {
-        tracing::info!(
-            target: CREATES,
-            request_id = self.context.id().as_str(),
-            client = self.context.client(),
-            url.path = &*printable(self.uri.path()),
-            task.external_id = self.external_id().as_deref(),
-            "{text}"
-        );
     }
 
     fn log(&self, status: Option<StatusCode>, error: Option<&Error>, text: &str) {

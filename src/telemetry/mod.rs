@@ -1,7 +1,9 @@
 //! Sets up the log: its lines, their format and their destination.
 
+mod fit;
 mod line;
 pub mod metrics;
+mod pretty;
 mod queue;
 
 use std::borrow::Cow;
@@ -10,7 +12,7 @@ use std::sync::Once;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::reload::{self, Handle};
 use tracing_subscriber::util::SubscriberInitExt;
@@ -18,6 +20,7 @@ use tracing_subscriber::{Layer, Registry, fmt};
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
 use self::line::JsonLine;
+use self::pretty::{PrettyLine, SpanId};
 use self::queue::{DROPPED, Lines, QUEUE};
 
 /// Format of log lines (`log.format`).
@@ -25,7 +28,7 @@ use self::queue::{DROPPED, Lines, QUEUE};
 pub enum LogFormat {
     /// `Pretty` on a terminal, else `Json`.
     Auto,
-    /// Text for people, with colours on a terminal.
+    /// Text for people, cut to the width of a terminal, with colours there.
     Pretty,
     /// One JSON object per line.
     Json,
@@ -58,7 +61,10 @@ pub fn init(format: LogFormat, filter: Targets) -> Filter {
         (LogFormat::Json, _) | (LogFormat::Auto, false) => {
             lines.json().event_format(JsonLine).boxed()
         }
-        (LogFormat::Pretty, _) | (LogFormat::Auto, true) => lines.with_ansi(terminal).boxed(),
+        (LogFormat::Pretty, _) | (LogFormat::Auto, true) => lines
+            .fmt_fields(SpanId)
+            .event_format(PrettyLine::new(terminal))
+            .boxed(),
     };
     start_writing();
     let subscriber = tracing_subscriber::registry().with(filter).with(lines);
@@ -67,6 +73,16 @@ pub fn init(format: LogFormat, filter: Targets) -> Filter {
         tracing::debug!(%error, "logging is set up already");
     }
     Filter(handle)
+}
+
+/// Returns the filter for a log whose `log.filter` is not set. On a terminal it also passes successful
+/// reads, unless the lines are JSON: a terminal on which nothing happens looks as if the proxy were stuck.
+pub fn default_filter(filter: Targets, format: LogFormat) -> Targets {
+    if format != LogFormat::Json && std::io::stderr().is_terminal() {
+        filter.with_target(READS, LevelFilter::DEBUG)
+    } else {
+        filter
+    }
 }
 
 /// Writes a line for the user at the terminal, after the log lines before it.
@@ -143,6 +159,13 @@ fn is_unseen(c: char) -> bool {
 
 /// Target of the log lines about creates.
 pub const CREATES: &str = "kling_proxy::creates";
+
+/// Target of the log lines about the outcome of reads.
+pub const READS: &str = "kling_proxy::layer::trace";
+
+/// Name of an event about a create whose outcome gets another line later. A terminal leaves it out; JSON
+/// lines do not show names.
+pub const INTERIM: &str = "interim";
 
 #[cfg(test)]
 mod tests {

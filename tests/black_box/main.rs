@@ -41,6 +41,7 @@ mod soak;
 mod stream;
 mod systemd;
 mod tasks;
+mod terminal;
 mod timeouts;
 mod trust;
 mod trusted_files;

@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use self::signals::ForwardedSignals;
+use super::flags::has_default;
 use super::serve::{
     Configuration, EMBEDDED_SANDBOX, Listeners, Proxy, Running, SdNotify, fitting_connections,
     hide_memory, raise_descriptor_limit,
@@ -40,8 +41,7 @@ pub(super) fn run(
     environment: &Environment,
 ) -> Result<ExitCode, Failure> {
     let (mut settings, rows) = args.load(environment)?;
-    let is_default = |key| rows.iter().any(|row| row.key == key && row.is_default());
-    if is_default("log.filter") {
+    if has_default(&rows, "log.filter") {
         let creates = (telemetry::CREATES, LevelFilter::INFO);
         settings.log.filter = Targets::new().with_default(QUIET).with_targets([creates]);
     }
