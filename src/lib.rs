@@ -14,6 +14,7 @@
 //!            guard          refuses what may not pass, before anything is spent
 //!            local          answers requests for the proxy itself, such as `/`
 //!            replayable     drops the client's credentials; keeps the rest, to send it again
+//!            wait           holds answers back until their task has ended, if the client asks for it
 //!            observe        reads what polls and lists say of tasks
 //!            detach         records creates; finishes a create that is being sent even if its client disconnects
 //!            retry          retries only requests that had no effect upstream

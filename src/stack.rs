@@ -168,7 +168,7 @@ impl Shared {
             (destination, origin.to_string())
         };
         Self {
-            local: LocalLayer::new(&place, admin.as_deref(), ledger.clone()),
+            local: LocalLayer::new(&place, admin.as_deref(), ledger.clone(), wait.clone()),
             destination,
             retry_policy: RetryPolicy::new(
                 retry,

@@ -504,6 +504,10 @@ mod tests {
 
     type Outcome = fn() -> Result<Response, Error>;
 
+    fn ledger() -> Ledger {
+        Ledger::without_store(Arc::new(Metrics::new().unwrap()))
+    }
+
     /// Runs a create that has this outcome. Returns the log lines about it.
     async fn lines(outcome: Outcome, client: Client) -> Vec<(String, String)> {
         let capture = Capture::default();
@@ -522,7 +526,7 @@ mod tests {
             }
         });
         let running = TaskTracker::new();
-        let waiting = DetachLayer::new(running.clone())
+        let waiting = DetachLayer::new(running.clone(), ledger())
             .layer(inner)
             .call(create());
         if !matches!(client, Client::LeavesUnsent) {
@@ -622,7 +626,7 @@ mod tests {
     #[tokio::test]
     async fn length_of_a_response_passes_unchanged() {
         let inner = service_fn(|_| async { Ok(Response::new(Body::from(SUCCESS))) });
-        let layer = DetachLayer::new(TaskTracker::new());
+        let layer = DetachLayer::new(TaskTracker::new(), ledger());
         let mut body = layer.layer(inner).call(create()).await.unwrap().into_body();
         let length = SUCCESS.len() as u64;
         assert_eq!(

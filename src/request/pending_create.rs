@@ -286,14 +286,13 @@ mod tests {
     use http::HeaderMap;
 
     use super::*;
-    use crate::clock::SystemClock;
     use crate::request::id::RequestId;
     use crate::telemetry::metrics::Metrics;
 
     fn create() -> PendingCreate {
         let metrics = Arc::new(Metrics::new().unwrap());
         let context = RequestContext::new(RequestId::of(&HeaderMap::new()), metrics.enter());
-        let ledger = Ledger::new(Arc::new(SystemClock), metrics);
+        let ledger = Ledger::without_store(metrics);
         PendingCreate::new(context, Uri::from_static("/v1/videos/text2video"), &ledger)
     }
 

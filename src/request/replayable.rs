@@ -181,6 +181,7 @@ mod tests {
     use super::*;
     use crate::error::BoxError;
     use crate::request::replay_body::ReplayLimits;
+    use crate::tasks::ledger::Ledger;
     use crate::telemetry::metrics::Metrics;
 
     /// Asks for permission to send a create. In each of the first `frames` turns a frame of its body arrives,
@@ -197,7 +198,11 @@ mod tests {
         let request = Request::post("/v1/videos/text2video").body(sent).unwrap();
         let request = ProxyRequest::untraced(request, &metrics);
         let mut request = ReplayableRequest::new(request, &budget, false);
-        let pending = PendingCreate::new(request.context().clone(), request.uri().clone());
+        let pending = PendingCreate::new(
+            request.context().clone(),
+            request.uri().clone(),
+            &Ledger::without_store(metrics),
+        );
         let pending = Arc::new(pending);
         request.set_pending(Arc::clone(&pending));
         let body = request.body().clone();

@@ -96,6 +96,14 @@ impl Ledger {
         }))
     }
 
+    /// Makes a ledger whose store does not work, so that nobody waits for it.
+    #[cfg(test)]
+    pub fn without_store(metrics: Arc<Metrics>) -> Self {
+        let ledger = Self::new(Arc::new(crate::clock::SystemClock), metrics);
+        ledger.0.is_up.store(false, Relaxed);
+        ledger
+    }
+
     /// Returns the time now, by the clock of this machine.
     pub fn now(&self) -> Timestamp {
         self.0.clock.now().into()
@@ -204,9 +212,8 @@ impl Ledger {
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             ticks
         });
+        loop_.publish();
         loop {
-            loop_.write();
-            loop_.publish();
             let again = loop_.again.map(|(at, _)| at);
             tokio::select! {
                 () = self.0.filled.notified() => {}
@@ -219,7 +226,11 @@ impl Ledger {
                     }
                 }
             }
-            for read in std::mem::take(&mut self.lock().reads) {
+            let reads = std::mem::take(&mut self.lock().reads);
+            // A read sees what was entered before it.
+            loop_.write();
+            loop_.publish();
+            for read in reads {
                 read(loop_.store);
             }
         }

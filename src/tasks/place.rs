@@ -12,6 +12,7 @@ use rustix::process::geteuid;
 use super::record::TaskRef;
 use super::sqlite::Sqlite;
 use super::store::{Store, StoreError};
+use crate::clock::{Clock, SystemClock};
 use crate::environment::Environment;
 
 /// The value of `state.url`.
@@ -139,7 +140,7 @@ pub fn existing_file(url: &StateUrl, environment: &Environment) -> Option<PathBu
 
 fn in_memory(owner: String, warning: Option<String>) -> Result<OpenedStore, StoreError> {
     Ok(OpenedStore {
-        store: Box::new(Sqlite::in_memory(owner)?),
+        store: Box::new(Sqlite::in_memory(owner, SystemClock.now())?),
         file: None,
         warning,
     })

@@ -58,6 +58,13 @@ pub trait Store: Send {
     /// The store cannot be read.
     fn last_change(&mut self) -> Result<Option<u64>, StoreError>;
 
+    /// Returns the number of the last change.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    fn newest_change(&mut self) -> Result<u64, StoreError>;
+
     /// Returns the task with this id: the proxy's own reference, else Kling's task id, else the external id.
     /// Of several tasks with one external id, it is the newest. `client` limits the search to one client.
     ///

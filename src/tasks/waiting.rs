@@ -37,6 +37,11 @@ impl WaitingRoom {
         })
     }
 
+    /// Returns the number of places.
+    pub fn places(&self) -> u64 {
+        self.places
+    }
+
     /// Takes a place for a request of this client; `None` if all places are taken, or if the client has half
     /// of them while others wait.
     pub fn enter(self: &Arc<Self>, client: Option<&str>) -> Option<WaitingPlace> {

@@ -48,4 +48,5 @@ mod trusted_files;
 mod unix_socket;
 mod versions;
 mod wait;
+mod waiting;
 mod warm;

@@ -164,7 +164,7 @@ async fn simulate(world: World) {
 
 /// Runs the store of tasks, in memory.
 fn store(shared: &Shared) -> impl Future<Output = ()> + use<> {
-    let store = Sqlite::in_memory("simulation".to_owned()).unwrap();
+    let store = Sqlite::in_memory("simulation".to_owned(), SystemTime::UNIX_EPOCH).unwrap();
     let ledger = shared.ledger.clone();
     async move { ledger.run(Box::new(store), Duration::MAX).await }
 }

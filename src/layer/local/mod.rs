@@ -1,6 +1,7 @@
 //! Answers the requests that are for the proxy itself: `/`, `/favicon.ico`, and everything below `/_proxy`.
 //! All other requests pass.
 
+mod events;
 pub mod tasks;
 
 use std::pin::Pin;
@@ -15,10 +16,12 @@ use http::header::{CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{Method, StatusCode};
 use tower::{Layer, Service};
 
+use self::events::EventsRequest;
 use self::tasks::TaskRequest;
 use crate::error::Error;
 use crate::kling::api_path::is_under;
 use crate::layer::Refusable;
+use crate::layer::wait::{WaitLayer, preference};
 use crate::request::context::ProxyRequest;
 use crate::tasks::ledger::Ledger;
 
@@ -37,6 +40,7 @@ const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
 pub struct LocalLayer {
     front_page: Bytes,
     ledger: Ledger,
+    wait: WaitLayer,
 }
 
 /// Answers requests for the proxy itself, and passes all others.
@@ -95,9 +99,13 @@ fn front_page(upstream: &str, admin: Option<&str>) -> String {
 impl LocalLayer {
     /// Makes a layer with the text of `/`. `upstream` says where other requests go, and `admin` is the URL of the
     /// admin listener, if there is one.
-    pub fn new(upstream: &str, admin: Option<&str>, ledger: Ledger) -> Self {
+    pub fn new(upstream: &str, admin: Option<&str>, ledger: Ledger, wait: WaitLayer) -> Self {
         let front_page = front_page(upstream, admin).into();
-        Self { front_page, ledger }
+        Self {
+            front_page,
+            ledger,
+            wait,
+        }
     }
 }
 
@@ -125,9 +133,35 @@ impl<S> Local<S> {
     }
 }
 
+impl<S> Local<S>
+where
+    S: Service<ProxyRequest, Response = Response, Error = Error, Future: Send>
+        + Clone
+        + Send
+        + 'static,
+{
+    /// Answers a request about tasks or for events. Hands back [`Answer::Reserved`] if it is for nothing of
+    /// these.
+    fn about_tasks(&self, inbound: &ProxyRequest) -> Result<TaskAnswer, Answer> {
+        let ProxyRequest { request, context } = inbound;
+        let LocalLayer { ledger, wait, .. } = self.layer.clone();
+        if let Some(asked) = TaskRequest::of(request, context) {
+            return Ok(match preference::wait(request.headers()) {
+                Some(time) => Box::pin(asked.wait(time, self.inner.clone(), ledger)),
+                None => Box::pin(asked.answer(ledger)),
+            });
+        }
+        let asked = EventsRequest::of(request, context).ok_or(Answer::Reserved)?;
+        Ok(Box::pin(asked.answer(ledger, wait)))
+    }
+}
+
 impl<S> Service<ProxyRequest> for Local<S>
 where
-    S: Service<ProxyRequest, Response = Response, Error = Error>,
+    S: Service<ProxyRequest, Response = Response, Error = Error, Future: Send>
+        + Clone
+        + Send
+        + 'static,
 {
     type Response = Response;
     type Error = Error;
@@ -139,14 +173,14 @@ where
 
     fn call(&mut self, inbound: ProxyRequest) -> Self::Future {
         let request = &inbound.request;
-        match Answer::to(request.method(), request.uri().path()) {
-            None => Either::Right(Either::Right(self.inner.call(inbound))),
-            Some(Answer::Reserved)
-                if let Some(asked) = TaskRequest::of(request, &inbound.context) =>
-            {
-                Either::Left(Box::pin(asked.answer(self.layer.ledger.clone())))
-            }
-            Some(answer) => Either::Right(Either::Left(ready(self.answer(answer)))),
+        let answer = match Answer::to(request.method(), request.uri().path()) {
+            None => return Either::Right(Either::Right(self.inner.call(inbound))),
+            Some(Answer::Reserved) => self.about_tasks(&inbound),
+            Some(answer) => Err(answer),
+        };
+        match answer {
+            Ok(answer) => Either::Left(answer),
+            Err(answer) => Either::Right(Either::Left(ready(self.answer(answer)))),
         }
     }
 }

@@ -1,14 +1,20 @@
 //! Answers the requests about tasks: everything below `/_proxy/tasks`.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use http::Method;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use serde::Serialize;
+use tokio::time::{Instant, sleep};
+use tower::Service;
 
 use crate::error::Error;
-use crate::request::context::RequestContext;
+use crate::kling::family::Family;
+use crate::layer::wait::preference;
+use crate::request::context::{ProxyRequest, RequestContext};
 use crate::tasks::ledger::Ledger;
 use crate::tasks::record::TaskRecord;
 use crate::tasks::state::TaskState;
@@ -23,7 +29,7 @@ const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
 
 /// What a request about tasks wants.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct TaskRequest {
     method: Method,
     /// The id in the path; `None` for the list.
@@ -31,7 +37,11 @@ pub struct TaskRequest {
     query: String,
     /// The client whose tasks the request may see; `None` for all tasks.
     client: Option<String>,
+    context: RequestContext,
 }
+
+/// Longest time between two looks at a create that is being sent.
+const LOOK: Duration = Duration::from_millis(500);
 
 // === impl TaskRequest ===
 
@@ -51,6 +61,7 @@ impl TaskRequest {
             id,
             query: request.uri().query().unwrap_or_default().to_owned(),
             client: context.client().map(str::to_owned),
+            context: context.clone(),
         })
     }
 
@@ -68,6 +79,7 @@ impl TaskRequest {
             id,
             query,
             client,
+            context: _,
         } = self;
         match (method, id) {
             (Method::GET | Method::HEAD, None) => list(&query, client, &ledger).await,
@@ -87,6 +99,67 @@ impl TaskRequest {
     }
 }
 
+impl TaskRequest {
+    /// Answers the request when its task has ended, or when the time is over. Meanwhile, `inner` polls the task
+    /// for all who wait for it.
+    ///
+    /// # Errors
+    ///
+    /// As [`answer`](Self::answer).
+    pub async fn wait<S>(
+        self,
+        time: Duration,
+        mut inner: S,
+        ledger: Ledger,
+    ) -> Result<Response, Error>
+    where
+        S: Service<ProxyRequest, Response = Response, Error = Error>,
+    {
+        let (&Method::GET, Some(id)) = (&self.method, &self.id) else {
+            return self.answer(ledger).await;
+        };
+        let deadline = self.context.begun() + time;
+        loop {
+            let task = find(id.clone(), self.client.clone(), &ledger).await?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if task.state.is_ended() || left.is_zero() {
+                break;
+            }
+            let Some(poll) = self.poll(&task, left) else {
+                // Its create is being sent, or nobody can read such a task.
+                sleep(left.min(LOOK)).await;
+                continue;
+            };
+            // The answer is upstream's; this one is made of the record, which has the news by now.
+            if inner.call(poll).await.is_err() {
+                break;
+            }
+            let task = find(id.clone(), self.client.clone(), &ledger).await?;
+            if !task.state.is_ended() {
+                break;
+            }
+        }
+        let mut answer = self.answer(ledger).await?;
+        preference::applied(&mut answer, time);
+        Ok(answer)
+    }
+
+    /// Makes the request that waits for the end of a task at Kling; `None` if it has no id yet, or no family.
+    fn poll(&self, task: &TaskRecord, left: Duration) -> Option<ProxyRequest> {
+        let family = Family::named(task.family.as_deref()?)?;
+        let target = family.read_by_id(task.task_id.as_deref()?);
+        let seconds = left.as_secs().max(1);
+        let request = Request::builder()
+            .uri(target)
+            .header("prefer", format!("wait={seconds}"))
+            .body(Body::empty());
+        Some(ProxyRequest {
+            request: request.ok()?,
+            context: self.context.clone(),
+        })
+    }
+}
+
 async fn list(query: &str, client: Option<String>, ledger: &Ledger) -> Result<Response, Error> {
     let query = ListQuery::of_request(query, ledger.now());
     let mut query = query.map_err(|BadQuery(problem)| Error::BadRequest(problem))?;
@@ -101,7 +174,16 @@ async fn list(query: &str, client: Option<String>, ledger: &Ledger) -> Result<Re
     Ok(json(&PageView::from(&page)))
 }
 
-async fn find(id: String, client: Option<String>, ledger: &Ledger) -> Result<TaskRecord, Error> {
+/// Finds a task that the client may see.
+///
+/// # Errors
+///
+/// [`Error::NotFound`], or [`Error::StoreUnavailable`].
+pub(super) async fn find(
+    id: String,
+    client: Option<String>,
+    ledger: &Ledger,
+) -> Result<TaskRecord, Error> {
     let found = ledger
         .read(move |store| store.find(&id, client.as_deref()))
         .await?;

@@ -8,7 +8,7 @@
 //! Once Kling has made the task, the answer to a create is never an error.
 
 pub mod polls;
-mod preference;
+pub mod preference;
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! The task store in SQLite: a file, or the memory of this process.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rusqlite::types::Value;
 use rusqlite::{
@@ -54,14 +54,19 @@ const COLUMNS: &str = "ref, change, state, account, client, request_id, upstream
 // === impl Sqlite ===
 
 impl Sqlite {
-    /// Opens a store in the memory of this process. It keeps the newest 10,000 ended tasks.
+    /// Opens a store in the memory of this process. It keeps the newest 10,000 ended tasks. `now` is the time
+    /// by the clock of this machine.
     ///
     /// # Errors
     ///
     /// SQLite has no memory.
-    pub fn in_memory(owner: String) -> Result<Self, StoreError> {
+    pub fn in_memory(owner: String, now: SystemTime) -> Result<Self, StoreError> {
         let connection = Connection::open_in_memory()?;
         let mut store = Self::with(connection, owner, "memory")?;
+        // Numbers of changes go on from the last process, whose events a client may have seen.
+        let first = Timestamp::from(now).0;
+        let set = "UPDATE meta SET value = ?1 WHERE name = 'change'";
+        store.connection.execute(set, [first])?;
         store.most_ended = Some(MOST_ENDED);
         Ok(store)
     }
@@ -236,12 +241,16 @@ impl Store for Sqlite {
         Ok(changed.into_iter().map(|(_, record)| record).collect())
     }
 
-    fn last_change(&mut self) -> Result<Option<u64>, StoreError> {
-        let last: i64 = self
+    fn newest_change(&mut self) -> Result<u64, StoreError> {
+        let newest: i64 = self
             .connection
             .prepare_cached("SELECT value FROM meta WHERE name = 'change'")?
             .query_row([], |row| row.get(0))?;
-        let last = last.cast_unsigned();
+        Ok(newest.cast_unsigned())
+    }
+
+    fn last_change(&mut self) -> Result<Option<u64>, StoreError> {
+        let last = self.newest_change()?;
         let is_news = self.told != Some(last);
         self.told = Some(last);
         Ok(is_news.then_some(last))

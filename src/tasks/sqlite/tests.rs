@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::UNIX_EPOCH;
 
 use proptest::prelude::*;
 
@@ -9,7 +10,7 @@ use crate::tasks::record::{DEFAULT_ACCOUNT, TaskError, TaskResult};
 const START: Timestamp = Timestamp(1_800_000_000_000);
 
 fn store() -> Sqlite {
-    Sqlite::in_memory("a".to_owned()).unwrap()
+    Sqlite::in_memory("a".to_owned(), UNIX_EPOCH).unwrap()
 }
 
 fn record(reference: &str, state: TaskState) -> TaskRecord {
