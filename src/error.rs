@@ -290,6 +290,17 @@ impl Error {
         }
     }
 
+    /// Returns true if Kling may have made the task of a create that ended with this error, and only the answer
+    /// was lost.
+    pub fn may_hide_a_task(&self) -> bool {
+        match self {
+            Self::Service { .. } => self.row().class == Class::Internal,
+            Self::BadResponse { answer, .. } => answer.head.status.is_server_error(),
+            Self::UpstreamTimeout { .. } | Self::Disconnected(_) => true,
+            _ => false,
+        }
+    }
+
     /// Returns the message of the error: Kling's, or the proxy's own with its causes.
     pub fn message(&self) -> String {
         match self {

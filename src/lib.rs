@@ -17,6 +17,7 @@
 //!            wait           holds answers back until their task has ended, if the client asks for it
 //!            observe        reads what polls and lists say of tasks
 //!            detach         records creates; finishes a create that is being sent even if its client disconnects
+//!            recover        looks a create up whose answer was lost
 //!            retry          retries only requests that had no effect upstream
 //!            authenticate   adds the proxy's token, and the host of upstream
 //!            upstream       sends; reads service codes; streams both ways
@@ -41,6 +42,7 @@
 //! | [`tasks`] | the memory of all creates and their tasks |
 //! | [`telemetry`] | log lines and metrics |
 //! | [`style`] | the colours of text for people |
+//! | [`watcher`] | asks Kling for running tasks that no client asks for |
 //! | [`admin`] | health, metrics and control, on a listener of their own |
 //! | [`sandbox`] | an imitation of Kling's API, for trying and testing |
 //!
@@ -81,6 +83,7 @@ mod style;
 mod tasks;
 mod telemetry;
 mod upstream;
+mod watcher;
 
 /// Items for the project's own benches, fuzz targets and simulation. They may change at any time.
 #[doc(hidden)]

@@ -29,6 +29,7 @@ use crate::layer::guard::{Destination, GuardLayer};
 use crate::layer::local::{self, LocalLayer};
 use crate::layer::normalise::{ErrorFormat, NormaliseLayer};
 use crate::layer::observe::ObserveLayer;
+use crate::layer::recover::RecoverLayer;
 use crate::layer::retry::{RetryLimits, RetryPolicy};
 use crate::layer::trace::{Counted, TraceLayer};
 use crate::layer::wait::WaitLayer;
@@ -42,6 +43,7 @@ use crate::tasks::ledger::Ledger;
 use crate::tasks::waiting::WaitingRoom;
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Dial, Origin, Timeouts, Upstream, UpstreamClock};
+use crate::watcher::Watcher;
 
 /// Parts from which a proxy is built.
 pub struct Parts {
@@ -198,7 +200,7 @@ impl Shared {
     ///
     /// ```text
     /// listener -> trace -> cors -> normalise -> drain -> guard -> local -> replayable -> wait
-    ///          -> observe -> detach -> retry -> authenticate -> upstream
+    ///          -> observe -> detach -> recover -> retry -> authenticate -> upstream
     /// ```
     ///
     /// There is no router: for one prefix it cost a poll more than all the checks of the guard.
@@ -228,12 +230,35 @@ impl Shared {
             .layer(self.wait.clone()) // holds answers back until their task has ended, for clients that ask for it
             .layer(ObserveLayer::new(self.ledger.clone())) // learns from polls and lists what becomes of tasks
             .layer(DetachLayer::new(detached.clone(), self.ledger.clone())) // records creates; each goes on without its client
+            .layer(RecoverLayer {
+                ledger: self.ledger.clone(),
+                retry_policy: self.retry_policy.clone(),
+                metrics: Arc::clone(&self.metrics),
+            }) // looks a create up if its answer was lost
             .layer(RetryLayer::new(self.retry_policy.clone())) // never retries a create that may have worked
             .layer(AuthenticateLayer::new(
                 Arc::clone(&self.tokens),
                 self.origin.host(),
             ))
             .service(self.upstream.for_thread())
+    }
+
+    /// Builds the watcher, which sends its reads through the inner layers of [`stack`](Self::stack).
+    pub fn watcher(
+        &self,
+    ) -> Watcher<
+        impl Service<ReplayableRequest, Response = Response, Error = Error, Future: Send> + Send + use<>,
+    > {
+        let reads = ServiceBuilder::new()
+            .layer(ObserveLayer::new(self.ledger.clone()))
+            .layer(RetryLayer::new(self.retry_policy.clone()))
+            .layer(AuthenticateLayer::new(
+                Arc::clone(&self.tokens),
+                self.origin.host(),
+            ))
+            .service(self.upstream.for_thread());
+        let (ledger, tokens) = (self.ledger.clone(), Arc::clone(&self.tokens));
+        Watcher::new(reads, ledger, tokens, Arc::clone(&self.metrics))
     }
 
     /// Builds the service of the admin listener. Health and metrics are open to everyone who can

@@ -124,6 +124,11 @@ impl Credential {
         }
     }
 
+    /// Returns true for an API key, which Kling accepts on all paths.
+    pub fn is_api_key(&self) -> bool {
+        matches!(self, Self::ApiKey(_))
+    }
+
     /// Returns true if both are key pairs that have exactly one key in common.
     fn shares_a_half(&self, other: &Self) -> bool {
         match (self, other) {
@@ -288,6 +293,11 @@ impl Tokens {
             self.current.store(None);
         }
         changed
+    }
+
+    /// Returns true if the current credential is an API key.
+    pub fn has_api_key(&self) -> bool {
+        self.lock().credential.is_api_key()
     }
 
     /// Returns true if a key pair has exactly one key in common with the current pair. Such a pair may have

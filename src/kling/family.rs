@@ -176,6 +176,15 @@ impl Family {
         FAMILIES.iter().find(|family| family.name() == name)
     }
 
+    /// Returns true if an id can stand in a target as it is: 1 to 64 letters, digits, `.`, `_` and `-`.
+    pub fn is_plain_id(id: &str) -> bool {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        // Dots alone would name another folder.
+        (1..=64).contains(&id.len())
+            && id.bytes().all(is_plain)
+            && id.bytes().any(|byte| byte != b'.')
+    }
+
     /// Returns the model in the path of a create; `None` if the body names it.
     pub fn model<'a>(&self, path: &'a str) -> Option<&'a str> {
         let names_model = self.path.last() == Some(&"*");

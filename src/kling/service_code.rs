@@ -78,6 +78,8 @@ pub enum Class {
     CredentialUnavailable,
     /// The proxy accepts no more requests for now.
     Capacity,
+    /// The proxy cannot do what a request about tasks asks for.
+    Tasks,
 }
 
 /// The rule for sending a failed request again. It may differ for a client and for the proxy.
@@ -117,6 +119,9 @@ pub enum Needs {
 
 /// Service code of a successful request.
 pub const SUCCESS: i64 = 0;
+
+/// Service code of a request that came too soon after others.
+pub const RATE_LIMITED: i64 = 1302;
 
 /// Statuses whose answers carry `Retry-After`, if the request may be sent again.
 pub const WITH_RETRY_AFTER: [StatusCode; 2] = [
@@ -289,10 +294,10 @@ pub const TABLE: &[Row] = &[
     row(9302, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "draining", Resend::ByClient,
         ["Refused by the proxy", "The proxy is shutting down",
          "Try again after the proxy has restarted"]),
-    row(9404, Class::Request, StatusCode::CONFLICT, "task_not_cancelable", Resend::Never,
+    row(9404, Class::Tasks, StatusCode::CONFLICT, "task_not_cancelable", Resend::Never,
         ["Refused by the proxy", "The create was sent already, and Kling cannot cancel a task",
          "Wait for the end of the task, or ignore it"]),
-    row(9502, Class::Capacity, StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", Resend::ByClient,
+    row(9502, Class::Tasks, StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", Resend::ByClient,
         ["Refused by the proxy", "The store of tasks does not answer",
          "Try again later; `kling_proxy_state_up` and the log tell of the store, `state.url` is its place"])
         .retry_after(SHORT_WAIT),
@@ -472,7 +477,7 @@ impl Class {
     /// not be reached.
     pub fn counts_as_attempt(self) -> bool {
         match self {
-            Self::Success | Self::CredentialUnavailable => false,
+            Self::Success | Self::CredentialUnavailable | Self::Tasks => false,
             _ => !self.counts_as_refusal(),
         }
     }
@@ -512,6 +517,10 @@ impl Class {
                 ("credential_unavailable", "the proxy has no credential")
             }
             Self::Capacity => ("capacity", "the proxy takes no more requests for now"),
+            Self::Tasks => (
+                "tasks",
+                "the proxy cannot do what a request about tasks asks for",
+            ),
         }
     }
 }
@@ -596,7 +605,7 @@ mod tests {
             refusals.collect::<Vec<_>>()
         );
         let elsewhere = codes(|class| !class.counts_as_refusal() && !class.counts_as_attempt());
-        assert_eq!(elsewhere, [0, 9201]);
+        assert_eq!(elsewhere, [0, 9201, 9404, 9502]);
         assert!(UNKNOWN.class.counts_as_attempt() && !UNKNOWN.class.refuses_token());
     }
 

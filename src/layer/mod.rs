@@ -8,6 +8,7 @@ pub mod guard;
 pub mod local;
 pub mod normalise;
 pub mod observe;
+pub mod recover;
 pub mod retry;
 pub mod trace;
 pub mod wait;

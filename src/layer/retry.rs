@@ -104,6 +104,11 @@ impl RetryPolicy {
         self.shared.limits.store(limits);
     }
 
+    /// Returns the latest start of an attempt, counted from the arrival of the request.
+    pub fn total_time(&self) -> Duration {
+        self.shared.limits.load().total_time
+    }
+
     /// Returns the wait before the next attempt; `None` if there is none.
     fn wait(&mut self, effect: Effect, error: &Error) -> Option<Duration> {
         let longest = match error.resend() {

@@ -585,7 +585,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn body_of_a_create_is_read_ahead_until_its_external_id_is_known() {
+    async fn body_of_a_create_is_read_ahead_within_limits() {
         let frame = size_of::<Frame<Bytes>>();
         let exactly = "x".repeat(AHEAD - frame);
         let half = "x".repeat(AHEAD / 2 + 1);
@@ -594,7 +594,7 @@ mod tests {
                 &[r#"{"external_task"#, r#"_id":"mine"}"#, " "][..],
                 true,
                 false,
-                2,
+                4,
                 Some("mine"),
             ),
             // The end of the body counts as one frame.

@@ -170,6 +170,8 @@ pub struct StateSettings {
     pub keep: Duration,
     /// Most requests that wait at once.
     pub waiting: u64,
+    /// True to ask Kling for running tasks that no client asks for.
+    pub watch: bool,
 }
 
 /// Time limits of an orderly shutdown (`shutdown.*`).
@@ -338,6 +340,7 @@ impl Settings {
                 url: from.get("state.url"),
                 keep: from.get("state.keep"),
                 waiting: from.get("state.waiting"),
+                watch: from.get("state.watch"),
             },
             shutdown: Shutdown {
                 delay: from.get("shutdown.delay"),
@@ -517,6 +520,10 @@ mod tests {
             ("listen.tls.key_file", "/x"),
             ("admin.address", "off"),
             ("admin.quit", "true"),
+            ("state.url", "memory"),
+            ("state.keep", "1d"),
+            ("state.waiting", "7"),
+            ("state.watch", "false"),
             ("upstream.url", "https://kling.test"),
             ("upstream.ca_file", "/x"),
             ("upstream.proxy", "http://egress.test:3128"),

@@ -13,9 +13,12 @@ use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use super::record::{TaskRecord, Timestamp};
-use super::running::{RunningTask, RunningTasks};
+pub use super::running::RunningTask;
+use super::running::RunningTasks;
+use super::state::TaskState;
 use super::store::{Entry, Observation, Store, StoreError};
 use crate::clock::Clock;
+use crate::kling::family::Pool;
 use crate::telemetry::metrics::Metrics;
 
 /// The memory of this process, and its way to the store. All clones share one queue.
@@ -31,6 +34,10 @@ struct LedgerInner {
     /// True while the store takes writes.
     is_up: AtomicBool,
     running: RunningTasks,
+    /// True once a task was made, or was found running at the start.
+    was_used: AtomicBool,
+    /// Types of packs that tasks took from since the start.
+    pools: Mutex<Vec<Pool>>,
     /// Tasks that have changed in the store, by this process or another one.
     changes: broadcast::Sender<Arc<TaskRecord>>,
     clock: Arc<dyn Clock>,
@@ -90,6 +97,8 @@ impl Ledger {
             written: watch::Sender::new(0),
             is_up: AtomicBool::new(true),
             running: RunningTasks::default(),
+            was_used: AtomicBool::new(false),
+            pools: Mutex::default(),
             changes: broadcast::Sender::new(BEHIND),
             clock,
             metrics,
@@ -111,7 +120,7 @@ impl Ledger {
 
     /// Reports all that this process knows of a create. Returns the number of the entry.
     pub(super) fn report(&self, record: &TaskRecord) -> u64 {
-        self.0.running.update(record, self.now());
+        self.0.learn(record);
         self.enter(Entry::Report(Box::new(record.clone())))
     }
 
@@ -136,6 +145,17 @@ impl Ledger {
     /// Returns all running tasks.
     pub fn all_running(&self) -> Vec<Arc<RunningTask>> {
         self.0.running.all()
+    }
+
+    /// Returns true once a task was made, or was found running at the start.
+    pub fn was_used(&self) -> bool {
+        self.0.was_used.load(Relaxed)
+    }
+
+    /// Returns the types of packs that tasks took from since the start.
+    pub fn pools_in_use(&self) -> Vec<Pool> {
+        let pools = self.0.pools.lock();
+        pools.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns true if this process knows of no running task.
@@ -273,6 +293,25 @@ impl Ledger {
     }
 }
 
+// === impl LedgerInner ===
+
+impl LedgerInner {
+    /// Takes over what a record says of a running task.
+    fn learn(&self, record: &TaskRecord) {
+        self.running.update(record, self.clock.now().into());
+        // An unknown create may have made a task.
+        if record.state.is_running() || record.state == TaskState::Unknown {
+            self.was_used.store(true, Relaxed);
+            if let Some(pool) = record.pool {
+                let mut pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+                if !pools.contains(&pool) {
+                    pools.push(pool);
+                }
+            }
+        }
+    }
+}
+
 /// Drops the oldest entry of an ended task, or else the oldest entry, and logs it.
 fn drop_one(entries: &mut VecDeque<Entry>) {
     let is_ended = |entry: &Entry| match entry {
@@ -359,7 +398,7 @@ impl StoreLoop<'_> {
             self.seen = Some(seen);
             for record in changed {
                 let ledger = &self.ledger.0;
-                ledger.running.update(&record, self.ledger.now());
+                ledger.learn(&record);
                 // Nobody may follow the changes.
                 let _ = ledger.changes.send(Arc::new(record));
             }
@@ -371,8 +410,7 @@ impl StoreLoop<'_> {
     fn load_running(&mut self) {
         if let Ok(tasks) = self.store.unsettled(MOST_RUNNING) {
             for record in tasks {
-                let running = &self.ledger.0.running;
-                running.update(&record, self.ledger.now());
+                self.ledger.0.learn(&record);
             }
         }
     }

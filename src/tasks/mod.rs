@@ -24,3 +24,16 @@ pub mod store;
 pub mod units;
 pub mod view;
 pub mod waiting;
+
+/// Returns running tasks with these records, for tests.
+#[cfg(test)]
+pub fn running_for_tests(
+    records: &[record::TaskRecord],
+    now: record::Timestamp,
+) -> Vec<std::sync::Arc<ledger::RunningTask>> {
+    let running = running::RunningTasks::default();
+    for record in records {
+        running.update(record, now);
+    }
+    running.all()
+}

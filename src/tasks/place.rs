@@ -312,7 +312,7 @@ mod tests {
 
     fn environment(pairs: &[(&str, &Path)]) -> Environment {
         let pairs = pairs.iter().map(|(name, value)| (*name, value.as_os_str()));
-        Environment::from_iter(pairs)
+        pairs.collect()
     }
 
     fn mode(path: &Path) -> u32 {

@@ -138,11 +138,14 @@ impl TaskRecord {
             self.error.clone_from(&report.error);
             self.place = report.place;
         }
-        adopt(&mut self.upstream_request_id, &report.upstream_request_id);
-        adopt(&mut self.task_id, &report.task_id);
-        adopt(&mut self.external_id, &report.external_id);
-        adopt(&mut self.sent_at, &report.sent_at);
-        adopt(&mut self.units, &report.units);
+        adopt(
+            &mut self.upstream_request_id,
+            report.upstream_request_id.as_ref(),
+        );
+        adopt(&mut self.task_id, report.task_id.as_ref());
+        adopt(&mut self.external_id, report.external_id.as_ref());
+        adopt(&mut self.sent_at, report.sent_at.as_ref());
+        adopt(&mut self.units, report.units.as_ref());
         if self.results.is_empty() {
             self.results.clone_from(&report.results);
         }
@@ -163,9 +166,9 @@ impl TaskRecord {
                 message: message.unwrap_or_default(),
             });
         }
-        adopt(&mut self.task_id, &Some(seen.task_id.clone()));
-        adopt(&mut self.external_id, &seen.external_id);
-        adopt(&mut self.units, &seen.units);
+        adopt(&mut self.task_id, Some(&seen.task_id));
+        adopt(&mut self.external_id, seen.external_id.as_ref());
+        adopt(&mut self.units, seen.units.as_ref());
         if self.results.is_empty() {
             self.results.clone_from(&seen.results);
         }
@@ -179,9 +182,9 @@ impl TaskRecord {
 }
 
 /// Fills a gap. A value that is known stays.
-fn adopt<T: Clone>(known: &mut Option<T>, news: &Option<T>) {
+fn adopt<T: Clone>(known: &mut Option<T>, news: Option<&T>) {
     if known.is_none() {
-        known.clone_from(news);
+        *known = news.cloned();
     }
 }
 

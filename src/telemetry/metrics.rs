@@ -11,8 +11,8 @@ use std::time::Duration;
 use http::{Method, StatusCode};
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder,
 };
 
 use crate::kling::service_code::{self, Class, TABLE};
@@ -57,6 +57,8 @@ pub struct Metrics {
     clock_offset: Gauge,
     log_lines_dropped: IntCounter,
     waiting: IntGauge,
+    pack_units_left: GaugeVec,
+    pack_end: GaugeVec,
     state_up: IntGauge,
 }
 
@@ -140,6 +142,16 @@ impl Metrics {
             waiting: registrar.gauge(
                 "requests_waiting",
                 "Requests that wait for the end of a task, or for events.",
+            )?,
+            pack_units_left: registrar.gauges(
+                "pack_units_left",
+                "Units left in each online resource pack, as Kling tells.",
+                &["account", "pack"],
+            )?,
+            pack_end: registrar.gauges(
+                "pack_end_timestamp_seconds",
+                "When each online resource pack ends.",
+                &["account", "pack"],
             )?,
             state_up: registrar.gauge(
                 "state_up",
@@ -249,6 +261,20 @@ impl Metrics {
         }
     }
 
+    /// Records the online resource packs of an account: name, units left, and the end in milliseconds since
+    /// 1970. Packs that are not among them have no metric any more.
+    pub fn packs<'a>(&self, account: &str, packs: impl Iterator<Item = (&'a str, f64, i64)>) {
+        self.pack_units_left.reset();
+        self.pack_end.reset();
+        for (pack, left, end) in packs {
+            let labels = [account, pack];
+            self.pack_units_left.with_label_values(&labels).set(left);
+            #[expect(clippy::cast_precision_loss, reason = "exact for many thousand years")]
+            let end = (end / 1000) as f64;
+            self.pack_end.with_label_values(&labels).set(end);
+        }
+    }
+
     /// Records if the store of tasks takes writes.
     pub fn state_up(&self, is_up: bool) {
         self.state_up.set(i64::from(is_up));
@@ -274,6 +300,15 @@ impl Registrar {
 
     fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
         self.register(IntGauge::new(name, help)?)
+    }
+
+    fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<GaugeVec, prometheus::Error> {
+        self.register(GaugeVec::new(Opts::new(name, help), labels)?)
     }
 
     fn counters(

@@ -17,6 +17,7 @@ const OF_THE_HARNESS: [&str; 5] = [
     "listen.address",
     "log.format",
     "upstream.keep_warm",
+    "state.watch",
     "upstream.warm_up",
 ];
 

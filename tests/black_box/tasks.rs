@@ -549,3 +549,117 @@ fn end_of_the_process_writes_what_waits() {
     let proxy = started_in(folder.path(), &upstream);
     assert_eq!(tasks(&proxy, "status=submitted").len(), 20);
 }
+
+/// The milliseconds since 1970, as Kling writes times.
+fn milliseconds() -> u64 {
+    crate::support::now() * 1000
+}
+
+/// An upstream that loses the answers to creates, and answers look-ups with `data`.
+fn loses_answers(upstream: &Upstream, failure: Vec<u8>, data: Value) {
+    upstream.script(move |message| {
+        vec![send(if message.method() == "POST" {
+            failure.clone()
+        } else {
+            polled(&data)
+        })]
+    });
+}
+
+fn named(id: &str, created_at: u64) -> Value {
+    json!({
+        "task_id": "8", "task_status": "processing", "task_info": { "external_task_id": id },
+        "created_at": created_at, "updated_at": created_at,
+    })
+}
+
+#[test]
+fn create_whose_answer_was_lost_is_answered_with_its_task() {
+    for failure in [
+        reply(502, "", "bad gateway"),
+        kling(500, r#"{"code":5000,"message":"no"}"#),
+        kling(504, r#"{"code":5002,"message":"no"}"#),
+        // The connection breaks.
+        Vec::new(),
+    ] {
+        let (upstream, proxy) = started();
+        loses_answers(&upstream, failure, named("mine", milliseconds()));
+        let made = proxy.post(VIDEOS, r#"{"prompt":"a cat","external_task_id":"mine"}"#);
+        assert_eq!(made.status(), 200, "{}", made.text());
+        let answer = made.json();
+        assert_eq!(answer["code"], 0);
+        assert_eq!(answer["data"]["task_id"], "8");
+        assert_eq!(answer["data"]["task_info"]["external_task_id"], "mine");
+        let lines = upstream.first_lines();
+        assert_eq!(
+            lines.iter().filter(|line| line.starts_with("POST")).count(),
+            1
+        );
+        assert!(
+            lines.contains(&format!("GET {VIDEOS}/mine HTTP/1.1")),
+            "{lines:?}"
+        );
+        assert_eq!(task(&proxy, "8")["ref"], reference(&made));
+        assert_eq!(task(&proxy, "8")["status"], "processing");
+    }
+}
+
+#[test]
+fn create_that_cannot_be_found_gets_the_first_failure() {
+    let hour = 3_600_000;
+    for (body, data, looks) in [
+        (r#"{"external_task_id":"mine"}"#, json!(null), true),
+        (
+            r#"{"external_task_id":"mine"}"#,
+            named("other", milliseconds()),
+            true,
+        ),
+        // The id was taken before: this is the task of another create.
+        (
+            r#"{"external_task_id":"mine"}"#,
+            named("mine", milliseconds() - hour),
+            true,
+        ),
+        ("{}", named("mine", milliseconds()), false),
+        (
+            r#"{"external_task_id":"../../account/costs"}"#,
+            json!(null),
+            false,
+        ),
+    ] {
+        let (upstream, proxy) = started();
+        loses_answers(&upstream, reply(502, "", "bad gateway"), data);
+        let made = proxy.post(VIDEOS, body);
+        assert_eq!(made.refusal(), (502, 9103), "{body}");
+        let reads = upstream.first_lines();
+        let reads = reads.iter().filter(|line| line.starts_with("GET")).count();
+        assert_eq!(reads > 0, looks, "{body}");
+        assert_eq!(task(&proxy, &reference(&made))["status"], "unknown");
+    }
+}
+
+#[test]
+fn task_of_another_create_is_not_taken_over() {
+    let (upstream, proxy) = started();
+    upstream.answer(created("8"));
+    let first = proxy.post(VIDEOS, r#"{"external_task_id":"mine"}"#);
+    loses_answers(
+        &upstream,
+        reply(502, "", "bad gateway"),
+        named("mine", milliseconds()),
+    );
+    let second = proxy.post(VIDEOS, r#"{"external_task_id":"mine"}"#);
+    assert_eq!(second.refusal(), (502, 9103));
+    assert_eq!(task(&proxy, "8")["ref"], reference(&first));
+    assert_eq!(task(&proxy, &reference(&second))["status"], "unknown");
+}
+
+#[test]
+fn sandbox_that_loses_an_answer_is_asked_for_the_task() {
+    let proxy = sandboxed().start();
+    let body = r#"{"prompt":"sandbox:lost","external_task_id":"mine"}"#;
+    let made = proxy.post(VIDEOS, body);
+    assert_eq!(made.status(), 200, "{}", made.text());
+    let id = made.json()["data"]["task_id"].as_str().unwrap().to_owned();
+    assert_eq!(task(&proxy, &id)["external_id"], "mine");
+}

@@ -131,6 +131,9 @@ impl Proxy {
         }
         let keep = configuration.settings.state.keep;
         start_store(shared.ledger.clone(), store.store, keep).map_err(failed)?;
+        if configuration.settings.state.watch {
+            tokio::spawn(shared.watcher().run());
+        }
         keep_warm(&shared, configuration.settings.upstream.warmth);
         let lifecycle = Arc::clone(&shared.lifecycle);
         let metrics = Arc::clone(&shared.metrics);

@@ -179,7 +179,8 @@ where
             Err(rest) => return Ok(Response::from_parts(head, rest)),
         };
         let id = context.task().and_then(|task| task.id.as_deref());
-        let target = id.filter(|id| is_plain(id)).map(|id| family.read_by_id(id));
+        let plain = id.filter(|id| Family::is_plain_id(id));
+        let target = plain.map(|id| family.read_by_id(id));
         let Some(target) = target.and_then(|target| target.parse().ok()) else {
             return Ok(own);
         };
@@ -227,14 +228,6 @@ async fn end(polled: &mut watch::Receiver<Polled>) {
     let is_over = |polled: &Polled| matches!(polled, Polled::Ended(_) | Polled::Refused);
     // An error means that the thread of the poll has ended.
     let _ = polled.wait_for(is_over).await;
-}
-
-/// Returns true if an id can stand in a target as it is.
-fn is_plain(id: &str) -> bool {
-    !id.is_empty()
-        && id
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
 }
 
 /// Reads a whole body. A body that is too large, or that fails, is returned as a body with the same bytes and

@@ -15,9 +15,9 @@ const LONGEST: u64 = 3600;
 /// asks.
 pub fn wait(headers: &HeaderMap) -> Option<Duration> {
     let values = headers.get_all(PREFER).into_iter();
-    let preferences = values.flat_map(|value| value.to_str().unwrap_or_default().split(','));
+    let mut preferences = values.flat_map(|value| value.to_str().unwrap_or_default().split(','));
     // If there are several, the first counts.
-    let seconds = preferences.filter_map(seconds).next()?;
+    let seconds = preferences.find_map(seconds)?;
     (1..=LONGEST)
         .contains(&seconds)
         .then(|| Duration::from_secs(seconds))

@@ -31,8 +31,8 @@ pub struct Sqlite {
 const APPLICATION_ID: i64 = 0x4b6c_5078;
 /// Steps from each version of the schema to the next. They only add, so that an older program can go on.
 const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
-/// Version of the schema that this program makes.
-const VERSION: i64 = MIGRATIONS.len() as i64;
+/// Version of the schema that this program makes: the number of [`MIGRATIONS`].
+const VERSION: i64 = 1;
 /// Longest wait for another process that writes to the same file.
 const BUSY: Duration = Duration::from_millis(250);
 /// Largest write-ahead log that stays on disk after a checkpoint, in bytes.

@@ -456,16 +456,13 @@ proptest! {
                     let report = TaskRecord { task_id, ..record(&name, *state) };
                     batch = reports([report]);
                     let has_task = state.is_running();
-                    match model.get_mut(create) {
-                        Some(model) => {
-                            let was_over = matches!(model.state, TaskState::Rejected | TaskState::Canceled);
-                            model.hear(*state);
-                            model.has_task |= has_task && !was_over;
-                        }
-                        None => {
-                            let lease_until = seconds + LEASE.as_secs();
-                            model.insert(*create, Model { state: *state, has_task, lease_until });
-                        }
+                    if let Some(model) = model.get_mut(create) {
+                        let was_over = matches!(model.state, TaskState::Rejected | TaskState::Canceled);
+                        model.hear(*state);
+                        model.has_task |= has_task && !was_over;
+                    } else {
+                        let lease_until = seconds + LEASE.as_secs();
+                        model.insert(*create, Model { state: *state, has_task, lease_until });
                     }
                 }
                 Step::Seen(create, state) => {

@@ -81,6 +81,7 @@ impl Command {
         // others.
         .setting("upstream.warm_up", "false")
         .setting("upstream.keep_warm", "0s")
+        .setting("state.watch", "false")
     }
 
     /// Sets a setting by its variable. An empty value removes the variable.
