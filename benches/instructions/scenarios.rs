@@ -2,6 +2,8 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -9,8 +11,8 @@ use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
 use kling_proxy::internals::{
-    Credential, Flags, LogFormat, Metrics, Network, Parts, Peek, Purpose, Rules, Secret, Settings,
-    Shared, SystemClock, client_config, envelope, init_log, service_code,
+    Clock, Credential, Flags, LogFormat, Metrics, Network, Parts, Peek, Purpose, Rules, Secret,
+    Settings, Shared, Sqlite, SystemClock, client_config, envelope, init_log, service_code,
 };
 use tokio::runtime;
 use tokio_util::task::TaskTracker;
@@ -25,8 +27,9 @@ pub(crate) const CALLS: u64 = 100;
 const WARM_UP: u64 = 20;
 
 /// Every scenario with its name.
-pub(crate) const SCENARIOS: [(&str, fn()); 5] = [
+pub(crate) const SCENARIOS: [(&str, fn()); 6] = [
     ("poll", poll),
+    ("running_poll", running_poll),
     ("create", create),
     ("error", error),
     ("token_cached", token_cached),
@@ -38,21 +41,38 @@ const SUBMITTED: &str = r#"{"code":0,"message":"SUCCEED","request_id":"CmYbBGdv6
 const LIMITED: &str = r#"{"code":1303,"message":"parallel task over resource pack limit","request_id":"CmYbBGdv6pUAAAAAAB4Xgg"}"#;
 const ORDER: &str = r#"{"model_name":"kling-v2-6","mode":"std","duration":"5","aspect_ratio":"16:9","prompt":"a cat rides a bicycle through the rain, seen from above","external_task_id":"shot-0001"}"#;
 
+/// A poll of a task that has ended.
 fn poll() {
-    let request = || {
-        let path = "/v1/videos/text2video/829836802793406551";
-        ask(Method::GET, path).body(Body::empty()).unwrap()
+    exchange(&[], ask_for_task, "\r\n\r\n", StatusCode::OK, SUCCEEDED);
+}
+
+/// A poll of a task that runs, with the answer of the poll before.
+fn running_poll() {
+    let create = || {
+        let create = ask(Method::POST, "/v1/videos/text2video");
+        create.body(Body::empty()).unwrap()
     };
-    exchange(request, "\r\n\r\n", StatusCode::OK, SUCCEEDED);
+    exchange(
+        &[create],
+        ask_for_task,
+        "\r\n\r\n",
+        StatusCode::OK,
+        SUBMITTED,
+    );
+}
+
+fn ask_for_task() -> Request {
+    let path = "/v1/videos/text2video/829836802793406551";
+    ask(Method::GET, path).body(Body::empty()).unwrap()
 }
 
 fn create() {
-    exchange(order, ORDER, StatusCode::OK, SUBMITTED);
+    exchange(&[], order, ORDER, StatusCode::OK, SUBMITTED);
 }
 
 /// A create that is refused, with a log line like that of a successful create.
 fn error() {
-    exchange(order, ORDER, StatusCode::TOO_MANY_REQUESTS, LIMITED);
+    exchange(&[], order, ORDER, StatusCode::TOO_MANY_REQUESTS, LIMITED);
 }
 
 /// The `Authorization` value of a token that was minted before.
@@ -97,9 +117,15 @@ fn ask(method: Method, path: &str) -> http::request::Builder {
         .header("authorization", "Bearer of-the-client")
 }
 
-/// Sends requests through the stack and reads the responses to their end. `end` is the end of a request as
-/// upstream sees it.
-fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, body: &str) {
+/// Sends requests through the stack and reads the responses to their end: first those that set the scenario
+/// up. `end` is the end of a request as upstream sees it.
+fn exchange(
+    set_up: &[fn() -> Request],
+    request: fn() -> Request,
+    end: &'static str,
+    status: StatusCode,
+    body: &str,
+) {
     let answer = format!(
         "HTTP/1.1 {status}\r\n\
          date: Sun, 22 Nov 2026 12:00:00 GMT\r\n\
@@ -118,7 +144,9 @@ fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, bod
         ),
     ]);
     init_log(LogFormat::Json, settings.log.filter.clone());
-    let mut stack = shared(&settings).stack(&TaskTracker::new());
+    let shared = shared(&settings);
+    store(&shared);
+    let mut stack = shared.stack(&TaskTracker::new());
     let runtime = runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.unwrap();
     let mut send = |requests: &mut Vec<Request>| {
@@ -132,9 +160,22 @@ fn exchange(request: fn() -> Request, end: &'static str, status: StatusCode, bod
             }
         });
     };
+    send(&mut set_up.iter().map(|request| request()).collect());
     send(&mut (0..WARM_UP).map(|_| request()).collect());
     let mut requests = (0..CALLS).map(|_| request()).collect();
     counted(&mut || send(&mut requests));
+}
+
+/// Runs the store of tasks on a thread of its own, as `serve` does. It is not counted.
+fn store(shared: &Shared) {
+    let (ledger, now) = (shared.ledger.clone(), SystemClock.now());
+    thread::spawn(move || {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build();
+        let store = Sqlite::in_memory("bench".to_owned(), now).unwrap();
+        runtime
+            .unwrap()
+            .block_on(ledger.run(Box::new(store), Duration::MAX));
+    });
 }
 
 /// Returns the default settings, except for these variables.

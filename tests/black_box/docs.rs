@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::support::{Command, Proxy, Upstream, request};
 
 /// Settings whose value the harness sets for all commands.
-const OF_THE_HARNESS: [&str; 5] = [
+const OF_THE_HARNESS: [&str; 6] = [
     "admin.address",
     "listen.address",
     "log.format",
