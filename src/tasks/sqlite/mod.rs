@@ -1,8 +1,12 @@
 //! The task store in SQLite: a file, or the memory of this process.
 
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use rusqlite::types::Value;
 use rusqlite::{
     Connection, ErrorCode, OpenFlags, Row, Transaction, TransactionBehavior, params,
@@ -108,9 +112,15 @@ impl Sqlite {
     ///
     /// The file cannot be opened, is damaged, is too new, or belongs to another program.
     pub fn read_only(file: &Path) -> Result<Self, StoreError> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX
+            | OpenFlags::SQLITE_OPEN_URI;
         let place = file.display().to_string();
-        let opened = Connection::open_with_flags(file, flags).map_err(StoreError::from);
+        let uri = read_only_uri(file).map_err(|error| StoreError::Closed {
+            place: place.clone(),
+            cause: error.to_string(),
+        })?;
+        let opened = Connection::open_with_flags(uri, flags).map_err(StoreError::from);
         let store = opened.and_then(|connection| {
             connection.busy_timeout(BUSY)?;
             let version = version(&connection, &place)?;
@@ -348,6 +358,43 @@ impl Store for Sqlite {
     fn is_shared(&self) -> bool {
         self.most_ended.is_none()
     }
+}
+
+/// Returns the name under which SQLite opens a file for reading, and makes no file beside it.
+///
+/// SQLite makes a missing write-ahead log and its index also for a connection that only reads, and leaves
+/// them there. A log is missing while no process has the file open: the file then has everything, and
+/// `immutable` reads it without a log.
+///
+/// # Errors
+///
+/// The file cannot be read, or has a log without an index, as a copy may have.
+fn read_only_uri(file: &Path) -> io::Result<String> {
+    // The log is beside the file that a link leads to.
+    let file = file.canonicalize()?;
+    let is_beside = |ending: &str| {
+        let mut name = file.clone().into_os_string();
+        name.push(ending);
+        Path::new(&name).exists()
+    };
+    let way = match (is_beside("-wal"), is_beside("-shm")) {
+        (false, _) if wants_log(&file)? => "&immutable=1",
+        (true, false) => return Err(io::Error::other(NO_INDEX)),
+        _ => "",
+    };
+    let path = percent_encode(file.as_os_str().as_bytes(), NON_ALPHANUMERIC);
+    Ok(format!("file:{path}?mode=ro{way}"))
+}
+
+const NO_INDEX: &str =
+    "beside it is a write-ahead log without an index (-shm), which a proxy makes at its start";
+
+/// Returns true if a database file is used with a write-ahead log: byte 18 of its header is 2 (SQLite,
+/// "Database File Format", section 1.3.3).
+fn wants_log(file: &Path) -> io::Result<bool> {
+    let mut header = Vec::new();
+    File::open(file)?.take(19).read_to_end(&mut header)?;
+    Ok(header.get(18) == Some(&2))
 }
 
 /// Adds the file to an error that is about it.

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::UNIX_EPOCH;
 
@@ -371,6 +371,44 @@ fn two_processes_share_a_file_and_one_that_reads_changes_nothing() {
             .write(&reports([submitted("t_2", "9")]), START)
             .is_err()
     );
+}
+
+#[test]
+fn reader_sees_everything_and_makes_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let copies = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a?b #%41.db");
+    fs::write(&file, "").unwrap();
+    let names = |folder: &Path| {
+        let entries = fs::read_dir(folder).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name());
+        names.collect::<BTreeSet<_>>()
+    };
+    let read = |file: &Path| {
+        let before = names(file.parent().unwrap());
+        let found = find(&mut Sqlite::read_only(file).unwrap(), "8");
+        assert_eq!(names(file.parent().unwrap()), before);
+        found.state
+    };
+    let mut writer = Sqlite::open(&file, "a".to_owned()).unwrap();
+    writer
+        .write(&reports([submitted("t_1", "8")]), START)
+        .unwrap();
+    // Beside a process that writes.
+    assert_eq!(read(&file), TaskState::Submitted);
+    // A copy with the log, but without its index.
+    let copy = copies.path().join("tasks.db");
+    for ending in ["", "-wal"] {
+        let name = |file: &Path| format!("{}{ending}", file.display());
+        fs::copy(name(&file), name(&copy)).unwrap();
+    }
+    let error = Sqlite::read_only(&copy).err().unwrap().to_string();
+    assert!(error.contains("without an index"), "{error}");
+    assert_eq!(names(copies.path()).len(), 2);
+    // After the end of all processes.
+    drop(writer);
+    assert_eq!(names(folder.path()).len(), 1);
+    assert_eq!(read(&file), TaskState::Submitted);
 }
 
 /// A step of the model test. Numbers choose a create, and with it its task.
