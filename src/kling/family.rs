@@ -197,6 +197,14 @@ impl Family {
         self.path.join("/")
     }
 
+    /// Returns the path of the create.
+    pub fn path(&self) -> String {
+        match self.query {
+            TypedQuery::Path | TypedQuery::PathById => format!("/v1/{}", self.path.join("/")),
+            TypedQuery::Tasks | TypedQuery::Solutions => format!("/{}", self.path.join("/")),
+        }
+    }
+
     /// Returns the target of the request that reads one task by its id at Kling.
     pub fn read_by_id(&self, id: &str) -> String {
         match self.query {

@@ -25,6 +25,8 @@ pub struct AnsweredTask {
     pub status: String,
     /// Reason for a failure.
     pub message: Option<String>,
+    /// Time of the create, in milliseconds since 1970.
+    pub created_at: Option<i64>,
     /// Units of resource packs that the task cost, as decimal numbers to be added up.
     pub units: Vec<String>,
     pub files: Vec<ResultFile>,
@@ -178,8 +180,12 @@ impl AnsweredTask {
         }
         read_files(&task["outputs"], kind_of_output, &mut files);
         files.truncate(MOST_FILES);
+        let created_at = task["created_at"]
+            .as_i64()
+            .or_else(|| task["create_time"].as_i64());
         Some(Self {
             units: units(&task),
+            created_at,
             id,
             external_id,
             status,
@@ -268,7 +274,7 @@ mod tests {
     #[test]
     fn task_is_read_in_both_generations_of_the_api() {
         let legacy = json!({
-            "task_id": "8", "task_status": "succeed", "task_status_msg": "",
+            "task_id": "8", "task_status": "succeed", "task_status_msg": "", "created_at": 7,
             "task_info": { "external_task_id": "mine", "parent_video": { "id": "7" } },
             "task_result": { "videos": [
                 { "id": "70", "url": "https://a/v.mp4", "watermark_url": "https://a/w.mp4", "duration": "5" },
@@ -276,7 +282,7 @@ mod tests {
             "final_unit_deduction": "2.5", "final_balance_deduction": { "quota": "0" },
         });
         let standard = json!({
-            "id": 8, "status": "succeeded", "message": "", "external_id": "mine",
+            "id": 8, "status": "succeeded", "message": "", "external_id": "mine", "create_time": 7,
             "outputs": [
                 { "type": "text", "text": "a" },
                 { "type": "image", "url": "https://a/i.png" },
@@ -292,6 +298,7 @@ mod tests {
             external_id: Some("mine".to_owned()),
             status: "succeed".to_owned(),
             message: Some(String::new()),
+            created_at: Some(7),
             units: vec!["2.5".to_owned()],
             files: vec![
                 file("video", 0, "https://a/v.mp4", false),

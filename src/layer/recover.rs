@@ -15,7 +15,7 @@ use http::Uri;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tower::{Layer, Service};
 
 use crate::error::Error;
@@ -62,6 +62,8 @@ const LOOK_UPS: [Duration; 3] = [
     Duration::from_secs(3),
     Duration::from_secs(5),
 ];
+/// Longest time of one look-up. Kling answers reads in 0.3 s (measured by `aself101/kling-api`).
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Largest answer to a look-up, in bytes.
 const LARGEST: usize = 64 << 10;
 /// Longest time by which a task may seem to be older than its create, because clocks differ.
@@ -202,14 +204,14 @@ impl RecoverLayer {
             }
             sleep_until(start).await;
             let request = ReplayableRequest::own_read(target.clone(), &self.metrics);
-            let Ok(answer) = inner.call(request).await else {
-                continue;
+            let read = async {
+                let answer = inner.call(request).await.ok()?;
+                let body = Limited::new(answer.into_body(), LARGEST).collect().await;
+                serde_json::from_slice(&body.ok()?.to_bytes()).ok()
             };
-            let body = Limited::new(answer.into_body(), LARGEST).collect().await;
-            let Some(data) = body.ok().and_then(|body| {
-                let answer = serde_json::from_slice(&body.to_bytes()).ok()?;
-                subject.task_in(&answer, begun_at)
-            }) else {
+            // The client waits for its answer, so a look-up must not hang.
+            let answer = timeout(PATIENCE, read).await.ok().flatten();
+            let Some(data) = answer.and_then(|answer| subject.task_in(&answer, begun_at)) else {
                 continue;
             };
             if self.is_of_another(&data, &subject.context).await {

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::ledger::Ledger;
-use super::record::{DEFAULT_ACCOUNT, RefusedCreate, TaskError, TaskRecord, TaskRef};
+use super::record::{RefusedCreate, TaskError, TaskRecord, TaskRef};
 use super::state::TaskState;
 use crate::kling::family::{Family, Weight};
 use crate::kling::task::{Order, Task, word};
@@ -17,8 +17,6 @@ pub struct CreateRecord {
     record: Mutex<TaskRecord>,
 }
 
-/// Longest path that is stored, in bytes.
-const LONGEST_PATH: usize = 256;
 /// Slots of an image task whose number of images is not known.
 const MOST_IMAGES: u32 = 9;
 
@@ -27,38 +25,10 @@ const MOST_IMAGES: u32 = 9;
 impl CreateRecord {
     /// Starts the record of a create that has just arrived. Nothing is stored yet.
     pub fn new(ledger: Ledger, request_id: &str, path: &str) -> Self {
-        let family = Family::of_create(path);
-        let mut path = path.to_owned();
-        path.truncate(path.floor_char_boundary(LONGEST_PATH));
-        let record = TaskRecord {
-            reference: TaskRef::random(),
-            change: 0,
-            state: TaskState::Sending,
-            account: DEFAULT_ACCOUNT.to_owned(),
-            client: String::new(),
-            request_id: request_id.to_owned(),
-            upstream_request_id: None,
-            task_id: None,
-            external_id: None,
-            family: family.map(Family::name),
-            path,
-            order: Order::default(),
-            pool: family.and_then(|family| family.pool),
-            weight: 1,
-            place: None,
-            reserved: None,
-            units: None,
-            request_digest: None,
-            key_digest: None,
-            created_at: ledger.now(),
-            sent_at: None,
-            ended_at: None,
-            error: None,
-            results: Vec::new(),
-        };
+        let record = TaskRecord::new(request_id, path, ledger.now());
         Self {
             ledger,
-            family,
+            family: Family::of_create(path),
             record: Mutex::new(record),
         }
     }

@@ -12,13 +12,14 @@ use std::time::Duration;
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
-use super::record::{TaskRecord, Timestamp};
+use super::record::{DEFAULT_ACCOUNT, TaskRecord, Timestamp};
 pub use super::running::RunningTask;
 use super::running::RunningTasks;
 use super::state::TaskState;
 use super::store::{Entry, Observation, Store, StoreError};
 use crate::clock::Clock;
-use crate::kling::family::Pool;
+use crate::kling::family::{Family, Pool};
+use crate::kling::task_answer::AnsweredTask;
 use crate::telemetry::metrics::Metrics;
 
 /// The memory of this process, and its way to the store. All clones share one queue.
@@ -173,6 +174,21 @@ impl Ledger {
     /// Takes note of a task that a look-up has found, whatever is known of it here.
     pub fn found(&self, seen: Observation) {
         self.enter(Entry::Seen(Box::new(seen)));
+    }
+
+    /// Records a task that was made without this proxy.
+    pub fn adopt(&self, family: &Family, task: AnsweredTask, request_id: &str) {
+        let now = self.now();
+        let created_at = task.created_at.map_or(now, Timestamp);
+        let Some(seen) = Observation::of(task, DEFAULT_ACCOUNT, now) else {
+            return;
+        };
+        let mut record = TaskRecord {
+            created_at,
+            ..TaskRecord::new(request_id, &family.path(), now)
+        };
+        record.observe(&seen);
+        self.report(&record);
     }
 
     /// Returns a stream of the tasks that change from now on.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::state::TaskState;
 use super::store::Observation;
 use super::units::Units;
-use crate::kling::family::Pool;
+use crate::kling::family::{Family, Pool};
 use crate::kling::task::Order;
 use crate::kling::task_answer::ResultFile;
 
@@ -118,12 +118,47 @@ pub struct Timestamp(pub i64);
 
 /// Characters of a [`TaskRef`]: 32 that cannot be mistaken for each other.
 const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+/// Longest path that is stored, in bytes.
+const LONGEST_PATH: usize = 256;
 /// Random characters of a [`TaskRef`]: 100 bits.
 const RANDOM: usize = 20;
 
 // === impl TaskRecord ===
 
 impl TaskRecord {
+    /// Starts the record of a create with this path.
+    pub fn new(request_id: &str, path: &str, now: Timestamp) -> Self {
+        let family = Family::of_create(path);
+        let mut path = path.to_owned();
+        path.truncate(path.floor_char_boundary(LONGEST_PATH));
+        Self {
+            reference: TaskRef::random(),
+            change: 0,
+            state: TaskState::Sending,
+            account: DEFAULT_ACCOUNT.to_owned(),
+            client: String::new(),
+            request_id: request_id.to_owned(),
+            upstream_request_id: None,
+            task_id: None,
+            external_id: None,
+            family: family.map(Family::name),
+            path,
+            order: Order::default(),
+            pool: family.and_then(|family| family.pool),
+            weight: 1,
+            place: None,
+            reserved: None,
+            units: None,
+            request_digest: None,
+            key_digest: None,
+            created_at: now,
+            sent_at: None,
+            ended_at: None,
+            error: None,
+            results: Vec::new(),
+        }
+    }
+
     /// Takes over what a newer report of the same create says. Returns false if it says nothing new.
     ///
     /// A report holds all that its process knows, so it may be repeated, and an earlier one may be lost.

@@ -7,9 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{Command, Proxy, Upstream, request};
+use crate::support::{Command, Proxy, Upstream, eventually, kling, request};
 
 /// Settings whose value the harness sets for all commands.
 const OF_THE_HARNESS: [&str; 6] = [
@@ -209,10 +209,26 @@ fn exposition() -> String {
     );
     let proxy = command
         .setting("access.client_tokens_file", tokens.to_str().unwrap())
+        .setting("state.watch", "true")
         .start();
     let token = "kling-proxy-token: a-token-of-32-characters-or-more";
     assert_eq!(proxy.send(request("GET /v1/x", token, "")).status(), 200);
-    proxy.admin("/metrics").text().to_owned()
+    // The metrics of packs come with the answer to the watcher's question.
+    let pack = json!({
+        "resource_pack_name": "Trial-Video-100Units-5Con-1Months", "status": "online",
+        "total_quantity": 100.0, "remaining_quantity": 50.0, "invalid_time": 4_000_000_000_000_u64,
+    });
+    let data = json!({
+        "task_id": "8", "task_status": "submitted", "resource_pack_subscribe_infos": [pack],
+    });
+    upstream.answer(kling(200, json!({ "code": 0, "data": data }).to_string()));
+    proxy.send(request("POST /v1/videos/text2video", token, "{}"));
+    let mut metrics = String::new();
+    eventually("the packs are known", || {
+        proxy.admin("/metrics").text().clone_into(&mut metrics);
+        metrics.contains("kling_proxy_pack_units_left{")
+    });
+    metrics
 }
 
 /// A table in Markdown.

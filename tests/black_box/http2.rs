@@ -423,7 +423,7 @@ fn answer_that_breaks_off_before_its_first_byte_is_an_error_and_no_create_is_sen
         upstream.break_off(id, headers, broken);
         assert_uncertain(&client.answer(), (502, code));
         upstream.catch_up(id.connection);
-        assert_eq!(upstream.arrived().streams.len(), 2);
+        assert_eq!(accepted(&upstream), [body("broken")]);
     }
 }
 

@@ -11,6 +11,7 @@ mod authenticate;
 mod check;
 mod cli;
 mod clock;
+mod crash;
 mod credential_command;
 mod credentials;
 mod detach;

@@ -663,3 +663,53 @@ fn sandbox_that_loses_an_answer_is_asked_for_the_task() {
     let id = made.json()["data"]["task_id"].as_str().unwrap().to_owned();
     assert_eq!(task(&proxy, &id)["external_id"], "mine");
 }
+
+#[test]
+fn task_that_was_made_without_the_proxy_is_searched_upstream() {
+    let (upstream, proxy) = started();
+    upstream.script(|message| {
+        let found = message.target() == "/v1/images/generations/8";
+        let data = json!({
+            "task_id": "8", "task_status": "succeed", "created_at": 1_800_000_000_000_u64,
+            "task_result": { "images": [{ "index": 0, "url": "https://a.test/i.png" }] },
+        });
+        vec![send(if found {
+            polled(&data)
+        } else {
+            kling(400, r#"{"code":1201,"message":"Task not found"}"#)
+        })]
+    });
+    let found = task(&proxy, "8");
+    assert_eq!(found["status"], "succeeded");
+    assert_eq!(found["path"], "/v1/images/generations");
+    assert_eq!(found["created_at"], "2027-01-15T08:00:00Z");
+    assert_eq!(found["results"][0]["url"], "https://a.test/i.png");
+    let asked = upstream.first_lines().len();
+    assert_eq!(task(&proxy, "8"), found);
+    assert_eq!(
+        upstream.first_lines().len(),
+        asked,
+        "the store knows it now"
+    );
+    for _ in 0..3 {
+        assert_eq!(proxy.get("/_proxy/tasks/9").refusal(), (404, 9007));
+    }
+    assert!(
+        upstream.first_lines().len() <= asked + 8,
+        "a miss is remembered"
+    );
+}
+
+#[test]
+fn client_with_a_token_cannot_search_upstream() {
+    let upstream = Upstream::ok();
+    let command = Proxy::to(&upstream);
+    let file = command.file("tokens", "ann:ann-0123456789abcdef\n");
+    let proxy = command
+        .setting("access.client_tokens_file", file.to_str().unwrap())
+        .start();
+    let token = "kling-proxy-token: ann-0123456789abcdef";
+    let hidden = proxy.send(request("GET /_proxy/tasks/829836802793406551", token, ""));
+    assert_eq!(hidden.refusal(), (404, 9007));
+    assert_eq!(upstream.first_lines().len(), 0);
+}

@@ -2,9 +2,11 @@
 //! All other requests pass.
 
 mod events;
+mod search;
 pub mod tasks;
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::body::Body;
@@ -17,6 +19,7 @@ use http::{Method, StatusCode};
 use tower::{Layer, Service};
 
 use self::events::EventsRequest;
+use self::search::Search;
 use self::tasks::TaskRequest;
 use crate::error::Error;
 use crate::kling::api_path::is_under;
@@ -41,6 +44,7 @@ pub struct LocalLayer {
     front_page: Bytes,
     ledger: Ledger,
     wait: WaitLayer,
+    search: Arc<Search>,
 }
 
 /// Answers requests for the proxy itself, and passes all others.
@@ -105,6 +109,7 @@ impl LocalLayer {
             front_page,
             ledger,
             wait,
+            search: Arc::default(),
         }
     }
 }
@@ -144,12 +149,22 @@ where
     /// these.
     fn about_tasks(&self, inbound: &ProxyRequest) -> Result<TaskAnswer, Answer> {
         let ProxyRequest { request, context } = inbound;
-        let LocalLayer { ledger, wait, .. } = self.layer.clone();
+        let LocalLayer {
+            ledger,
+            wait,
+            search,
+            ..
+        } = self.layer.clone();
         if let Some(asked) = TaskRequest::of(request, context) {
-            return Ok(match preference::wait(request.headers()) {
-                Some(time) => Box::pin(asked.wait(time, self.inner.clone(), ledger)),
-                None => Box::pin(asked.answer(ledger)),
-            });
+            let time = preference::wait(request.headers());
+            let inner = self.inner.clone();
+            return Ok(Box::pin(async move {
+                asked.search(&search, inner.clone(), &ledger).await;
+                match time {
+                    Some(time) => asked.wait(time, inner, ledger).await,
+                    None => asked.answer(ledger).await,
+                }
+            }));
         }
         let asked = EventsRequest::of(request, context).ok_or(Answer::Reserved)?;
         Ok(Box::pin(asked.answer(ledger, wait)))

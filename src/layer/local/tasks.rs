@@ -11,6 +11,7 @@ use serde::Serialize;
 use tokio::time::{Instant, sleep};
 use tower::Service;
 
+use super::search::{Found, Search};
 use crate::error::Error;
 use crate::kling::family::Family;
 use crate::layer::wait::preference;
@@ -100,6 +101,23 @@ impl TaskRequest {
 }
 
 impl TaskRequest {
+    /// Searches upstream for a task that the store does not know, and records it. With client tokens it does
+    /// not, because the task may be another client's.
+    pub async fn search<S>(&self, search: &Search, inner: S, ledger: &Ledger)
+    where
+        S: Service<ProxyRequest, Response = Response, Error = Error>,
+    {
+        let (&Method::GET, Some(id), None) = (&self.method, &self.id, &self.client) else {
+            return;
+        };
+        let known = find(id.clone(), None, ledger).await;
+        if let Err(Error::NotFound(_)) = known
+            && let Some(Found { family, task }) = search.find(id, inner, &self.context).await
+        {
+            ledger.adopt(family, task, self.context.id().as_str());
+        }
+    }
+
     /// Answers the request when its task has ended, or when the time is over. Meanwhile, `inner` polls the task
     /// for all who wait for it.
     ///
