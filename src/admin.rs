@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use crate::error::Error;
 use crate::layer::guard::rules::Rules;
+use crate::layer::local::tasks::TASKS;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::reloadable::Reloadable;
 use crate::telemetry;
@@ -48,11 +49,14 @@ struct AdminState {
     rules: Reloadable<Rules>,
 }
 
-/// Requests that change the state of the process, accepted on this machine only.
+/// Requests that this machine alone may send: they change the state of the process, or read tasks.
 #[derive(Clone)]
 pub struct Control {
     /// Notified to end the process; `None` if `admin.quit` does not allow it.
     pub quit: Option<Arc<Notify>>,
+    /// True if every user of this machine can connect to the data listener, and so may see tasks. A Unix
+    /// socket is for one user alone.
+    pub shows_tasks: bool,
 }
 
 /// The body of a health endpoint.
@@ -79,15 +83,16 @@ impl Health {
 // === impl Control ===
 
 impl Control {
-    /// Answers `/` with links, and runs the action that any other request names.
+    /// Answers `/` with links, and runs the action that any other request names. The list of tasks is among
+    /// the links if it `shows_tasks`.
     ///
     /// # Errors
     ///
     /// [`Error::NotFound`] for an unknown path, or if `admin.quit` is off; [`Error::MethodNotAllowed`]
     /// for a method that the path does not have.
-    pub fn answer(&self, request: &Request) -> Result<Response, Error> {
+    pub fn answer(&self, request: &Request, shows_tasks: bool) -> Result<Response, Error> {
         match (&self.quit, request.uri().path(), request.method()) {
-            (quit, INDEX, &Method::GET | &Method::HEAD) => Ok(index(quit.is_some())),
+            (quit, INDEX, &Method::GET | &Method::HEAD) => Ok(index(quit.is_some(), shows_tasks)),
             (Some(quit), QUIT, &Method::POST) => {
                 quit.notify_one();
                 Ok(health(Phase::Stopping, true))
@@ -117,18 +122,20 @@ pub fn router(
 }
 
 /// Lists all paths, as a page with links.
-fn index(quit: bool) -> Response {
+fn index(quit: bool, shows_tasks: bool) -> Response {
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>kling-proxy</title>\n\
          <h1>kling-proxy {}: admin listener</h1>\n<ul>\n",
         env!("CARGO_PKG_VERSION")
     );
-    for (path, meaning) in [
+    let tasks = (TASKS, "tasks that the proxy remembers");
+    let health = [
         (READY, "ready for requests (200), or why not (503)"),
         (LIVE, "the process answers (200)"),
         (STARTUP, "the start is over (200)"),
         (METRICS, "metrics for Prometheus"),
-    ] {
+    ];
+    for (path, meaning) in health.into_iter().chain(shows_tasks.then_some(tasks)) {
         let line = format!("<li><a href=\"{path}\">{path}</a>: {meaning}\n");
         page.push_str(&line);
     }

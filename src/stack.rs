@@ -26,6 +26,7 @@ use crate::layer::drain::DrainLayer;
 use crate::layer::guard::hop::Hop;
 use crate::layer::guard::rules::Rules;
 use crate::layer::guard::{Destination, GuardLayer};
+use crate::layer::local::tasks::TaskRequest;
 use crate::layer::local::{self, LocalLayer};
 use crate::layer::normalise::{ErrorFormat, NormaliseLayer};
 use crate::layer::observe::ObserveLayer;
@@ -263,7 +264,8 @@ impl Shared {
 
     /// Builds the service of the admin listener. Health and metrics are open to everyone who can
     /// connect, since probes and scrapers connect to the pod address. `control` is for this machine
-    /// alone, and behind the guard.
+    /// alone, and behind the guard. So are the tasks, which nobody sees here if clients need tokens, or
+    /// connect to a Unix socket: this listener restricts nobody on this machine.
     pub fn admin(&self, control: Option<Control>) -> Router {
         let open = admin::router(
             Arc::clone(&self.lifecycle),
@@ -275,6 +277,7 @@ impl Shared {
             return open.layer(set_security_headers);
         };
         let metrics = Arc::clone(&self.metrics);
+        let (rules, ledger) = (self.rules.clone(), self.ledger.clone());
         let guarded = ServiceBuilder::new()
             .map_request(move |request| ProxyRequest::untraced(request, &metrics))
             .layer(NormaliseLayer::new(self.errors.clone()))
@@ -287,7 +290,12 @@ impl Shared {
                 metrics: Arc::clone(&self.metrics),
             })
             .service(service_fn(move |inbound: ProxyRequest| {
-                ready(control.answer(&inbound.request))
+                let request = &inbound.request;
+                let shows_tasks = control.shows_tasks && rules.load().client_tokens.is_none();
+                match TaskRequest::of(request, &inbound.context) {
+                    Some(asked) if shows_tasks => Either::Left(asked.read(ledger.clone())),
+                    _ => Either::Right(ready(control.answer(request, shows_tasks))),
+                }
             }));
         open.fallback_service(guarded).layer(set_security_headers)
     }

@@ -1,7 +1,9 @@
 //! The admin listener's own guard: what is not health or metrics is for this machine, and for no page.
 
 use std::{
-    net::TcpStream,
+    fs::{self, Permissions},
+    net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     thread,
 };
@@ -86,6 +88,63 @@ fn quit_is_a_post_and_off_by_default() {
         ask(&proxy, "GET /health/ready", "host: localhost").status(),
         200
     );
+}
+
+/// R6. The data listener asks for client tokens, and the admin listener does not.
+#[test]
+fn tasks_are_shown_to_this_machine_if_clients_need_no_token() {
+    let (_upstream, proxy) = started_with(&[("state.url", "memory")]);
+    proxy.post("/v1/videos/text2video", r#"{"external_task_id":"a cat/1"}"#);
+    let listed = proxy.get("/_proxy/tasks").json();
+    let task = &listed["tasks"][0];
+    assert_eq!(proxy.admin("/_proxy/tasks").json(), listed);
+    for path in ["a%20cat%2F1", task["ref"].as_str().unwrap()] {
+        assert_eq!(proxy.admin(&format!("/_proxy/tasks/{path}")).json(), *task);
+    }
+    assert!(proxy.admin("/").text().contains("href=\"/_proxy/tasks\""));
+    for (line, headers, refusal) in [
+        ("GET", "host: evil.test", (421, 9001)),
+        (
+            "GET",
+            "host: localhost\r\norigin: https://evil.test",
+            (403, 9002),
+        ),
+        ("DELETE", "host: localhost", (405, 9005)),
+        ("POST", "host: localhost", (405, 9005)),
+    ] {
+        let answer = ask(&proxy, &format!("{line} /_proxy/tasks/8"), headers);
+        assert_eq!(answer.refusal(), refusal, "{line} with {headers}");
+    }
+    for path in ["/_proxy/tasksx", "/_proxy/events", "/_proxy/tasks/8"] {
+        assert_eq!(proxy.admin(path).refusal(), (404, 9007), "{path}");
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    fs::write(&tokens, "0123456789abcdef0123456789abcdef").unwrap();
+    fs::set_permissions(&tokens, Permissions::from_mode(0o600)).unwrap();
+    let tokens = ("access.client_tokens_file", tokens.to_str().unwrap());
+    for setting in [tokens, ("admin.address", "0.0.0.0:0")] {
+        let (_upstream, proxy) = started_with(&[("state.url", "memory"), setting]);
+        hides_tasks(proxy.listener("admin"));
+    }
+    // Only this user can connect to a Unix socket.
+    let upstream = Upstream::ok();
+    let socket = folder.path().join("socket");
+    let proxy = Proxy::to(&upstream)
+        .setting("listen.address", "[]")
+        .setting("listen.unix_socket", socket.to_str().unwrap())
+        .begin();
+    hides_tasks(proxy.listener("admin"));
+}
+
+/// Fails if an admin listener shows tasks, or a link to them.
+fn hides_tasks(admin: SocketAddr) {
+    let ask = |path| Connection::to(admin).send(get(path)).answer();
+    for path in ["/_proxy/tasks", "/_proxy/tasks/8"] {
+        assert_eq!(ask(path).status(), 404, "{path}");
+    }
+    assert!(!ask("/").text().contains("/_proxy/tasks"));
 }
 
 #[test]

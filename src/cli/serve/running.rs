@@ -126,8 +126,11 @@ impl Proxy {
             others.spawn(ended);
         }
         if !admin.is_empty() {
-            let quit = configuration.settings.admin.quit.then(|| quit.clone());
-            others.spawn(serve_admin(admin, &shared, quit, &limits, never));
+            let control = Control {
+                quit: configuration.settings.admin.quit.then(|| quit.clone()),
+                shows_tasks: data.iter().any(|listener| listener.address().is_some()),
+            };
+            others.spawn(serve_admin(admin, &shared, control, &limits, never));
         }
         let keep = configuration.settings.state.keep;
         start_store(shared.ledger.clone(), store.store, keep).map_err(failed)?;
@@ -301,12 +304,12 @@ fn own_connections(limits: &ConnectionLimits, connections: usize) -> ConnectionL
 fn serve_admin(
     listeners: Vec<Listener>,
     shared: &Shared,
-    quit: Option<Arc<Notify>>,
+    control: Control,
     limits: &ConnectionLimits,
     stop: latch::Receiver<Stop>,
 ) -> impl Future<Output = io::Result<usize>> + use<> {
     let local = listeners.iter().all(Listener::is_local);
-    let router = shared.admin(local.then_some(Control { quit }));
+    let router = shared.admin(local.then_some(control));
     let most = share_of_descriptors(8).min(ADMIN_CONNECTIONS);
     let limits = ConnectionLimits {
         evictor: Some(Arc::new(Evictor::new(most))),

@@ -7,6 +7,7 @@ use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use http::Method;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use tokio::time::{Instant, sleep};
 use tower::Service;
@@ -55,7 +56,11 @@ impl TaskRequest {
             None if rest.is_empty() => None,
             None => return None,
             Some("") => None,
-            Some(id) => Some(id.to_owned()),
+            Some(id) => {
+                // An external id may have any character. What is no UTF-8 is the id of no task.
+                let id = percent_decode_str(id).decode_utf8_lossy();
+                Some(id.into_owned())
+            }
         };
         Some(Self {
             method: request.method().clone(),
@@ -64,6 +69,18 @@ impl TaskRequest {
             client: context.client().map(str::to_owned),
             context: context.clone(),
         })
+    }
+
+    /// Answers a request that only reads, as [`answer`](Self::answer) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MethodNotAllowed`] for any method but GET and HEAD, and the errors of `answer`.
+    pub async fn read(self, ledger: Ledger) -> Result<Response, Error> {
+        match self.method {
+            Method::GET | Method::HEAD => self.answer(ledger).await,
+            _ => Err(Error::MethodNotAllowed),
+        }
     }
 
     /// Answers the request from the store.

@@ -241,6 +241,19 @@ impl Command {
         }
     }
 
+    /// Starts a command that goes on without a listener. Its address is none.
+    pub fn begin(mut self) -> Proxy {
+        let mut child = self.spawn();
+        let (stdout, stderr) = lines(&mut child, self.gate.clone());
+        Proxy {
+            address: SocketAddr::from(([0, 0, 0, 0], 0)),
+            stdout,
+            stderr,
+            child,
+            _home: self.home,
+        }
+    }
+
     /// Runs a command to its end.
     pub fn run(mut self) -> Finished {
         let mut child = self.spawn();
