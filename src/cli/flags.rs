@@ -71,7 +71,7 @@ fn heeds(command: &str, flag: &Id) -> bool {
         "run" => !["listen", "port", "admin"].contains(&flag),
         "settings" => flag != "sandbox",
         "sandbox" => ["config", "log_format", "log_filter"].contains(&flag),
-        "health" | "wait" => ["config", "admin"].contains(&flag),
+        "health" | "wait" | "tasks" => ["config", "admin"].contains(&flag),
         "token" => flag == "config",
         _ => false,
     }

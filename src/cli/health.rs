@@ -99,7 +99,7 @@ async fn ask(client: &Client, address: SocketAddr) -> Result<String, String> {
 }
 
 /// The cause of all causes, such as a connection that was refused.
-fn root(error: &dyn Error) -> &dyn Error {
+pub(super) fn root(error: &dyn Error) -> &dyn Error {
     error.source().map_or(error, root)
 }
 

@@ -1,4 +1,4 @@
-//! Whole requests that the program makes for itself: those of `check`, `health` and `wait`. They go by
+//! Whole requests that the program makes for itself: those of `check`, `health`, `wait` and `tasks`. They go by
 //! reqwest. Requests of clients never do, since it rewrites paths.
 
 use std::fmt;
@@ -12,7 +12,7 @@ use rustls::RootCertStore;
 use crate::request::headers::NAME;
 use crate::upstream::{EgressProxy, TlsError, client_config_with};
 
-/// Largest part of a body that is read, in bytes.
+/// Largest part of a body that [`fetch`] reads, in bytes.
 const BODY_LIMIT: usize = 64 << 10;
 
 /// A response with the beginning of its body.
@@ -72,10 +72,24 @@ pub(super) async fn fetch(
     url: impl fmt::Display,
     headers: HeaderMap,
 ) -> Result<Fetched, reqwest::Error> {
+    fetch_up_to(BODY_LIMIT, client, url, headers).await
+}
+
+/// Does the same with another limit for the body, in bytes.
+///
+/// # Errors
+///
+/// As of [`fetch`].
+pub(super) async fn fetch_up_to(
+    limit: usize,
+    client: &Client,
+    url: impl fmt::Display,
+    headers: HeaderMap,
+) -> Result<Fetched, reqwest::Error> {
     let request = client.get(url.to_string()).headers(headers);
     let mut response = request.send().await?;
     let (mut body, mut is_whole) = (Vec::new(), false);
-    while body.len() < BODY_LIMIT && !is_whole {
+    while body.len() < limit && !is_whole {
         match response.chunk().await? {
             Some(chunk) => body.extend_from_slice(&chunk),
             None => is_whole = true,

@@ -17,6 +17,7 @@ mod serve;
 mod settings;
 mod signal;
 mod taken_port;
+mod tasks;
 mod token;
 
 use std::ffi::OsString;
@@ -33,6 +34,7 @@ use tokio::runtime::Runtime;
 
 use self::explain::CodeOrType;
 use self::flags::{SettingsArgs, WithSandbox, command_line, refuse_idle};
+use self::tasks::TasksArgs;
 use crate::auth::credentials::{self, CommandError, Found, Places};
 use crate::environment::Environment;
 use crate::error::chain;
@@ -110,6 +112,12 @@ enum Command {
     },
     /// Show the effective settings and the source of each
     Settings,
+    /// Show the tasks that the proxy remembers, newest first
+    ///
+    /// Reads the file of the store, whether a proxy runs or not. If the store is in memory, asks the
+    /// running proxy on its admin listener.
+    #[command(after_help = TASKS_EXAMPLES)]
+    Tasks(TasksArgs),
     /// Ask a running proxy whether it is ready; exit 0 if so
     Health,
     /// Wait until a proxy is ready; exit 1 if that takes too long
@@ -146,6 +154,7 @@ Examples:
   kling-proxy --sandbox      try it without an account
   kling-proxy                http://127.0.0.1:5546 -> https://api-singapore.klingai.com
   kling-proxy run -- make    run a command with its own proxy and without your keys
+  kling-proxy tasks          the tasks that were made, and what became of them
   kling-proxy check          find problems and how to correct them
   kling-proxy explain 1303   what a code means and what to do";
 
@@ -167,6 +176,14 @@ Examples:
 
 The exit code is that of the command, or 128 plus the number of the signal that ended it; 126 if the
 command cannot be run, 127 if it does not exist, 78 for wrong settings or no credential.";
+
+const TASKS_EXAMPLES: &str = "\
+Examples:
+  kling-proxy tasks --since 24h            the tasks of the last day
+  kling-proxy tasks --status failed        tasks that failed, each with its reason
+  kling-proxy tasks 830495112309           all about one task, with the addresses of its results
+  kling-proxy tasks --follow               go on with each change, until Ctrl-C
+  kling-proxy tasks --output json | jq .units";
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
@@ -257,6 +274,7 @@ impl CommandLine {
             Some(Command::Token { decode }) => token::run(decode, &settings, &environment)?,
             Some(Command::Explain { code, output }) => explain::run(code, output)?,
             Some(Command::Settings) => settings::run(&settings, &environment)?,
+            Some(Command::Tasks(args)) => tasks::run(&args, &settings, &environment)?,
             Some(Command::Health) => health::run(&settings, &environment)?,
             Some(Command::Wait { timeout }) => health::wait(timeout, &settings, &environment)?,
             Some(Command::Completions { shell }) => documents::completions(shell),

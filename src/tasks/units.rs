@@ -8,7 +8,7 @@ use std::str::FromStr;
 pub struct Units(pub i64);
 
 /// Millionths of one unit.
-const ONE: i64 = 1_000_000;
+pub const ONE: i64 = 1_000_000;
 /// Digits after the point.
 const PLACES: usize = 6;
 

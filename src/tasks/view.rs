@@ -93,7 +93,7 @@ pub struct BadQuery(pub &'static str);
 /// Tasks of a page, if the query names no number.
 const USUAL_LIMIT: usize = 50;
 /// Most tasks of a page.
-const MOST: usize = 500;
+pub const MOST: usize = 500;
 
 // === impl TaskView ===
 

@@ -138,8 +138,8 @@ fn shorten_path(path: &str, room: usize) -> Cow<'_, str> {
     format!("…{end}").into()
 }
 
-/// Returns the beginning of a text.
-fn cut(text: &str, room: usize) -> Cow<'_, str> {
+/// Returns the beginning of a text, so that it takes at most this number of columns on a terminal.
+pub fn cut(text: &str, room: usize) -> Cow<'_, str> {
     if columns(text) <= room {
         return text.into();
     }
@@ -153,7 +153,7 @@ fn cut(text: &str, room: usize) -> Cow<'_, str> {
 }
 
 /// Returns the number of columns that a text takes on a terminal.
-fn columns(text: &str) -> usize {
+pub fn columns(text: &str) -> usize {
     text.chars().map(|c| if is_wide(c) { 2 } else { 1 }).sum()
 }
 

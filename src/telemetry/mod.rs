@@ -19,6 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt};
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
+pub use self::fit::{columns, cut};
 use self::line::JsonLine;
 use self::pretty::{PrettyLine, SpanId};
 use self::queue::{DROPPED, Lines, QUEUE};

@@ -42,6 +42,7 @@ mod soak;
 mod stream;
 mod systemd;
 mod tasks;
+mod tasks_command;
 mod terminal;
 mod timeouts;
 mod trust;

@@ -14,6 +14,8 @@ use rustix::{
     termios::{Winsize, tcsetwinsize},
 };
 
+use tempfile::TempDir;
+
 use crate::support::{Command, Proxy, Signal, Upstream, assert_has, eventually, kling, now, post};
 
 const TASK: &str = r#"{"code":0,"data":{"task_id":"104454366743201459"}}"#;
@@ -245,4 +247,54 @@ fn colours_are_for_terminals_whose_user_wants_them() {
             "{piped:?}"
         );
     }
+}
+
+#[test]
+fn table_of_tasks_fits_the_terminal_and_has_a_summary() {
+    let (upstream, folder) = (Upstream::ok(), TempDir::new().unwrap());
+    let url = format!("sqlite:{}", folder.path().join("tasks.db").display());
+    let proxy = Proxy::to(&upstream).setting("state.url", &url).start();
+    upstream.answer(kling(200, TASK));
+    for _ in 0..50 {
+        proxy.post("/v1/videos/text2video", "{}");
+    }
+    upstream.answer(kling(
+        429,
+        r#"{"code":1102,"message":"Account balance not enough"}"#,
+    ));
+    proxy.post("/v1/videos/text2video", "{}");
+    let tasks = |arguments: &[&str], no_color: &str, last: &str| {
+        let terminal = Terminal::open(84);
+        let command = Command::new(["tasks"])
+            .setting("state.url", &url)
+            .env("TERM", "xterm")
+            .env("NO_COLOR", no_color);
+        let command = arguments.iter().fold(command, Command::argument);
+        let finished = command
+            .after(&format!("exec 3>&1 >{};", terminal.path))
+            .run();
+        assert_eq!(finished.code, Some(0), "{finished:?}");
+        terminal.with(last)
+    };
+    let note = "the newest 50 are shown";
+    let plain = tasks(&[], "1", note);
+    let lines: Vec<_> = plain.lines().collect();
+    assert!(
+        lines.iter().all(|line| line.chars().count() <= 84),
+        "{plain}"
+    );
+    assert!(lines[1].ends_with("1102 resource_…"), "{plain}");
+    assert_eq!(
+        lines[52..54],
+        [
+            "51 tasks: 50 submitted, 1 rejected; 0 units",
+            "the newest 50 are shown; `--since 30d` shows more"
+        ]
+    );
+    let coloured = tasks(&[], "", note);
+    assert_has(&coloured, &["\u{1b}[1mage", "\u{1b}[1m\u{1b}[31mrejected"]);
+    // Whoever says since when wants all.
+    let summary = "51 tasks:";
+    let all = tasks(&["--since", "1h"], "1", summary);
+    assert_eq!(all.lines().count(), 1 + 51 + 2, "{all}");
 }
