@@ -25,6 +25,7 @@ COPY src src
 RUN touch src/main.rs src/lib.rs \
     && if [ "$(uname -m)" = aarch64 ]; then export JEMALLOC_SYS_WITH_LG_PAGE=16; fi \
     && cargo build --release --locked
+RUN mkdir /empty
 
 FROM ${BASE_IMAGE}
 
@@ -33,6 +34,10 @@ LABEL org.opencontainers.image.title="kling-proxy" \
       org.opencontainers.image.licenses="MIT"
 
 COPY --from=build /build/target/release/kling-proxy /usr/local/bin/kling-proxy
+# The folder of the task store. A new named volume takes its owner over. Without a volume, tasks are in memory where the
+# root is read-only.
+COPY --from=build --chown=65532:65532 /empty /var/lib/kling-proxy
+ENV STATE_DIRECTORY=/var/lib/kling-proxy
 
 # By number, so that Kubernetes' `runAsNonRoot` can judge it.
 USER 65532:65532

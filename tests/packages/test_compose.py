@@ -60,7 +60,7 @@ class Compose(unittest.TestCase):
         (self.folder / "config").mkdir()
         shutil.copy(CONFIG / "compose.yaml", self.folder / "config")
         (self.folder / "config/test.yaml").write_text(yaml.safe_dump(overrides()), encoding="utf-8")
-        self.addCleanup(self.compose, "down", "--timeout=0")
+        self.addCleanup(self.compose, "down", "--volumes", "--timeout=0")
         run("bash", "-euc", SHELL + printed(CONFIG / "compose.yaml"), cwd=self.folder, env=os.environ | KEYS)
 
     def compose(self, *words, **options):
@@ -78,6 +78,7 @@ class Compose(unittest.TestCase):
         for name in [proxy, self.container("kling")]:
             wait_until_healthy(name)
         self.assertEqual(confinement(proxy), CONFINED)
+        self.assertIn("tasks    /var/lib/kling-proxy/tasks.db", podman("logs", proxy))
         self.assertEqual(json.loads(self.client("client"))["data"], [])
         self.client("kling-proxy", "check")  # as docs/upgrading.md says
 

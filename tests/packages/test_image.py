@@ -25,6 +25,7 @@ from containers import (
 from support import CREATE, create, run
 
 PROGRAM = "/usr/local/bin/kling-proxy"
+STATE = "/var/lib/kling-proxy"
 LARGEST = 25_000_000
 KEYS = {"KLING_ACCESS_KEY": "accessKey", "KLING_SECRET_KEY": STAND_IN_TOKEN}
 
@@ -35,8 +36,11 @@ def description(name):
 
 class Image(unittest.TestCase):
     def test_it_adds_one_program_to_its_base(self):
-        added = json.loads(podman("diff", "--format=json", image()))
-        self.assertEqual(added, {"changed": ["/usr"], "added": ["/usr/local", "/usr/local/bin", PROGRAM]})
+        added = json.loads(podman("diff", "--format=json", image(), BASE))
+        added = {kind: set(paths) for kind, paths in added.items()}
+        new = {"/usr/local", "/usr/local/bin", PROGRAM, STATE}
+        self.assertEqual(added["added"] - {"/var", "/var/lib"}, new)
+        self.assertLessEqual(added["changed"], {"/usr", "/var", "/var/lib"})
         size = description(image())["Size"] - description(BASE)["Size"]
         print(f"{size / 1e6:.1f} MB ... ", end="", flush=True)
         self.assertLess(size, LARGEST)
@@ -69,6 +73,20 @@ class Image(unittest.TestCase):
             self.assertRegex(create(*inside, *CREATE, "http://127.0.0.1:5546/v1/videos/text2video"), r"^\d+$")
             podman("stop", "--time=30", name)
             self.assertEqual(inspect(name, "{{.State.ExitCode}}"), "0")
+
+    def test_a_named_volume_keeps_the_tasks_for_the_next_container(self):
+        self.addCleanup(podman, "volume", "rm", "--force", "tasks")
+        keys = variables(KEYS | {"KLING_PROXY_UPSTREAM__URL": "http://127.0.0.1:1"})
+        start = ["--network=none", f"--volume=tasks:{STATE}", *HARDENED, *keys, image()]
+        with container(*start) as name:
+            wait_until_healthy(name)
+            self.assertIn(f"tasks    {STATE}/tasks.db", podman("logs", name))
+            inside = ["nsenter", "--net", "--target", inspect(name, "{{.State.Pid}}")]
+            refused = run(*inside, *CREATE, "http://127.0.0.1:5546/v1/videos/text2video")
+            self.assertEqual(json.loads(refused)["code"], 9101)
+        with container(*start) as name:
+            wait_until_healthy(name)
+            self.assertIn("9101 upstream_unreachable", podman("exec", name, PROGRAM, "tasks"))
 
     def test_its_health_check_fails_when_it_is_not_ready(self):
         off = variables({"KLING_PROXY_ADMIN__ADDRESS": "off"})

@@ -60,6 +60,16 @@ def secret(folder, volume, secrets, group):
     return {"path": str(folder)}
 
 
+def empty(folder, volume, group):
+    """Mounts an emptyDir as a kubelet does: root's folder, which everybody may write, of the group `fsGroup`."""
+    if set(volume) != {"sizeLimit"}:
+        raise AssertionError(volume)
+    folder.mkdir()
+    folder.chmod(0o2777)
+    os.chown(folder, 0, group)
+    return {"path": str(folder)}
+
+
 class Pod(unittest.TestCase):
     def setUp(self):
         image()
@@ -91,7 +101,11 @@ class Pod(unittest.TestCase):
         [port] = [port["containerPort"] for port in sidecar.pop("ports") if port["name"] == "admin"]
 
         for volume in spec["volumes"]:
-            volume["hostPath"] = secret(self.folder / volume["name"], volume.pop("secret"), secrets, group)
+            folder = self.folder / volume["name"]
+            if "secret" in volume:
+                volume["hostPath"] = secret(folder, volume.pop("secret"), secrets, group)
+            else:
+                volume["hostPath"] = empty(folder, volume.pop("emptyDir"), group)
         # The way to Kling's stand-in.
         spec["volumes"].append({"name": "authority", "hostPath": {"path": str(authority())}})
         sidecar["volumeMounts"].append({"name": "authority", "mountPath": "/etc/authority", "readOnly": True})
@@ -122,6 +136,7 @@ class Pod(unittest.TestCase):
         eventually("it has started", lambda: passes("startupProbe"), probes["startupProbe"]["failureThreshold"])
         self.assertTrue(passes("livenessProbe") and passes("readinessProbe"))
         self.assertEqual(confinement("pod-kling-proxy"), CONFINED)
+        self.assertIn("tasks    /var/lib/kling-proxy/tasks.db", podman("logs", "pod-kling-proxy"))
         return "pod-kling-proxy"
 
     def run_in_pod(self, container):

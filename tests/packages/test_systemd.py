@@ -163,6 +163,7 @@ class Systemd(unittest.TestCase):
         self.addCleanup((self.root / "etc/kling-proxy").mkdir)
         self.commands(RELEASE, documented(page, "Uninstall the service"))
         left = [path for path in self.root.glob("[eu][ts][cr]/**/*kling-proxy*") if path.is_file()]
+        run(*self.inside, "test", "!", "-e", "/var/lib/kling-proxy", "-a", "!", "-e", "/var/lib/private/kling-proxy")
         self.assertEqual((left, (self.root / "etc/kling-proxy").exists()), ([], False))
         self.assertEqual(self.show("LoadState"), {"LoadState": "not-found"})
 
@@ -184,6 +185,20 @@ class Systemd(unittest.TestCase):
         seen = mounts(pid, *self.inside)
         self.assertIn("ro", seen["/"])
         self.assertIn(f"/run/credentials/{SERVICE}", seen)
+
+    def test_the_tasks_outlive_the_service(self):
+        self.systemctl("start", SERVICE)
+        task = self.create()
+        # A user asks the running service; root reads the file of a stopped one.
+        asked = [*self.inside, "/usr/local/bin/kling-proxy", "tasks"]
+        self.assertIn(task, run(*asked, env={"HOME": "/nonexistent"}))
+        self.systemctl("stop", SERVICE)
+        read = ["env", "STATE_DIRECTORY=/var/lib/kling-proxy", "/usr/local/bin/kling-proxy", "tasks"]
+        self.assertIn(task, run(*self.inside, *read))
+        self.systemctl("start", SERVICE)
+        self.assertIn(task, run(*asked, env={"HOME": "/nonexistent"}))
+        folder = [*self.inside, "stat", "--format=%a", "/var/lib/private/kling-proxy", "/var/lib/private/kling-proxy/tasks.db"]
+        self.assertEqual(run(*folder).split(), ["700", "600"])
 
     def test_reload_keeps_the_process_and_stop_ends_it_well(self):
         self.systemctl("start", SERVICE)
