@@ -88,6 +88,8 @@ pub enum Error {
         answer: Box<Answer>,
         /// Beginning of its body, if it is text.
         excerpt: Option<String>,
+        /// True if the whole body is known to hold no envelope.
+        is_bare: bool,
     },
     /// Upstream sent something that is not HTTP.
     #[error("upstream's answer is not HTTP")]
@@ -283,7 +285,9 @@ impl Error {
     pub fn refuses_create(&self) -> bool {
         match self {
             Self::Service { .. } => !matches!(self.row().class, Class::Internal | Class::Unknown),
-            Self::BadResponse { answer, .. } => answer.head.status.is_client_error(),
+            Self::BadResponse {
+                answer, is_bare, ..
+            } => *is_bare && answer.head.status.is_client_error(),
             // Half a body makes no task.
             Self::BodyTooLarge { .. } | Self::BodyCutOff | Self::ClientTooSlow(_) => true,
             _ => self.proves_no_task(),
@@ -293,12 +297,7 @@ impl Error {
     /// Returns true if Kling may have made the task of a create that ended with this error, and only the answer
     /// was lost.
     pub fn may_hide_a_task(&self) -> bool {
-        match self {
-            Self::Service { .. } => self.row().class == Class::Internal,
-            Self::BadResponse { answer, .. } => answer.head.status.is_server_error(),
-            Self::UpstreamTimeout { .. } | Self::Disconnected(_) => true,
-            _ => false,
-        }
+        !self.refuses_create() && !matches!(self, Self::Credentials(_))
     }
 
     /// Returns the message of the error: Kling's, or the proxy's own with its causes.
@@ -433,6 +432,7 @@ mod tests {
         Error::BadResponse {
             answer: Answer::boxed(response(status)),
             excerpt: None,
+            is_bare: true,
         }
     }
 

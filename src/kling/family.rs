@@ -263,6 +263,28 @@ impl<'a> TaskRead<'a> {
     }
 }
 
+impl TaskRead<'_> {
+    /// Returns the plain target of a `GET` that reads exactly one task; `None` for any other.
+    pub fn target_of_one(path: &str, query: Option<&str>) -> Option<String> {
+        match TaskRead::of_get(path, query)? {
+            TaskRead::ByPath(id) if query.is_none() && Family::is_plain_id(id) => {
+                let family = FAMILIES.iter().find(|family| {
+                    let is_read_by_path =
+                        matches!(family.query, TypedQuery::Path | TypedQuery::PathById);
+                    is_read_by_path && family.rest(path) == Some(id)
+                })?;
+                Some(family.read_by_id(id))
+            }
+            TaskRead::ByQuery(id) if Family::is_plain_id(id) => {
+                let query = query.filter(|query| !query.contains('&'))?;
+                let path = without_prefixes(path).trim_end_matches('/');
+                Some(format!("/{path}?{query}"))
+            }
+            _ => None,
+        }
+    }
+}
+
 // === impl Pool ===
 
 impl Pool {
@@ -364,6 +386,35 @@ mod tests {
             let (path, query) = target.split_once('?').unwrap_or((target, ""));
             let query = (!query.is_empty()).then_some(query);
             assert_eq!(TaskRead::of_get(path, query), read, "{target}");
+        }
+    }
+
+    #[test]
+    fn one_task_has_one_target_however_it_is_spelled() {
+        let video = Some("/v1/videos/text2video/8");
+        for (target, plain) in [
+            ("/v1/videos/text2video/8", video),
+            ("//v1/videos//text2video/8/", video),
+            ("/kling/videos/text2video/8", video),
+            ("/v1/videos/text2video/8?a=1", None),
+            ("/v1/videos/text2video", None),
+            ("/v1/videos/text2video/%38", None),
+            ("/tasks?task_ids=8", Some("/tasks?task_ids=8")),
+            ("//tasks/?task_ids=8", Some("/tasks?task_ids=8")),
+            (
+                "/solutions?external_task_ids=a",
+                Some("/solutions?external_task_ids=a"),
+            ),
+            ("/tasks?task_ids=8&a=1", None),
+            ("/tasks?task_ids=8,9", None),
+        ] {
+            let (path, query) = target.split_once('?').unwrap_or((target, ""));
+            let query = (!query.is_empty()).then_some(query);
+            assert_eq!(
+                TaskRead::target_of_one(path, query).as_deref(),
+                plain,
+                "{target}"
+            );
         }
     }
 

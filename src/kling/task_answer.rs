@@ -72,6 +72,20 @@ const LONGEST: usize = 4096;
 /// Most files of one task.
 const MOST_FILES: usize = 64;
 
+// === impl TaskPlace ===
+
+impl TaskPlace {
+    /// Returns the place of tasks in the answer to a read of single tasks with this target: a query by ids is
+    /// answered with a list.
+    pub fn of_target(target: &str) -> Self {
+        if target.contains('?') {
+            Self::List
+        } else {
+            Self::Data
+        }
+    }
+}
+
 // === impl TaskSplitter ===
 
 impl TaskSplitter {

@@ -19,7 +19,7 @@ use crate::request::context::ProxyRequest;
 
 /// Response headers of the proxy that a page may read.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
-    "kling-proxy-error, kling-proxy-request-id, retry-after, x-should-retry",
+    "kling-proxy-error, kling-proxy-request-id, kling-proxy-task, preference-applied, retry-after, x-should-retry",
 );
 
 /// Adds [`Cors`] to a service.

@@ -203,6 +203,7 @@ impl Creates {
             () = create.cancelled() => return,
             error = body.read_while(|| !create.is_being_sent()) => Err(error),
         };
+        create.learn(body.order());
         drop(body);
         match outcome {
             Ok(answer) => {

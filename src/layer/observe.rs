@@ -197,7 +197,7 @@ impl io::Write for TaskListener {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Self { tasks, ledger } = self;
         tasks.push(bytes, |answered| {
-            let running = ledger.running(&answered.id);
+            let running = ledger.running_by_id(&answered.id);
             if let Some(task) = running
                 && let Some(seen) = Observation::of(answered, DEFAULT_ACCOUNT, ledger.now())
             {

@@ -22,12 +22,12 @@ use crate::error::Error;
 use crate::kling::family::{ExternalIdPlace, Family};
 use crate::kling::idempotency::Effect;
 use crate::layer::retry::RetryPolicy;
-use crate::layer::wait::preference;
 use crate::request::context::RequestContext;
 use crate::request::replayable::ReplayableRequest;
 use crate::tasks::ledger::Ledger;
-use crate::telemetry::CREATES;
+use crate::tasks::record::SKEW;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::{CREATES, printable};
 
 /// Adds [`Recover`] to a service.
 #[derive(Clone)]
@@ -47,10 +47,9 @@ pub struct Recover<S> {
     layer: RecoverLayer,
 }
 
-/// A create that can be looked up.
+/// A create that may be looked up.
 struct Subject {
     family: &'static Family,
-    external_id: String,
     context: RequestContext,
     /// Latest start of a look-up.
     deadline: Instant,
@@ -66,8 +65,8 @@ const LOOK_UPS: [Duration; 3] = [
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Largest answer to a look-up, in bytes.
 const LARGEST: usize = 64 << 10;
-/// Longest time by which a task may seem to be older than its create, because clocks differ.
-const SKEW: Duration = Duration::from_mins(5);
+/// Longest wait for the store.
+const STORE: Duration = Duration::from_millis(500);
 
 // === impl RecoverLayer ===
 
@@ -106,11 +105,9 @@ where
         let (inner, layer) = (self.inner.clone(), self.layer.clone());
         Either::Right(Box::pin(async move {
             match sent.await {
-                Err(error) if error.may_hide_a_task() => match layer.look_up(inner, &subject).await
-                {
-                    Some(found) => Ok(found),
-                    None => Err(error),
-                },
+                Err(error) if error.may_hide_a_task() => {
+                    layer.look_up(inner, &subject).await.ok_or(error)
+                }
                 other => other,
             }
         }))
@@ -120,27 +117,27 @@ where
 // === impl Subject ===
 
 impl Subject {
-    /// Returns the subject of a create that carries an external id; `None` for any other request.
+    /// Returns the subject of a create; `None` for any other request.
     fn of(request: &ReplayableRequest, total_time: Duration) -> Option<Self> {
         if request.effect() != Effect::Create {
             return None;
         }
         let context = request.context();
         let family = Family::of_create(request.uri().path())?;
-        let external_id = context.external_id()?;
-        let wait = preference::wait(request.headers()).unwrap_or_default();
+        let wait = request.wait().unwrap_or_default();
         Some(Self {
             family,
-            external_id: external_id.to_owned(),
             context: context.clone(),
             deadline: context.begun() + total_time.max(wait),
         })
     }
 
-    /// Returns the target of the look-up; `None` if there is none, or if the id cannot stand in a target.
+    /// Returns the target of the look-up; `None` without an external id, or if it cannot stand in a target.
+    /// The id may have come late in the body, so it is known after the create only.
     fn target(&self) -> Option<Uri> {
-        let target = self.family.read_by_external_id(&self.external_id)?;
-        Family::is_plain_id(&self.external_id).then(|| target.parse().ok())?
+        let id = self.context.external_id()?;
+        let target = self.family.read_by_external_id(id)?;
+        Family::is_plain_id(id).then(|| target.parse().ok())?
     }
 
     /// Returns the task in an answer to a look-up, as the create would have answered with it.
@@ -169,7 +166,11 @@ impl Subject {
         let is_new = task[times[0]]
             .as_i64()
             .is_none_or(|created| created >= earliest);
-        if !task[id].is_string() || *echo != *self.external_id || !is_new {
+        let is_it = self
+            .context
+            .external_id()
+            .is_some_and(|external_id| *echo == *external_id);
+        if !task[id].is_string() || !is_it || !is_new {
             return None;
         }
         let mut data = json!({ id: task[id], status: task[status] });
@@ -220,7 +221,7 @@ impl RecoverLayer {
             tracing::info!(
                 target: CREATES,
                 request_id = subject.context.id().as_str(),
-                task.external_id = subject.external_id,
+                task.external_id = subject.context.external_id().map(printable).as_deref(),
                 "the answer to a create was lost; its task was found"
             );
             return Some(created(&data, subject.context.id().as_str()));
@@ -228,14 +229,15 @@ impl RecoverLayer {
         None
     }
 
-    /// Returns true if the task is known to be that of another create.
+    /// Returns true if the task may be that of another create. If the store does not answer, it may be.
     async fn is_of_another(&self, data: &Value, context: &RequestContext) -> bool {
         let id = data["task_id"].as_str().or_else(|| data["id"].as_str());
         let id = id.unwrap_or_default().to_owned();
-        let known = self.ledger.read(move |store| store.find(&id, None)).await;
-        match known {
-            Ok(Some(task)) => context.reference() != Some(&task.reference),
-            Ok(None) | Err(_) => false,
+        let known = self.ledger.read(move |store| store.find(&id, None));
+        match timeout(STORE, known).await {
+            Ok(Ok(Some(task))) => context.reference() != Some(&task.reference),
+            Ok(Ok(None)) => false,
+            Ok(Err(_)) | Err(_) => true,
         }
     }
 }
@@ -260,7 +262,7 @@ mod tests {
 
     const BEGUN: i64 = 1_800_000_000_000;
 
-    fn subject(path: &str) -> Subject {
+    fn subject(path: &str, external_id: &str) -> Subject {
         let metrics = Arc::new(Metrics::new().unwrap());
         let none = ReplayLimits {
             body: ByteSize::b(0),
@@ -268,7 +270,7 @@ mod tests {
         };
         let request = Request::post(path).body(Body::empty()).unwrap();
         let request = ProxyRequest::untraced(request, &metrics);
-        request.context.is_named("mine");
+        request.context.is_named(external_id);
         let budget = Arc::new(ReplayBudget::new(none, metrics));
         let request = ReplayableRequest::new(request, &budget, false);
         Subject::of(&request, Duration::ZERO).unwrap()
@@ -301,7 +303,8 @@ mod tests {
             "id": "8", "status": "processing", "external_id": "mine",
             "create_time": BEGUN, "update_time": BEGUN,
         });
-        let [old, new] = ["/v1/videos/text2video", "/text-to-video/kling-3.0"].map(subject);
+        let [old, new] =
+            ["/v1/videos/text2video", "/text-to-video/kling-3.0"].map(|path| subject(path, "mine"));
         for (subject, answer, found) in [
             (&old, legacy("mine", BEGUN), Some(legacy_data)),
             (&old, legacy("other", BEGUN), None),
@@ -323,7 +326,6 @@ mod tests {
 
     #[test]
     fn id_that_cannot_stand_in_a_target_is_not_looked_up() {
-        let mut subject = subject("/v1/videos/text2video");
         for (id, target) in [
             ("mine-1.x_y", Some("/v1/videos/text2video/mine-1.x_y")),
             ("../../account/costs", None),
@@ -335,8 +337,9 @@ mod tests {
             (".", None),
             ("..", None),
         ] {
-            id.clone_into(&mut subject.external_id);
-            let found = subject.target().map(|target| target.to_string());
+            let found = subject("/v1/videos/text2video", id)
+                .target()
+                .map(|target| target.to_string());
             assert_eq!(found.as_deref(), target, "{id}");
         }
     }

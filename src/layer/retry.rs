@@ -19,7 +19,7 @@ use crate::auth::token::Tokens;
 use crate::clock::Clock;
 use crate::error::Error;
 use crate::kling::idempotency::Effect;
-use crate::kling::service_code::Resend;
+use crate::kling::service_code::{self, Resend};
 use crate::reloadable::Reloadable;
 use crate::request::replayable::ReplayableRequest;
 use crate::telemetry::CREATES;
@@ -149,6 +149,10 @@ impl Policy<ReplayableRequest, Response, Error> for RetryPolicy {
         result: &mut Result<Response, Error>,
     ) -> Option<Sleep> {
         let error = result.as_ref().err()?;
+        if request.is_own() && error.code() == service_code::RATE_LIMITED {
+            // Whoever asks for the proxy slows down instead.
+            return None;
+        }
         let wait = self.wait(request.effect(), error)?;
         let withheld = if !request.body().is_whole() {
             "body"

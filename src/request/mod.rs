@@ -6,5 +6,6 @@ pub mod headers;
 pub mod id;
 pub mod pace;
 pub mod pending_create;
+pub mod preference;
 pub mod replay_body;
 pub mod replayable;

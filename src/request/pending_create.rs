@@ -110,6 +110,11 @@ impl PendingCreate {
         self.record.admit(client, order, external_id).await;
     }
 
+    /// Records what the body has shown that passed meanwhile.
+    pub fn learn(&self, order: Order) {
+        self.record.learn(order, self.context.external_id());
+    }
+
     /// Records the task that upstream created, as its response names it.
     pub fn created(&self, task: Task) {
         self.record.submitted(&task);

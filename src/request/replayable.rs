@@ -1,9 +1,10 @@
 //! A client's request after it passed the guard. Each attempt to send it is built from it anew.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::Request;
-use http::header::{ACCEPT, HeaderMap, HeaderValue, USER_AGENT};
+use http::header::{ACCEPT, HeaderValue, USER_AGENT};
 use http::{Method, Uri, request};
 use tokio::task::yield_now;
 
@@ -13,6 +14,7 @@ use crate::request::context::{ProxyRequest, RequestContext};
 use crate::request::headers::{self, NAME};
 use crate::request::id::RequestId;
 use crate::request::pending_create::{ClientLeft, PendingCreate};
+use crate::request::preference;
 use crate::request::replay_body::{ReplayBody, ReplayBudget};
 use crate::telemetry::metrics::Metrics;
 
@@ -25,6 +27,10 @@ pub struct ReplayableRequest {
     context: RequestContext,
     /// State of a create, which each attempt consults before it sends.
     create: Option<Arc<PendingCreate>>,
+    /// Time that the client wants to wait for the end of the task (`Prefer: wait=N`).
+    wait: Option<Duration>,
+    /// True for a read of the proxy's own.
+    is_own: bool,
     body: ReplayBody,
 }
 
@@ -58,6 +64,7 @@ impl ReplayableRequest {
         let effect = Effect::of(&request);
         let (mut head, body) = request.into_parts();
         headers::strip_request(&mut head.headers, is_marked);
+        let wait = preference::take(&mut head.headers);
         let create = (effect == Effect::Create).then_some(&context);
         let body = ReplayBody::new(body, budget, create);
         Self {
@@ -65,6 +72,8 @@ impl ReplayableRequest {
             effect,
             context,
             create: None,
+            wait,
+            is_own: false,
             body,
         }
     }
@@ -82,13 +91,20 @@ impl ReplayableRequest {
             effect: Effect::Read,
             context,
             create: None,
+            wait: None,
+            is_own: true,
             body: ReplayBody::none(),
         }
     }
 
-    /// Returns the headers of the request that may reach upstream.
-    pub fn headers(&self) -> &HeaderMap {
-        &self.head.headers
+    /// Returns the time that the client wants to wait for the end of the task.
+    pub fn wait(&self) -> Option<Duration> {
+        self.wait
+    }
+
+    /// Returns true for a read of the proxy's own.
+    pub fn is_own(&self) -> bool {
+        self.is_own
     }
 
     /// Returns the effect of the request, which decides if it may be sent again.

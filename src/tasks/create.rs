@@ -58,6 +58,20 @@ impl CreateRecord {
         self.ledger.written(number).await;
     }
 
+    /// Fills in what the rest of the body has shown.
+    pub fn learn(&self, order: Order, external_id: Option<&str>) {
+        let mut record = self.lock();
+        if record.external_id.is_none() {
+            record.external_id = external_id.map(str::to_owned);
+        }
+        record.weight = self.family.map_or(1, |family| weight(family, &order));
+        let model = record.order.model.take();
+        record.order = Order {
+            model: model.or(order.model),
+            ..order
+        };
+    }
+
     /// Records the time of the first byte.
     pub fn begin_sending(&self) {
         let now = self.ledger.now();

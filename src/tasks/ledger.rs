@@ -21,6 +21,7 @@ use crate::clock::Clock;
 use crate::kling::family::{Family, Pool};
 use crate::kling::task_answer::AnsweredTask;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::printable;
 
 /// The memory of this process, and its way to the store. All clones share one queue.
 #[derive(Clone)]
@@ -50,7 +51,7 @@ struct Queue {
     entries: VecDeque<Entry>,
     /// Number of entries that ever entered the queue.
     entered: u64,
-    reads: Vec<Read>,
+    reads: VecDeque<Read>,
 }
 
 /// Work that reads the store, and sends its result to whoever waits for it.
@@ -65,6 +66,8 @@ pub struct Unavailable;
 const PATIENCE: Duration = Duration::from_millis(500);
 /// Longest time that a look at tasks waits for the store.
 const READ: Duration = Duration::from_secs(5);
+/// Most reads that wait at once.
+const MOST_READS: usize = 256;
 /// Most entries that wait while the store fails.
 const MOST_WAITING: usize = 10_000;
 /// Most entries of one transaction.
@@ -132,15 +135,21 @@ impl Ledger {
             return;
         }
         let mut written = self.0.written.subscribe();
-        let wait = written.wait_for(|written| *written >= number);
+        let is_up = &self.0.is_up;
+        let wait = written.wait_for(|written| *written >= number || !is_up.load(Relaxed));
         if timeout(PATIENCE, wait).await.is_err() {
             self.fails(&"it did not answer in time");
         }
     }
 
-    /// Finds a running task by Kling's id, or by its external id.
+    /// Finds a running task by Kling's id, or else by its external id.
     pub fn running(&self, id: &str) -> Option<Arc<RunningTask>> {
         self.0.running.find(id)
+    }
+
+    /// Finds a running task by Kling's id.
+    pub fn running_by_id(&self, id: &str) -> Option<Arc<RunningTask>> {
+        self.0.running.find_by_id(id)
     }
 
     /// Returns all running tasks.
@@ -166,6 +175,9 @@ impl Ledger {
 
     /// Takes note of what an answer from Kling says of a running task. The store is told if it is news.
     pub fn seen(&self, task: &RunningTask, seen: Observation) {
+        if seen.state.is_ended() {
+            self.0.running.remove(&task.task_id);
+        }
         if task.hear(seen.state, seen.at) {
             self.enter(Entry::Seen(Box::new(seen)));
         }
@@ -188,7 +200,8 @@ impl Ledger {
             ..TaskRecord::new(request_id, &family.path(), now)
         };
         record.observe(&seen);
-        self.report(&record);
+        self.0.learn(&record);
+        self.enter(Entry::Adopted(Box::new(record)));
     }
 
     /// Returns a stream of the tasks that change from now on.
@@ -208,10 +221,11 @@ impl Ledger {
         let (sender, answer) = oneshot::channel();
         let read: Read = Box::new(move |store| {
             // The reader may have given up waiting.
-            let _ = sender.send(read(store));
+            if !sender.is_closed() {
+                let _ = sender.send(read(store));
+            }
         });
-        self.lock().reads.push(read);
-        self.0.filled.notify_one();
+        self.enter_read(read)?;
         match timeout(READ, answer).await {
             Ok(Ok(Ok(found))) => Ok(found),
             Ok(Ok(Err(error))) => {
@@ -262,14 +276,28 @@ impl Ledger {
                     }
                 }
             }
-            let reads = std::mem::take(&mut self.lock().reads);
-            // A read sees what was entered before it.
-            loop_.write();
-            loop_.publish();
-            for read in reads {
-                read(loop_.store);
+            // A read sees what was entered before it, and delays no write by more than itself.
+            loop {
+                loop_.write();
+                loop_.publish();
+                let read = self.lock().reads.pop_front();
+                match read {
+                    Some(read) => read(loop_.store),
+                    None => break,
+                }
             }
         }
+    }
+
+    fn enter_read(&self, read: Read) -> Result<(), Unavailable> {
+        let mut queue = self.lock();
+        if queue.reads.len() >= MOST_READS {
+            return Err(Unavailable);
+        }
+        queue.reads.push_back(read);
+        drop(queue);
+        self.0.filled.notify_one();
+        Ok(())
     }
 
     fn enter(&self, entry: Entry) -> u64 {
@@ -290,6 +318,8 @@ impl Ledger {
     fn fails(&self, cause: &dyn std::fmt::Display) {
         if self.0.is_up.swap(false, Relaxed) {
             self.0.metrics.state_up(false);
+            // Creates no longer wait for the store.
+            self.0.written.send_modify(|_| {});
             tracing::warn!(
                 %cause,
                 "the store of tasks fails; requests go on, and it is written later"
@@ -331,19 +361,19 @@ impl LedgerInner {
 /// Drops the oldest entry of an ended task, or else the oldest entry, and logs it.
 fn drop_one(entries: &mut VecDeque<Entry>) {
     let is_ended = |entry: &Entry| match entry {
-        Entry::Report(record) => record.state.is_ended(),
+        Entry::Report(record) | Entry::Adopted(record) => record.state.is_ended(),
         Entry::Seen(seen) => seen.state.is_ended(),
     };
     let index = entries.iter().position(is_ended).unwrap_or(0);
     match entries.remove(index) {
-        Some(Entry::Report(record)) => tracing::error!(
+        Some(Entry::Report(record) | Entry::Adopted(record)) => tracing::error!(
             task = record.reference.as_str(),
-            task.id = record.task_id,
+            task.id = record.task_id.as_deref().map(printable).as_deref(),
             state = record.state.as_str(),
             "the record of a task is lost: too many wait for the store"
         ),
         Some(Entry::Seen(seen)) => tracing::error!(
-            task.id = seen.task_id,
+            task.id = &*printable(&seen.task_id),
             state = seen.state.as_str(),
             "news of a task is lost: too much waits for the store"
         ),
@@ -377,13 +407,19 @@ impl StoreLoop<'_> {
                 let most = queue.entries.len().min(BATCH);
                 self.batch.extend(queue.entries.drain(..most));
             }
-            if self.batch.is_empty() {
+            let written = if !self.batch.is_empty() {
+                self.store.write(&self.batch, self.ledger.now())
+            } else if self.again.is_some() {
+                // Nothing waits, but it is unknown if the store works again.
+                self.store.probe()
+            } else {
+                return;
+            };
+            if !self.has_succeeded(written) {
                 return;
             }
-            let written = self.store.write(&self.batch, self.ledger.now());
-            if !self.goes_on(written) {
-                return;
-            }
+            self.again = None;
+            self.ledger.works();
             let count = self.batch.len() as u64;
             self.batch.clear();
             let written = &self.ledger.0.written;
@@ -394,15 +430,15 @@ impl StoreLoop<'_> {
     /// Sends the changes since the last look to those who follow them.
     fn publish(&mut self) {
         // A store that cannot be read has failed a write as well, or will.
-        let Ok(Some(last)) = self.store.last_change() else {
+        let Ok(last) = self.store.newest_change() else {
             return;
         };
-        let Some(seen) = self.seen else {
-            self.seen = Some(last);
-            self.load_running();
+        let Some(mut seen) = self.seen else {
+            if self.load_running() {
+                self.seen = Some(last);
+            }
             return;
         };
-        let mut seen = seen;
         while seen < last {
             let Ok(changed) = self.store.changes_since(seen, CHANGES) else {
                 return;
@@ -422,18 +458,20 @@ impl StoreLoop<'_> {
         self.seen = Some(last);
     }
 
-    /// Learns the tasks that were running when the process started.
-    fn load_running(&mut self) {
-        if let Ok(tasks) = self.store.unsettled(MOST_RUNNING) {
-            for record in tasks {
-                self.ledger.0.learn(&record);
-            }
+    /// Learns the tasks that were running when the process started. Returns false if they cannot be read.
+    fn load_running(&mut self) -> bool {
+        let Ok(tasks) = self.store.unsettled(MOST_RUNNING) else {
+            return false;
+        };
+        for record in tasks {
+            self.ledger.0.learn(&record);
         }
+        true
     }
 
     fn keep_leases(&mut self) {
         let kept = self.store.keep_leases(self.ledger.now());
-        self.goes_on(kept);
+        self.has_succeeded(kept);
     }
 
     /// Deletes a part of what is older than `keep`. Returns true if there is more.
@@ -441,17 +479,14 @@ impl StoreLoop<'_> {
         let before = self.ledger.now().before(keep);
         let mut has_more = false;
         let forgotten = self.store.forget(before).map(|more| has_more = more);
-        self.goes_on(forgotten) && has_more
+        self.has_succeeded(forgotten) && has_more
     }
 
-    /// Takes note of the outcome of a transaction. Returns true if it succeeded.
-    fn goes_on(&mut self, outcome: Result<(), StoreError>) -> bool {
+    /// Takes note of the outcome of a transaction. Returns true if it succeeded. A transaction that may have
+    /// had nothing to write does not show that the store works again.
+    fn has_succeeded(&mut self, outcome: Result<(), StoreError>) -> bool {
         match outcome {
-            Ok(()) => {
-                self.again = None;
-                self.ledger.works();
-                true
-            }
+            Ok(()) => true,
             Err(error) => {
                 let [first, longest] = AGAIN;
                 let wait = self

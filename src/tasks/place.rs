@@ -50,8 +50,8 @@ const OTHERS: u32 = 0o077;
 const FILE: &str = "tasks.db";
 /// Name of our folder among those of other programs.
 const FOLDER: &str = "kling-proxy";
-/// Endings of the files that SQLite keeps beside the store.
-const BESIDE: [&str; 2] = ["-wal", "-shm"];
+/// Endings of the files that SQLite keeps, or looks for, beside the store.
+const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
 /// The guarantees that need a file.
 const LOST_GUARANTEES: &str =
     "tasks are in memory only: a restart forgets them, and other processes do not see them";

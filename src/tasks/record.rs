@@ -17,6 +17,9 @@ use crate::kling::task_answer::ResultFile;
 /// Name of the account whose key pays, if the settings name no other account.
 pub const DEFAULT_ACCOUNT: &str = "default";
 
+/// Longest time by which a task may seem to be older than its create, because clocks differ.
+pub const SKEW: Duration = Duration::from_mins(5);
+
 /// All that the proxy remembers of one create. It has no prompt, no picture, no body and no secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskRecord {
@@ -179,6 +182,8 @@ impl TaskRecord {
         );
         adopt(&mut self.task_id, report.task_id.as_ref());
         adopt(&mut self.external_id, report.external_id.as_ref());
+        self.weight = report.weight;
+        self.order.clone_from(&report.order);
         adopt(&mut self.sent_at, report.sent_at.as_ref());
         adopt(&mut self.units, report.units.as_ref());
         if self.results.is_empty() {

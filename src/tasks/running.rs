@@ -7,9 +7,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::record::{TaskRecord, Timestamp};
 use super::state::TaskState;
 
-/// All running tasks, by Kling's id and by their external id.
+/// All running tasks.
 #[derive(Default)]
-pub(super) struct RunningTasks(Mutex<HashMap<String, Arc<RunningTask>>>);
+pub(super) struct RunningTasks(Mutex<Index>);
+
+/// Running tasks by their ids. A client chooses its external ids, so they are apart from Kling's ids: no
+/// external id may hide the task of another client.
+#[derive(Default)]
+struct Index {
+    by_id: HashMap<String, Arc<RunningTask>>,
+    by_external_id: HashMap<String, Arc<RunningTask>>,
+}
 
 /// A task that Kling works on.
 pub struct RunningTask {
@@ -32,21 +40,26 @@ pub struct News {
 // === impl RunningTasks ===
 
 impl RunningTasks {
-    /// Finds a running task by Kling's id, or by its external id.
+    /// Finds a running task by Kling's id, or else by its external id.
     pub(super) fn find(&self, id: &str) -> Option<Arc<RunningTask>> {
-        self.lock().get(id).cloned()
+        let index = self.lock();
+        let found = index.by_id.get(id).or_else(|| index.by_external_id.get(id));
+        found.cloned()
+    }
+
+    /// Finds a running task by Kling's id.
+    pub(super) fn find_by_id(&self, id: &str) -> Option<Arc<RunningTask>> {
+        self.lock().by_id.get(id).cloned()
     }
 
     /// Returns true if no task runs.
     pub(super) fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        self.lock().by_id.is_empty()
     }
 
     /// Returns all running tasks.
     pub(super) fn all(&self) -> Vec<Arc<RunningTask>> {
-        let by_id = self.lock();
-        let tasks = by_id.iter().filter(|(id, task)| **id == task.task_id);
-        tasks.map(|(_, task)| Arc::clone(task)).collect()
+        self.lock().by_id.values().cloned().collect()
     }
 
     /// Takes over the state of a task from its record.
@@ -54,18 +67,11 @@ impl RunningTasks {
         let Some(task_id) = &record.task_id else {
             return;
         };
-        let ids = [Some(task_id), record.external_id.as_ref()];
-        let mut by_id = self.lock();
         if !record.state.is_running() {
-            for id in ids.into_iter().flatten() {
-                // The external id may name a newer task by now.
-                if by_id.get(id).is_some_and(|task| task.task_id == *task_id) {
-                    by_id.remove(id);
-                }
-            }
-            return;
+            return self.remove(task_id);
         }
-        if let Some(task) = by_id.get(task_id) {
+        let mut index = self.lock();
+        if let Some(task) = index.by_id.get(task_id) {
             task.hear(record.state, now);
             return;
         }
@@ -80,12 +86,27 @@ impl RunningTasks {
                 at: now,
             }),
         });
-        for id in ids.into_iter().flatten() {
-            by_id.insert(id.clone(), Arc::clone(&task));
+        if let Some(external_id) = &record.external_id {
+            let external_id = external_id.clone();
+            index.by_external_id.insert(external_id, Arc::clone(&task));
+        }
+        index.by_id.insert(task_id.clone(), task);
+    }
+
+    /// Removes a task that has ended.
+    pub(super) fn remove(&self, task_id: &str) {
+        let mut index = self.lock();
+        let removed = index.by_id.remove(task_id);
+        if let Some(external_id) = removed.and_then(|task| task.external_id.clone()) {
+            // The external id may name a newer task by now.
+            let named = index.by_external_id.get(&external_id);
+            if named.is_some_and(|task| task.task_id == task_id) {
+                index.by_external_id.remove(&external_id);
+            }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<RunningTask>>> {
+    fn lock(&self) -> MutexGuard<'_, Index> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -107,5 +128,34 @@ impl RunningTask {
     /// Returns the latest news.
     pub fn news(&self) -> News {
         *self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Timestamp = Timestamp(1_800_000_000_000);
+
+    fn record(task_id: &str, external_id: &str, state: TaskState) -> TaskRecord {
+        TaskRecord {
+            task_id: Some(task_id.to_owned()),
+            external_id: Some(external_id.to_owned()),
+            state,
+            ..TaskRecord::new("r", "/v1/videos/text2video", NOW)
+        }
+    }
+
+    #[test]
+    fn external_id_of_one_task_hides_no_other_task() {
+        let running = RunningTasks::default();
+        running.update(&record("1", "a", TaskState::Submitted), NOW);
+        running.update(&record("2", "1", TaskState::Submitted), NOW);
+        assert_eq!(running.find("1").unwrap().task_id, "1");
+        assert_eq!(running.all().len(), 2);
+        running.update(&record("2", "1", TaskState::Failed), NOW);
+        assert_eq!(running.find("1").unwrap().task_id, "1");
+        running.update(&record("1", "a", TaskState::Succeeded), NOW);
+        assert!(running.is_empty() && running.find("a").is_none());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::record::{TaskRecord, TaskResult, Timestamp};
+use super::record::{TaskRecord, TaskRef, TaskResult, Timestamp};
 use super::state::TaskState;
 use super::units::Units;
 use crate::kling::task_answer::AnsweredTask;
@@ -18,6 +18,13 @@ pub trait Store: Send {
     ///
     /// Nothing was written, or the confirmation was lost. The same entries can be written later.
     fn write(&mut self, entries: &[Entry], now: Timestamp) -> Result<(), StoreError>;
+
+    /// Writes something that changes nothing, to find out if the store takes writes.
+    ///
+    /// # Errors
+    ///
+    /// It does not.
+    fn probe(&mut self) -> Result<(), StoreError>;
 
     /// Extends the leases of this process. Takes creates whose owner has not done so in time out of their
     /// state: `queued` becomes `canceled`, and `sending` becomes `unknown`.
@@ -51,13 +58,6 @@ pub trait Store: Send {
     /// The store cannot be read.
     fn changes_since(&mut self, change: u64, limit: usize) -> Result<Vec<TaskRecord>, StoreError>;
 
-    /// Returns the number of the last change, or `None` if nothing has changed since the last call.
-    ///
-    /// # Errors
-    ///
-    /// The store cannot be read.
-    fn last_change(&mut self) -> Result<Option<u64>, StoreError>;
-
     /// Returns the number of the last change.
     ///
     /// # Errors
@@ -79,6 +79,13 @@ pub trait Store: Send {
     ///
     /// The store cannot be read.
     fn list(&mut self, query: &ListQuery) -> Result<Page, StoreError>;
+
+    /// Returns the creates that became `unknown` since this time, newest first, at most `limit`.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    fn unknown(&mut self, since: Timestamp, limit: usize) -> Result<Vec<TaskRecord>, StoreError>;
 
     /// Returns the tasks that have not ended, and the creates that are `unknown`, oldest first, at most
     /// `limit`.
@@ -109,6 +116,8 @@ pub enum Entry {
     Report(Box<TaskRecord>),
     /// News of a task in an answer from Kling.
     Seen(Box<Observation>),
+    /// A task that was made without this proxy, as far as is known.
+    Adopted(Box<TaskRecord>),
 }
 
 /// News of a task, as one of Kling's answers tells it.
@@ -119,6 +128,8 @@ pub struct Observation {
     /// Kling's id of the task.
     pub task_id: String,
     pub external_id: Option<String>,
+    /// The create that was looked up, if its answer was lost: it gets the task.
+    pub of_create: Option<TaskRef>,
     pub state: TaskState,
     /// Reason for a failure.
     pub message: Option<String>,
@@ -140,6 +151,7 @@ impl Observation {
             account: account.to_owned(),
             task_id: task.id,
             external_id: task.external_id,
+            of_create: None,
             state,
             message: task.message.filter(|message| !message.is_empty()),
             units: units.map(|parts| Units(parts.iter().map(|units| units.0).sum())),

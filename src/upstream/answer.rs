@@ -42,8 +42,13 @@ pub(super) enum Verdict {
     Success,
     /// An error with a service code. Its body is this envelope.
     Service(Envelope),
-    /// An error whose body is no envelope, with the beginning of the body if that is text.
-    Bare(Option<String>),
+    /// An error without a service code.
+    Bare {
+        /// Beginning of the body, if that is text.
+        excerpt: Option<String>,
+        /// True if the whole body is known to hold no envelope.
+        is_bare: bool,
+    },
     /// The response broke off before the first byte of its body.
     Broken(BoxError),
 }
@@ -84,12 +89,12 @@ pub(super) async fn judge(answer: &mut http::Response<Download>) -> Verdict {
 async fn judge_error(answer: &mut http::Response<Download>) -> Verdict {
     let mut reader = AheadReader::of(answer);
     reader.read_error().await;
-    match reader
-        .envelope()
-        .filter(|envelope| envelope.code != service_code::SUCCESS)
-    {
-        Some(envelope) => Verdict::Service(envelope),
-        None => Verdict::Bare(excerpt(reader.text.seen())),
+    match reader.envelope() {
+        Some(envelope) if envelope.code != service_code::SUCCESS => Verdict::Service(envelope),
+        envelope => Verdict::Bare {
+            excerpt: excerpt(reader.text.seen()),
+            is_bare: envelope.is_none() && reader.end == BodyEnd::Whole,
+        },
     }
 }
 

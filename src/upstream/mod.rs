@@ -414,9 +414,10 @@ fn pass(mut answer: http::Response<Download>, verdict: Verdict) -> Result<Respon
             answer: Answer::boxed(answer),
             envelope,
         }),
-        Verdict::Bare(excerpt) => Err(Error::BadResponse {
+        Verdict::Bare { excerpt, is_bare } => Err(Error::BadResponse {
             answer: Answer::boxed(answer),
             excerpt,
+            is_bare,
         }),
         Verdict::Broken(failure) => Err(download::broken(failure)),
     }

@@ -13,23 +13,22 @@ use axum::response::Response;
 use http::Uri;
 use http_body_util::{BodyExt, Limited};
 use serde_json::Value;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tower::Service;
 
 use self::packs::Packs;
-use self::schedule::{Due, Schedule};
+use self::schedule::Schedule;
 use crate::auth::token::Tokens;
 use crate::error::Error;
 use crate::kling::family::Family;
-use crate::kling::service_code;
+use crate::kling::service_code::{self, Class};
 use crate::kling::task_answer::{AnsweredTask, TaskPlace, TaskSplitter};
 use crate::request::replayable::ReplayableRequest;
 use crate::tasks::ledger::Ledger;
-use crate::tasks::record::{DEFAULT_ACCOUNT, TaskRecord};
-use crate::tasks::state::TaskState;
+use crate::tasks::record::{DEFAULT_ACCOUNT, SKEW, TaskRecord};
 use crate::tasks::store::Observation;
-use crate::telemetry::CREATES;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::{CREATES, printable};
 
 /// Asks Kling for what no client asks for. `S` sends reads with the proxy's credential.
 pub struct Watcher<S> {
@@ -39,6 +38,7 @@ pub struct Watcher<S> {
     metrics: Arc<Metrics>,
     schedule: Schedule,
     packs: Packs,
+    is_turn_of_unknown: bool,
     /// Time of the next request, and the wait between two.
     next: Instant,
     pace: Duration,
@@ -54,8 +54,10 @@ const SLOWEST: Duration = Duration::from_mins(1);
 const RENEW: Duration = Duration::from_secs(5);
 /// Largest answer, in bytes: 20 tasks with their results.
 const LARGEST: usize = 1 << 20;
-/// Most creates of which the outcome is unknown that are looked at.
-const MOST_UNSETTLED: usize = 1000;
+/// Longest time of one request.
+const LONGEST: Duration = Duration::from_mins(1);
+/// Most unknown creates that are looked at.
+const MOST_UNKNOWN: usize = 1000;
 
 // === impl Watcher ===
 
@@ -72,6 +74,7 @@ where
             packs: Packs::new(Arc::clone(&metrics)),
             metrics,
             schedule: Schedule::default(),
+            is_turn_of_unknown: false,
             next: Instant::now(),
             pace: PACE,
             leased_until: None,
@@ -84,68 +87,74 @@ where
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if Instant::now() >= self.next && self.is_needed() && self.has_lease().await {
+            // The lease is kept also while requests are far apart.
+            if self.ledger.was_used() && self.has_lease().await && Instant::now() >= self.next {
                 self.step().await;
             }
         }
     }
 
-    /// Returns true if a task runs, or was created since the start.
-    fn is_needed(&self) -> bool {
-        self.ledger.was_used()
-    }
-
-    /// Sends at most one request.
+    /// Sends at most one request. Unknown creates and running tasks take turns, so that neither waits for the
+    /// other.
     async fn step(&mut self) {
-        let now = self.ledger.now();
         if self.packs.is_due(Instant::now()) {
             return self.read_packs().await;
         }
+        self.is_turn_of_unknown = !self.is_turn_of_unknown;
+        if self.is_turn_of_unknown && self.look_up_unknown().await {
+            return;
+        }
         let running = self.ledger.all_running();
-        let due = self.schedule.due(&running, now, self.tokens.has_api_key());
-        match due {
-            Some(Due { target, place }) => {
-                // The layer that reads polls of clients reads this answer too.
-                let _ = self.ask(&target, place).await;
-            }
-            None => self.look_up_unknown().await,
+        let has_api_key = self.tokens.has_api_key();
+        if let Some(due) = self.schedule.due(&running, self.ledger.now(), has_api_key) {
+            // The layer that reads polls of clients reads this answer too.
+            let _ = self.get(&due.target).await;
         }
     }
 
-    /// Looks up one create whose answer was lost.
-    async fn look_up_unknown(&mut self) {
+    /// Looks up one create whose answer was lost. Returns false if none is due.
+    async fn look_up_unknown(&mut self) -> bool {
         let now = self.ledger.now();
-        if !self.schedule.is_time_for_unknown(now) {
-            return;
-        }
-        let unsettled = self
+        let since = now.before(schedule::LAST_LOOK_UP * 2);
+        let unknown = self
             .ledger
-            .read(|store| store.unsettled(MOST_UNSETTLED))
+            .read(move |store| store.unknown(since, MOST_UNKNOWN))
             .await;
-        let unknown = unsettled.unwrap_or_default().into_iter();
-        let unknown = unknown.filter(|record| record.state == TaskState::Unknown);
-        for record in unknown {
-            let Some(look_up) = self.schedule.next_look_up(&record, now) else {
+        let unknown = unknown.unwrap_or_default();
+        self.schedule.forget_all_but(&unknown);
+        for record in &unknown {
+            let Some(look_up) = self.schedule.next_look_up(record, now) else {
                 continue;
             };
-            let target = external_target(&record);
-            if let Some(target) = &target {
-                let place = place_of(target);
-                let found = self.ask(target, place).await.unwrap_or_default();
-                let is_it = |task: &AnsweredTask| task.external_id == record.external_id;
-                if let Some(task) = found.into_iter().find(is_it)
-                    && let Some(seen) = Observation::of(task, DEFAULT_ACCOUNT, now)
-                {
-                    self.ledger.found(seen);
-                    return;
+            let Some(target) = external_target(record) else {
+                // Nothing can be asked, so the last time to say so is the first.
+                self.schedule.has_looked_up(record, look_up);
+                if look_up.is_first {
+                    warn_of_unknown(record);
                 }
+                continue;
+            };
+            let Some(found) = self.ask(&target).await else {
+                return true;
+            };
+            self.schedule.has_looked_up(record, look_up);
+            match found.into_iter().find(|task| is_of(task, record)) {
+                Some(task) => self.settle(task, record),
+                None if look_up.is_last => warn_of_unknown(record),
+                None => {}
             }
-            if look_up.is_last || target.is_none() {
-                warn_of_unknown(&record);
-            }
-            if target.is_some() {
-                return;
-            }
+            return true;
+        }
+        false
+    }
+
+    /// Gives a create the task that a look-up has found.
+    fn settle(&self, task: AnsweredTask, record: &TaskRecord) {
+        if let Some(seen) = Observation::of(task, DEFAULT_ACCOUNT, self.ledger.now()) {
+            self.ledger.found(Observation {
+                of_create: Some(record.reference.clone()),
+                ..seen
+            });
         }
     }
 
@@ -159,31 +168,39 @@ where
             .read(costs.as_ref(), self.ledger.now(), &pools, Instant::now());
     }
 
-    /// Asks for tasks, and returns those that the answer shows.
-    async fn ask(&mut self, target: &str, place: TaskPlace) -> Option<Vec<AnsweredTask>> {
+    /// Looks for tasks, and returns those that the answer shows; `None` without an answer. That there is no
+    /// such task is an answer too.
+    async fn ask(&mut self, target: &str) -> Option<Vec<AnsweredTask>> {
         let answer = self.get(target).await?;
         let mut tasks = Vec::new();
-        TaskSplitter::new(place).push(&answer, |task| tasks.push(task));
+        TaskSplitter::new(TaskPlace::of_target(target)).push(&answer, |task| tasks.push(task));
         Some(tasks)
     }
 
-    /// Sends one read, and adapts the pace to the answer.
+    /// Sends one read, and adapts the pace to the answer. Returns its body, which is empty if Kling refuses the
+    /// parameters; `None` without an answer.
     async fn get(&mut self, target: &str) -> Option<Vec<u8>> {
         let target: Uri = target.parse().ok()?;
         let request = ReplayableRequest::own_read(target, &self.metrics);
-        let answer = self.reads.call(request).await;
+        let read = async {
+            let answer = self.reads.call(request).await?;
+            let body = Limited::new(answer.into_body(), LARGEST).collect().await;
+            Ok::<_, Error>(body.ok().map(|body| body.to_bytes().to_vec()))
+        };
+        let answer = timeout(LONGEST, read).await;
         let is_too_fast =
-            matches!(&answer, Err(error) if error.code() == service_code::RATE_LIMITED);
+            matches!(&answer, Ok(Err(error)) if error.code() == service_code::RATE_LIMITED);
         self.pace = if is_too_fast {
             (self.pace * 2).min(SLOWEST)
         } else {
             (self.pace / 2).max(PACE)
         };
         self.next = Instant::now() + self.pace;
-        let body = Limited::new(answer.ok()?.into_body(), LARGEST)
-            .collect()
-            .await;
-        Some(body.ok()?.to_bytes().to_vec())
+        match answer.ok()? {
+            Ok(body) => body,
+            Err(error) if error.row().class == Class::Parameters => Some(Vec::new()),
+            Err(_) => None,
+        }
     }
 
     /// Returns true if this process has the lease to watch the account.
@@ -213,13 +230,13 @@ fn external_target(record: &TaskRecord) -> Option<String> {
     family.read_by_external_id(id)
 }
 
-/// Returns the place of tasks in the answer to a read of single tasks.
-fn place_of(target: &str) -> TaskPlace {
-    if target.contains('?') {
-        TaskPlace::List
-    } else {
-        TaskPlace::Data
-    }
+/// Returns true if a task is the one that a create has made: not one that took the external id before.
+fn is_of(task: &AnsweredTask, record: &TaskRecord) -> bool {
+    let earliest = record.created_at.before(SKEW).0;
+    let is_new = task
+        .created_at
+        .is_none_or(|created_at| created_at >= earliest);
+    task.external_id == record.external_id && is_new
 }
 
 fn warn_of_unknown(record: &TaskRecord) {
@@ -227,10 +244,10 @@ fn warn_of_unknown(record: &TaskRecord) {
         target: CREATES,
         task = record.reference.as_str(),
         request_id = record.request_id,
-        task.external_id = record.external_id,
-        url.path = record.path,
+        task.external_id = record.external_id.as_deref().map(printable).as_deref(),
+        url.path = &*printable(&record.path),
         model = record.order.model,
         created_at = %record.created_at,
-        "it stays unknown if a create made a task; the task may exist and be billed"
+        "it is still unknown whether a create made a task; the task may exist and be billed"
     );
 }

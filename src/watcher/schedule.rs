@@ -1,12 +1,10 @@
 //! Which tasks the watcher asks for, and when.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::place_of;
 use crate::kling::family::{Family, TypedQuery};
-use crate::kling::task_answer::TaskPlace;
 use crate::tasks::ledger::RunningTask;
 use crate::tasks::record::{TaskRecord, Timestamp};
 
@@ -17,8 +15,6 @@ pub(super) struct Schedule {
     asked: HashMap<String, Asked>,
     /// Number of look-ups of each unknown create, by its reference.
     looked_up: HashMap<String, usize>,
-    /// Time of the last look at unknown creates.
-    unknown_at: Option<Timestamp>,
 }
 
 /// Requests for one task so far.
@@ -32,14 +28,16 @@ struct Asked {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Due {
     pub(super) target: String,
-    pub(super) place: TaskPlace,
 }
 
 /// A look-up of an unknown create that is due.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct LookUp {
+    pub(super) is_first: bool,
     /// True if no further one follows.
     pub(super) is_last: bool,
+    /// Number of look-ups that are done after this one.
+    done: usize,
 }
 
 /// Time after the latest news of a task until the first request.
@@ -53,10 +51,14 @@ const LOOK_UPS: [Duration; 4] = [
     Duration::from_secs(10),
     Duration::from_mins(1),
     Duration::from_mins(10),
-    Duration::from_hours(1),
+    LAST_LOOK_UP,
 ];
-/// Time between two looks at unknown creates.
-const UNKNOWN: Duration = Duration::from_secs(2);
+/// Age of an unknown create at which it is looked up for the last time.
+pub(super) const LAST_LOOK_UP: Duration = Duration::from_hours(1);
+/// Time without news after which Kling probably does not know a task any more.
+const LOST: Duration = Duration::from_hours(3);
+/// Time between two requests for such a task.
+const SELDOM: Duration = Duration::from_hours(1);
 
 // === impl Schedule ===
 
@@ -69,20 +71,19 @@ impl Schedule {
         now: Timestamp,
         has_api_key: bool,
     ) -> Option<Due> {
-        self.asked
-            .retain(|id, _| running.iter().any(|task| task.task_id == *id));
+        let ids: HashSet<_> = running.iter().map(|task| &*task.task_id).collect();
+        self.asked.retain(|id, _| ids.contains(&**id));
         let mut due: Vec<_> = running
             .iter()
-            .filter_map(|task| Some((self.due_at(task), query_of(task)?, task)))
+            .filter_map(|task| Some((self.due_at(task, now), query_of(task)?, task)))
             .filter(|(at, _, _)| *at <= now)
             .collect();
         due.sort_by_key(|(at, _, _)| *at);
         let (_, (family, shared), first) = due.first()?;
         if !has_api_key {
             let target = family.read_by_id(&first.task_id);
-            let place = place_of(&target);
             self.ask(&first.task_id.clone(), now);
-            return Some(Due { target, place });
+            return Some(Due { target });
         }
         let same = due
             .iter()
@@ -94,19 +95,20 @@ impl Schedule {
         }
         Some(Due {
             target: format!("{shared}?task_ids={}", ids.join(",")),
-            place: TaskPlace::List,
         })
     }
 
     /// Returns the time of the next request for a task: some time after the latest news, or after the latest
     /// request that brought none.
-    fn due_at(&self, task: &RunningTask) -> Timestamp {
+    fn due_at(&self, task: &RunningTask, now: Timestamp) -> Timestamp {
         let news = task.news().at;
         match self.asked.get(&task.task_id) {
             None => news.after(FIRST),
             Some(asked) => {
                 let grown = FIRST.mul_f64(1.5_f64.powi(asked.count.min(10).cast_signed()));
-                news.max(asked.at).after(grown.min(LONGEST))
+                let is_lost = now.since(news) > LOST;
+                let interval = if is_lost { SELDOM } else { grown.min(LONGEST) };
+                news.max(asked.at).after(interval)
             }
         }
     }
@@ -120,30 +122,36 @@ impl Schedule {
         asked.at = at;
     }
 
-    /// Returns true if it is time to look at unknown creates again.
-    pub(super) fn is_time_for_unknown(&mut self, now: Timestamp) -> bool {
-        let is_time = self.unknown_at.is_none_or(|at| now.since(at) >= UNKNOWN);
-        if is_time {
-            self.unknown_at = Some(now);
-        }
-        is_time
-    }
-
     /// Returns the look-up of an unknown create that is due; `None` if none is.
     pub(super) fn next_look_up(&mut self, record: &TaskRecord, now: Timestamp) -> Option<LookUp> {
         let age = now.since(record.ended_at?);
         let passed = LOOK_UPS.iter().filter(|look_up| **look_up <= age).count();
         let done = self
             .looked_up
-            .entry(record.reference.as_str().to_owned())
-            .or_default();
-        if *done >= passed {
-            return None;
-        }
-        *done = passed;
-        Some(LookUp {
+            .get(record.reference.as_str())
+            .copied()
+            .unwrap_or(0);
+        (done < passed).then(|| LookUp {
+            is_first: done == 0,
             is_last: passed == LOOK_UPS.len(),
+            done: passed,
         })
+    }
+
+    /// Takes note of a look-up that was answered.
+    pub(super) fn has_looked_up(&mut self, record: &TaskRecord, look_up: LookUp) {
+        let reference = record.reference.as_str().to_owned();
+        self.looked_up.insert(reference, look_up.done);
+    }
+
+    /// Forgets the look-ups of creates that are not unknown any more.
+    pub(super) fn forget_all_but(&mut self, unknown: &[TaskRecord]) {
+        let known: HashSet<_> = unknown
+            .iter()
+            .map(|record| record.reference.as_str())
+            .collect();
+        self.looked_up
+            .retain(|reference, _| known.contains(&**reference));
     }
 }
 
@@ -218,7 +226,6 @@ mod tests {
         for second in 0..300 {
             if let Some(due) = schedule.due(&running, after(second), false) {
                 assert_eq!(due.target, "/v1/videos/text2video/8");
-                assert_eq!(due.place, TaskPlace::Data);
                 asked.push(second);
             }
         }
@@ -235,7 +242,6 @@ mod tests {
         assert_eq!(schedule.due(&running, after(9), true), None);
         let mut counts = Vec::new();
         while let Some(due) = schedule.due(&running, after(10), true) {
-            assert_eq!(due.place, TaskPlace::List);
             let (path, ids) = due.target.split_once("?task_ids=").unwrap();
             counts.push((path.to_owned(), ids.split(',').count()));
         }
@@ -252,15 +258,43 @@ mod tests {
         let record = record("t_1", "videos/text2video", TaskState::Unknown);
         let mut schedule = Schedule::default();
         let mut at = Vec::new();
-        for second in 0..10_000 {
+        for second in 0..7200 {
             if let Some(look_up) = schedule.next_look_up(&record, after(second)) {
-                at.push((second, look_up.is_last));
+                // The first request of each look-up has no answer.
+                if second % 2 == 0 {
+                    continue;
+                }
+                schedule.has_looked_up(&record, look_up);
+                at.push((second, look_up.is_first, look_up.is_last));
             }
         }
-        assert_eq!(at, [(10, false), (60, false), (600, false), (3600, true)]);
+        let expected = [
+            (11, true, false),
+            (61, false, false),
+            (601, false, false),
+            (3601, false, true),
+        ];
+        assert_eq!(at, expected);
         // A process that starts later looks at once.
         let mut schedule = Schedule::default();
-        assert!(schedule.next_look_up(&record, after(700)).is_some());
+        let look_up = schedule.next_look_up(&record, after(700)).unwrap();
+        schedule.has_looked_up(&record, look_up);
         assert!(schedule.next_look_up(&record, after(701)).is_none());
+        schedule.forget_all_but(&[]);
+        assert!(schedule.looked_up.is_empty());
+    }
+
+    #[test]
+    fn task_that_kling_does_not_know_any_more_is_asked_for_seldom() {
+        let running = running(&[("8", "videos/text2video")]);
+        let mut schedule = Schedule::default();
+        let count = |schedule: &mut Schedule, hours: std::ops::Range<u64>| {
+            let seconds = hours.start * 3600..hours.end * 3600;
+            seconds
+                .filter(|at| schedule.due(&running, after(*at), false).is_some())
+                .count()
+        };
+        assert!(count(&mut schedule, 0..3) > 150);
+        assert_eq!(count(&mut schedule, 4..7), 3);
     }
 }

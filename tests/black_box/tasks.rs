@@ -423,8 +423,8 @@ fn file_is_closed_to_others_and_holds_nothing_secret() {
     for entry in fs::read_dir(folder.path()).unwrap() {
         let entry = entry.unwrap();
         files += 1;
-        let mode = entry.metadata().unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode, 0o600, "{entry:?}");
+        let bits = entry.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(bits, 0o600, "{entry:?}");
         let content = fs::read(entry.path()).unwrap();
         let text = String::from_utf8_lossy(&content);
         assert!(!text.contains("canary"), "{entry:?}");
@@ -477,9 +477,9 @@ fn store_that_fails_stops_no_request_and_is_written_later() {
     let upstream = Upstream::ok();
     let proxy = started_in(folder.path(), &upstream);
     proxy.post(VIDEOS, "{}");
-    assert_eq!(proxy.metric("kling_proxy_state_up"), 1.0);
+    assert_eq!(state_up(&proxy), "1");
     // Another process holds the lock of the file.
-    let other = rusqlite_lock(&folder.path().join("tasks.db"));
+    let other = locked(&folder.path().join("tasks.db"));
     upstream.answer(created("8"));
     let mut client = proxy.connect();
     for _ in 0..3 {
@@ -494,16 +494,18 @@ fn store_that_fails_stops_no_request_and_is_written_later() {
         .stderr
         .find(|line| line.contains("the store of tasks fails"));
     assert!(warning.is_some());
-    assert_eq!(proxy.metric("kling_proxy_state_up"), 0.0);
+    assert_eq!(state_up(&proxy), "0");
     drop(other);
-    eventually("the store is written", || {
-        proxy.metric("kling_proxy_state_up") == 1.0
-    });
+    eventually("the store is written", || state_up(&proxy) == "1");
     eventually("all creates are recorded", || tasks(&proxy, "").len() == 4);
 }
 
+fn state_up(proxy: &Proxy) -> String {
+    proxy.metric("kling_proxy_state_up").to_string()
+}
+
 /// Locks a store as a process that writes to it does, until it is dropped.
-fn rusqlite_lock(file: &Path) -> rusqlite::Connection {
+fn locked(file: &Path) -> rusqlite::Connection {
     let connection = rusqlite::Connection::open(file).unwrap();
     connection.execute_batch("BEGIN IMMEDIATE").unwrap();
     connection

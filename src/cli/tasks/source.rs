@@ -193,7 +193,7 @@ impl TaskFile {
     fn list(&mut self, filter: &Filter) -> Result<Vec<ShownTask>, StoreError> {
         let mut store = Sqlite::read_only(&self.path)?;
         // Changes during the list are shown twice rather than never.
-        self.seen = store.last_change()?.unwrap_or_default();
+        self.seen = store.newest_change()?;
         let mut query = filter.query();
         let mut tasks = Vec::new();
         loop {

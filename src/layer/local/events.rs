@@ -113,7 +113,8 @@ impl EventsRequest {
             ledger,
             lifecycle: Arc::clone(&wait.lifecycle),
             changes,
-            seen: newest,
+            // A change of the one task may have come between the two looks at the store.
+            seen: first.as_ref().map_or(newest, |task| task.change),
             ready: VecDeque::new(),
             is_behind: false,
             only: first

@@ -24,8 +24,9 @@ use self::tasks::TaskRequest;
 use crate::error::Error;
 use crate::kling::api_path::is_under;
 use crate::layer::Refusable;
-use crate::layer::wait::{WaitLayer, preference};
+use crate::layer::wait::WaitLayer;
 use crate::request::context::ProxyRequest;
+use crate::request::preference;
 use crate::tasks::ledger::Ledger;
 
 /// Prefix of the paths that the proxy reserves for itself, with all methods.
@@ -161,7 +162,7 @@ where
             return Ok(Box::pin(async move {
                 asked.search(&search, inner.clone(), &ledger).await;
                 match time {
-                    Some(time) => asked.wait(time, inner, ledger).await,
+                    Some(time) => asked.wait(time, inner, ledger, wait).await,
                     None => asked.answer(ledger).await,
                 }
             }));

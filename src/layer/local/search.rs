@@ -117,13 +117,9 @@ where
         let Ok(body) = body else {
             continue;
         };
-        let place = if target.contains('?') {
-            TaskPlace::List
-        } else {
-            TaskPlace::Data
-        };
         let mut tasks = Vec::new();
-        TaskSplitter::new(place).push(&body.to_bytes(), |task| tasks.push(task));
+        TaskSplitter::new(TaskPlace::of_target(&target))
+            .push(&body.to_bytes(), |task| tasks.push(task));
         let is_it = |task: &AnsweredTask| task.id == id || task.external_id.as_deref() == Some(id);
         if let Some(task) = tasks.into_iter().find(is_it) {
             return Some(Found { family, task });

@@ -1,5 +1,6 @@
 //! Answers the requests about tasks: everything below `/_proxy/tasks`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -9,16 +10,18 @@ use http::Method;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
-use tokio::time::{Instant, sleep};
+use tokio::sync::broadcast;
+use tokio::time::{Instant, sleep_until};
 use tower::Service;
 
 use super::search::{Found, Search};
 use crate::error::Error;
 use crate::kling::family::Family;
-use crate::layer::wait::preference;
+use crate::layer::wait::WaitLayer;
 use crate::request::context::{ProxyRequest, RequestContext};
+use crate::request::preference;
 use crate::tasks::ledger::Ledger;
-use crate::tasks::record::TaskRecord;
+use crate::tasks::record::{TaskRecord, TaskRef};
 use crate::tasks::state::TaskState;
 use crate::tasks::store::ListQuery;
 use crate::tasks::view::{BadQuery, PageView, TaskView};
@@ -41,9 +44,6 @@ pub struct TaskRequest {
     client: Option<String>,
     context: RequestContext,
 }
-
-/// Longest time between two looks at a create that is being sent.
-const LOOK: Duration = Duration::from_millis(500);
 
 // === impl TaskRequest ===
 
@@ -146,6 +146,7 @@ impl TaskRequest {
         time: Duration,
         mut inner: S,
         ledger: Ledger,
+        wait: WaitLayer,
     ) -> Result<Response, Error>
     where
         S: Service<ProxyRequest, Response = Response, Error = Error>,
@@ -154,24 +155,31 @@ impl TaskRequest {
             return self.answer(ledger).await;
         };
         let deadline = self.context.begun() + time;
+        let mut changes = ledger.changes();
+        let mut place = None;
         loop {
             let task = find(id.clone(), self.client.clone(), &ledger).await?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            if task.state.is_ended() || left.is_zero() {
+            if task.state.is_ended() || Instant::now() >= deadline || wait.lifecycle.is_draining() {
                 break;
             }
-            let Some(poll) = self.poll(&task, left) else {
-                // Its create is being sent, or nobody can read such a task.
-                sleep(left.min(LOOK)).await;
-                continue;
-            };
-            // The answer is upstream's; this one is made of the record, which has the news by now.
-            if inner.call(poll).await.is_err() {
+            if let Some(poll) = self.poll(&task, time) {
+                // It waits in this one's place. Its answer is upstream's; the record has the news by then.
+                drop(place);
+                let _ = inner.call(poll).await;
                 break;
             }
-            let task = find(id.clone(), self.client.clone(), &ledger).await?;
-            if !task.state.is_ended() {
-                break;
+            // The create is being sent, or nobody can read such a task.
+            if place.is_none() {
+                place = wait.room.enter(self.client.as_deref());
+                if place.is_none() {
+                    break;
+                }
+                self.context.waits();
+            }
+            tokio::select! {
+                () = changed(&mut changes, &task.reference) => {}
+                () = sleep_until(deadline) => {}
+                () = wait.lifecycle.draining() => {}
             }
         }
         let mut answer = self.answer(ledger).await?;
@@ -180,18 +188,30 @@ impl TaskRequest {
     }
 
     /// Makes the request that waits for the end of a task at Kling; `None` if it has no id yet, or no family.
-    fn poll(&self, task: &TaskRecord, left: Duration) -> Option<ProxyRequest> {
+    /// It has the context of this one, so it counts the time from the same moment.
+    fn poll(&self, task: &TaskRecord, time: Duration) -> Option<ProxyRequest> {
         let family = Family::named(task.family.as_deref()?)?;
-        let target = family.read_by_id(task.task_id.as_deref()?);
-        let seconds = left.as_secs().max(1);
+        let id = task
+            .task_id
+            .as_deref()
+            .filter(|id| Family::is_plain_id(id))?;
         let request = Request::builder()
-            .uri(target)
-            .header("prefer", format!("wait={seconds}"))
+            .uri(family.read_by_id(id))
+            .header("prefer", format!("wait={}", time.as_secs()))
             .body(Body::empty());
         Some(ProxyRequest {
             request: request.ok()?,
             context: self.context.clone(),
         })
+    }
+}
+
+/// Waits until a task changes, or until changes were missed.
+async fn changed(changes: &mut broadcast::Receiver<Arc<TaskRecord>>, task: &TaskRef) {
+    while let Ok(record) = changes.recv().await {
+        if record.reference == *task {
+            return;
+        }
     }
 }
 

@@ -215,6 +215,7 @@ mod tests {
         let error = Error::BadResponse {
             answer: Answer::boxed(Response::default()),
             excerpt: Some("<html>".to_owned()),
+            is_bare: true,
         };
         let body = rendered(&error, Effect::Read, &context());
         let end = "\"retryable\":true,\"attempts\":1,\"excerpt\":\"<html>\"}}\n";

@@ -8,7 +8,6 @@
 //! Once Kling has made the task, the answer to a create is never an error.
 
 pub mod polls;
-pub mod preference;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -32,9 +31,11 @@ use crate::kling::family::{Family, TaskRead};
 use crate::kling::idempotency::Effect;
 use crate::lifecycle::Lifecycle;
 use crate::request::context::RequestContext;
+use crate::request::preference;
 use crate::request::replayable::ReplayableRequest;
 use crate::tasks::waiting::{WaitingPlace, WaitingRoom};
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::{CREATES, printable};
 
 /// Adds [`Wait`] to a service.
 #[derive(Clone)]
@@ -60,8 +61,8 @@ pub struct Wait<S> {
 enum Wish {
     /// The end of the task that it makes, which this family reads.
     Create(&'static Family),
-    /// The end of the task that it reads.
-    Read,
+    /// The end of the task that it reads, with this target.
+    Read(Uri),
 }
 
 /// Wait before the first poll of a task that has just been made.
@@ -98,7 +99,7 @@ where
     }
 
     fn call(&mut self, request: ReplayableRequest) -> Self::Future {
-        let wait = preference::wait(request.headers());
+        let wait = request.wait();
         let Some((wait, wish)) = wait.and_then(|wait| Some((wait, Wish::of(&request)?))) else {
             return Either::Left(self.inner.call(request));
         };
@@ -110,7 +111,7 @@ where
         };
         Either::Right(Box::pin(async move {
             let mut answer = match wish {
-                Wish::Read => waiting.read(request).await?,
+                Wish::Read(target) => waiting.read(request, target).await?,
                 Wish::Create(family) => waiting.create(request, family).await?,
             };
             preference::applied(&mut answer, wait);
@@ -126,11 +127,11 @@ impl Wish {
         let uri = request.uri();
         match (request.effect(), request.method()) {
             (Effect::Create, &Method::POST) => Family::of_create(uri.path()).map(Self::Create),
-            (Effect::Read, &Method::GET) => match TaskRead::of_get(uri.path(), uri.query())? {
-                TaskRead::ByPath(_) => Some(Self::Read),
-                TaskRead::ByQuery(ids) if !ids.contains([',', '%']) => Some(Self::Read),
-                TaskRead::ByQuery(_) | TaskRead::List => None,
-            },
+            // All who wait for one task have one target, however they have spelled it.
+            (Effect::Read, &Method::GET) => {
+                let target = TaskRead::target_of_one(uri.path(), uri.query())?;
+                target.parse().ok().map(Self::Read)
+            }
             _ => None,
         }
     }
@@ -154,8 +155,7 @@ where
 {
     /// Answers a read with upstream's latest answer. Where there is none, the read goes upstream as if it did
     /// not wait.
-    async fn read(mut self, request: ReplayableRequest) -> Result<Response, Error> {
-        let target = request.uri().clone();
+    async fn read(mut self, request: ReplayableRequest, target: Uri) -> Result<Response, Error> {
         let begun = self.begin(request.context(), target, Duration::ZERO);
         let lifecycle = Arc::clone(&self.layer.lifecycle);
         match wait(begun, self.deadline, lifecycle).await {
@@ -179,6 +179,14 @@ where
             Err(rest) => return Ok(Response::from_parts(head, rest)),
         };
         let id = context.task().and_then(|task| task.id.as_deref());
+        // The client may leave while it waits, and then no other line would name the task.
+        tracing::info!(
+            target: CREATES,
+            request_id = context.id().as_str(),
+            task.id = id.map(printable).as_deref(),
+            task.external_id = context.external_id().map(printable).as_deref(),
+            "the task was made; its client waits for the end"
+        );
         let plain = id.filter(|id| Family::is_plain_id(id));
         let target = plain.map(|id| family.read_by_id(id));
         let Some(target) = target.and_then(|target| target.parse().ok()) else {

@@ -11,11 +11,12 @@ use http::Uri;
 use http::response::Parts;
 use http_body_util::BodyExt;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tower::Service;
 
 use crate::error::Error;
 use crate::kling::idempotency::Effect;
+use crate::kling::service_code;
 use crate::kling::task_answer::{TaskPlace, TaskSplitter};
 use crate::request::replayable::ReplayableRequest;
 use crate::tasks::state::TaskState;
@@ -49,6 +50,8 @@ pub struct WholeAnswer {
 const INTERVALS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(5)];
 /// Time after which the longer wait applies.
 const LONG: Duration = Duration::from_mins(1);
+/// Longest time of one poll, and longest wait after refusals for the rate.
+const LONGEST: Duration = Duration::from_mins(1);
 /// Largest answer of a poll, in bytes. Larger ones show nothing here.
 const LARGEST: usize = 1 << 20;
 
@@ -124,13 +127,32 @@ impl Poll {
         S: Service<ReplayableRequest, Response = Response, Error = Error>,
     {
         let begun = Instant::now();
+        // Wait after a refusal for the rate, doubled by each further one.
+        let mut pause = Duration::ZERO;
+        let place = TaskPlace::of_target(&self.target.to_string());
         sleep(self.delay).await;
         while !self.polls.leave(&self.target, &self.sender) {
             let request = ReplayableRequest::own_read(self.target.clone(), &self.metrics);
-            let polled = match inner.call(request).await {
-                Ok(answer) => outcome(answer).await,
-                Err(error) if error.retryable(Effect::Read) => None,
-                Err(_) => Some(Polled::Refused),
+            let asked = async {
+                match inner.call(request).await {
+                    Ok(answer) => Ok(outcome(answer, place).await),
+                    Err(error) => Err(error),
+                }
+            };
+            let mut is_too_fast = false;
+            let polled = match timeout(LONGEST, asked).await {
+                Ok(Ok(polled)) => polled,
+                Ok(Err(error)) if error.retryable(Effect::Read) => {
+                    is_too_fast = error.code() == service_code::RATE_LIMITED;
+                    None
+                }
+                Ok(Err(_)) => Some(Polled::Refused),
+                Err(_) => None,
+            };
+            pause = if is_too_fast {
+                (pause * 2).clamp(INTERVALS[1], LONGEST)
+            } else {
+                Duration::ZERO
             };
             if let Some(polled) = polled {
                 let is_over = matches!(polled, Polled::Ended(_) | Polled::Refused);
@@ -141,13 +163,14 @@ impl Poll {
                 }
             }
             let [short, long] = INTERVALS;
-            sleep(if begun.elapsed() < LONG { short } else { long }).await;
+            let interval = if begun.elapsed() < LONG { short } else { long };
+            sleep(interval.max(pause)).await;
         }
     }
 }
 
 /// Reads an answer; `None` if it is cut off, is too large or shows no task.
-async fn outcome(answer: Response) -> Option<Polled> {
+async fn outcome(answer: Response, place: TaskPlace) -> Option<Polled> {
     let (head, mut body) = answer.into_parts();
     let mut bytes = BytesMut::new();
     while let Some(frame) = body.frame().await {
@@ -159,9 +182,7 @@ async fn outcome(answer: Response) -> Option<Polled> {
         }
     }
     let mut state = None;
-    for place in [TaskPlace::Data, TaskPlace::List] {
-        TaskSplitter::new(place).push(&bytes, |task| state = TaskState::from_kling(&task.status));
-    }
+    TaskSplitter::new(place).push(&bytes, |task| state = TaskState::from_kling(&task.status));
     let answer = Arc::new(WholeAnswer {
         head,
         body: bytes.freeze(),

@@ -13,7 +13,7 @@ use rusqlite::{
     params_from_iter,
 };
 
-use super::record::{TaskRecord, TaskRef, Timestamp};
+use super::record::{SKEW, TaskRecord, TaskRef, Timestamp};
 use super::state::TaskState;
 use super::store::{Cursor, Entry, LEASE, ListQuery, Observation, Page, Store, StoreError, Totals};
 use super::units::Units;
@@ -25,8 +25,6 @@ pub struct Sqlite {
     connection: Connection,
     /// Name of this process among the owners of creates.
     owner: String,
-    /// Number of the change that [`Store::last_change`] returned last.
-    told: Option<u64>,
     /// Most ended tasks that are kept; `None` for a file.
     most_ended: Option<i64>,
 }
@@ -130,7 +128,6 @@ impl Sqlite {
             Ok(Self {
                 connection,
                 owner: String::new(),
-                told: None,
                 most_ended: None,
             })
         });
@@ -145,7 +142,6 @@ impl Sqlite {
         Ok(Self {
             connection,
             owner,
-            told: None,
             most_ended: None,
         })
     }
@@ -166,6 +162,7 @@ impl Store for Sqlite {
             let written = match entry {
                 Entry::Report(record) => report(&transaction, record, &owner, now),
                 Entry::Seen(observation) => observe(&transaction, observation),
+                Entry::Adopted(record) => adopt(&transaction, record, &owner, now),
             };
             match written {
                 // One entry that breaks a rule of the schema must not keep out all others for ever.
@@ -181,6 +178,13 @@ impl Store for Sqlite {
             }
         }
         transaction.commit()?;
+        Ok(())
+    }
+
+    fn probe(&mut self) -> Result<(), StoreError> {
+        self.connection
+            .prepare_cached("UPDATE meta SET value = value WHERE name = 'change'")?
+            .execute([])?;
         Ok(())
     }
 
@@ -259,17 +263,11 @@ impl Store for Sqlite {
         Ok(newest.cast_unsigned())
     }
 
-    fn last_change(&mut self) -> Result<Option<u64>, StoreError> {
-        let last = self.newest_change()?;
-        let is_news = self.told != Some(last);
-        self.told = Some(last);
-        Ok(is_news.then_some(last))
-    }
-
     fn find(&mut self, id: &str, client: Option<&str>) -> Result<Option<TaskRecord>, StoreError> {
         for column in ["ref", "task_id", "external_id"] {
+            // A plus keeps SQLite from reading all tasks of the client instead.
             let choice = match client {
-                Some(_) => format!("{column} = ?1 AND client = ?2 ORDER BY seq DESC LIMIT 1"),
+                Some(_) => format!("{column} = ?1 AND +client = ?2 ORDER BY seq DESC LIMIT 1"),
                 None => format!("{column} = ?1 ORDER BY seq DESC LIMIT 1"),
             };
             let values = [id]
@@ -296,8 +294,9 @@ impl Store for Sqlite {
             ("account = ?", text(&query.account)),
             ("request_id = ?", text(&query.request_id)),
             ("key_digest = ?", query.key_digest.clone().map(Value::from)),
-            ("created_at >= ?", time(query.since)),
-            ("created_at <= ?", time(query.until)),
+            // A plus keeps SQLite from sorting all tasks of this time: the list has the order of `seq`.
+            ("+created_at >= ?", time(query.since)),
+            ("+created_at <= ?", time(query.until)),
             ("seq < ?", query.cursor.map(|cursor| Value::from(cursor.0))),
         ];
         let mut choice = String::from("true");
@@ -326,6 +325,16 @@ impl Store for Sqlite {
             tasks: rows.into_iter().map(|(_, record)| record).collect(),
             next: last,
         })
+    }
+
+    fn unknown(&mut self, since: Timestamp, limit: usize) -> Result<Vec<TaskRecord>, StoreError> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let found = select(
+            &self.connection,
+            "state = 'unknown' AND ended_at >= ?1 ORDER BY seq DESC LIMIT ?2",
+            [Value::from(since.0), Value::from(limit)],
+        )?;
+        Ok(found.into_iter().map(|(_, record)| record).collect())
     }
 
     fn unsettled(&mut self, limit: usize) -> Result<Vec<TaskRecord>, StoreError> {
@@ -496,16 +505,11 @@ fn observe(transaction: &Transaction<'_>, seen: &Observation) -> rusqlite::Resul
     let by_id = "task_id = ?1 AND account = ?2 ORDER BY seq DESC LIMIT 1";
     let values = [text(&seen.task_id), text(&seen.account)];
     let mut stored = select(transaction, by_id, values)?.pop();
-    if let (None, Some(external_id)) = (&stored, &seen.external_id) {
+    if let (None, Some(create)) = (&stored, &seen.of_create) {
         // The answer to its create was lost.
-        let by_external_id = "external_id = ?1 AND account = ?2 AND task_id IS NULL \
-                              AND state IN ('sending', 'unknown') ORDER BY seq DESC LIMIT 1";
-        stored = select(
-            transaction,
-            by_external_id,
-            [text(external_id), text(&seen.account)],
-        )?
-        .pop();
+        let lost = "ref = ?1 AND task_id IS NULL";
+        let values = [Value::from(create.as_str().to_owned())];
+        stored = select(transaction, lost, values)?.pop();
     }
     if let Some((seq, mut record)) = stored
         && record.observe(seen)
@@ -513,6 +517,37 @@ fn observe(transaction: &Transaction<'_>, seen: &Observation) -> rusqlite::Resul
         update(transaction, seq, &mut record)?;
     }
     Ok(())
+}
+
+/// Writes a task that was made without this proxy, unless one of its creates turns out to be it.
+fn adopt(
+    transaction: &Transaction<'_>,
+    found: &TaskRecord,
+    owner: &str,
+    now: Timestamp,
+) -> rusqlite::Result<()> {
+    let maybe = |text: &Option<String>| Value::from(text.clone());
+    let account = Value::from(found.account.clone());
+    let known = "task_id = ?1 AND account = ?2 ORDER BY seq DESC LIMIT 1";
+    let values = [maybe(&found.task_id), account.clone()];
+    let mut stored = select(transaction, known, values)?.pop();
+    if stored.is_none() {
+        // A task that is older than the create is not the one that it has made.
+        let earliest = found.created_at.after(SKEW).0;
+        let lost = "external_id = ?1 AND account = ?2 AND task_id IS NULL AND state = 'unknown' \
+                    AND created_at <= ?3 ORDER BY seq DESC LIMIT 1";
+        let values = [maybe(&found.external_id), account, Value::from(earliest)];
+        stored = select(transaction, lost, values)?.pop();
+    }
+    match stored {
+        None => report(transaction, found, owner, now),
+        Some((seq, mut record)) => {
+            if record.merge(found) {
+                update(transaction, seq, &mut record)?;
+            }
+            Ok(())
+        }
+    }
 }
 
 /// Writes a task that has changed, under the next number of a change.

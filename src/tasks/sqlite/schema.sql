@@ -57,6 +57,7 @@ CREATE INDEX task_request_id ON task (request_id);
 CREATE INDEX task_client ON task (client, seq);
 CREATE INDEX task_model ON task (model, seq);
 CREATE INDEX task_state ON task (state, seq);
+CREATE INDEX task_account ON task (account, seq);
 CREATE INDEX task_created_at ON task (created_at);
 CREATE INDEX task_ended_at ON task (ended_at) WHERE ended_at IS NOT NULL;
 -- A key is free again after a refusal.

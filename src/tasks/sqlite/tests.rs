@@ -54,6 +54,7 @@ fn seen(task_id: &str, state: TaskState) -> Observation {
         account: DEFAULT_ACCOUNT.to_owned(),
         task_id: task_id.to_owned(),
         external_id: None,
+        of_create: None,
         state,
         message: None,
         units: None,
@@ -144,29 +145,74 @@ fn news_of_a_task_fills_its_record() {
 }
 
 #[test]
-fn lost_answer_is_found_by_the_external_id() {
+fn task_goes_to_the_create_that_was_looked_up() {
     let mut store = store();
-    let lost = TaskRecord {
+    let lost = |reference| TaskRecord {
         external_id: Some("mine".to_owned()),
-        ..record("t_1", TaskState::Unknown)
+        ..record(reference, TaskState::Unknown)
     };
-    let refused = TaskRecord {
-        external_id: Some("other".to_owned()),
-        ..record("t_2", TaskState::Rejected)
-    };
-    store.write(&reports([lost, refused]), START).unwrap();
-    let news = |task_id, external_id: &str| Observation {
-        external_id: Some(external_id.to_owned()),
+    let refused = record("t_3", TaskState::Rejected);
+    let creates = [lost("t_1"), lost("t_2"), refused];
+    store.write(&reports(creates), START).unwrap();
+    let news = |task_id, create: &str| Observation {
+        external_id: Some("mine".to_owned()),
+        of_create: Some(TaskRef::stored(create.to_owned())),
         ..seen(task_id, TaskState::Processing)
     };
-    let entries = [news("8", "mine"), news("9", "other")];
+    let entries = [news("8", "t_1"), news("9", "t_3")];
     let entries = entries.map(|seen| Entry::Seen(Box::new(seen)));
     store.write(&entries, START).unwrap();
     let found = find(&mut store, "8");
     assert_eq!(found.reference.as_str(), "t_1");
     assert_eq!((found.state, found.ended_at), (TaskState::Processing, None));
-    // The task with this external id is another one: the create with it was refused.
+    assert_eq!(find(&mut store, "t_2").state, TaskState::Unknown);
+    // The refused create made no task, whatever an answer shows.
     assert_eq!(store.find("9", None).unwrap(), None);
+}
+
+#[test]
+fn task_made_without_the_proxy_has_one_row() {
+    let mut store = store();
+    let lost = TaskRecord {
+        external_id: Some("mine".to_owned()),
+        ..record("t_1", TaskState::Unknown)
+    };
+    store.write(&reports([lost]), START).unwrap();
+    let adopted = |reference, task_id, created_at| TaskRecord {
+        external_id: Some("mine".to_owned()),
+        created_at,
+        ..submitted(reference, task_id)
+    };
+    let adopt = |store: &mut Sqlite, record| {
+        store
+            .write(&[Entry::Adopted(Box::new(record))], START)
+            .unwrap();
+    };
+    // It is older than the create, so it is another one.
+    adopt(&mut store, adopted("t_2", "7", START.before(SKEW * 2)));
+    assert_eq!(find(&mut store, "7").reference.as_str(), "t_2");
+    adopt(&mut store, adopted("t_3", "8", START));
+    assert_eq!(find(&mut store, "8").reference.as_str(), "t_1");
+    adopt(&mut store, adopted("t_4", "8", START));
+    assert_eq!(store.find("t_4", None).unwrap(), None);
+}
+
+#[test]
+fn unknown_creates_are_listed_newest_first() {
+    let mut store = store();
+    let unknown = |n| TaskRecord {
+        ended_at: Some(Timestamp(START.0 + n)),
+        ..record(&format!("t_{n}"), TaskState::Unknown)
+    };
+    store.write(&reports((0..5).map(unknown)), START).unwrap();
+    store
+        .write(&reports([submitted("t_9", "9")]), START)
+        .unwrap();
+    let found = store.unknown(Timestamp(START.0 + 2), 2).unwrap();
+    let found = found.iter().map(|record| record.reference.as_str());
+    assert_eq!(found.collect::<Vec<_>>(), ["t_4", "t_3"]);
+    store.probe().unwrap();
+    assert_eq!(store.newest_change().unwrap(), 6);
 }
 
 #[test]
@@ -353,12 +399,11 @@ fn two_processes_share_a_file_and_one_that_reads_changes_nothing() {
     fs::write(&file, "").unwrap();
     let mut first = Sqlite::open(&file, "a".to_owned()).unwrap();
     let mut second = Sqlite::open(&file, "b".to_owned()).unwrap();
-    assert_eq!(second.last_change().unwrap(), Some(0));
+    assert_eq!(second.newest_change().unwrap(), 0);
     first
         .write(&reports([submitted("t_1", "8")]), START)
         .unwrap();
-    assert_eq!(second.last_change().unwrap(), Some(1));
-    assert_eq!(second.last_change().unwrap(), None);
+    assert_eq!(second.newest_change().unwrap(), 1);
     let ended = Entry::Seen(Box::new(seen("8", TaskState::Succeeded)));
     second.write(&[ended], START).unwrap();
     let changes = first.changes_since(1, 9).unwrap();
@@ -478,7 +523,6 @@ proptest! {
     #[test]
     fn store_does_what_a_simple_model_does(steps in prop::collection::vec(step(), 1..40)) {
         let mut store = store();
-        store.last_change().unwrap();
         let mut model: BTreeMap<usize, Model> = BTreeMap::new();
         let mut batch = Vec::new();
         let mut seconds = 0;
@@ -529,15 +573,15 @@ proptest! {
                 }
             }
             store.write(&batch, now).unwrap();
-            let last = store.last_change().unwrap();
+            let last = store.newest_change().unwrap();
             if repeat {
-                prop_assert_eq!(last, None, "a repeated write changes nothing");
+                prop_assert_eq!(last, changes, "a repeated write changes nothing");
             }
             // Each change has a number of its own, and the newest number of a task is its last.
             let news = store.changes_since(changes, 100).unwrap();
             prop_assert!(news.windows(2).all(|pair| pair[0].change < pair[1].change));
             changes = news.last().map_or(changes, |record| record.change);
-            prop_assert_eq!(last.unwrap_or(changes), changes);
+            prop_assert_eq!(last, changes);
             for (create, model) in &model {
                 let found = find(&mut store, &format!("t_{create}"));
                 prop_assert_eq!(found.state, model.state, "create {} after {:?}", create, step);

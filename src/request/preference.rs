@@ -40,6 +40,15 @@ fn seconds(preference: &str) -> Option<u64> {
     is_number.then(|| digits.parse().unwrap_or(u64::MAX))
 }
 
+/// Removes the preference from the headers of a request, and returns the wait. The proxy answers it alone.
+pub fn take(headers: &mut HeaderMap) -> Option<Duration> {
+    let wait = wait(headers);
+    if wait.is_some() {
+        headers.remove(PREFER);
+    }
+    wait
+}
+
 /// Says in an answer that the wait was applied.
 pub fn applied(answer: &mut Response, wait: Duration) {
     let headers = answer.headers_mut();
