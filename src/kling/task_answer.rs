@@ -1,7 +1,10 @@
 //! Reads the tasks in an answer while its body passes: one task, or a page of a list, in either generation of
 //! the API.
 
+use std::borrow::Cow;
+
 use memchr::memchr2;
+use serde::Deserialize;
 use serde_json::Value;
 
 /// Place of the tasks in an answer.
@@ -30,6 +33,20 @@ pub struct AnsweredTask {
     /// Units of resource packs that the task cost, as decimal numbers to be added up.
     pub units: Vec<String>,
     pub files: Vec<ResultFile>,
+}
+
+/// The JSON text of one task in an answer.
+#[derive(Clone, Copy)]
+pub struct TaskText<'a>(&'a [u8]);
+
+/// Id and state of a task in an answer.
+#[derive(Deserialize)]
+pub struct TaskBrief<'a> {
+    #[serde(borrow, alias = "task_id")]
+    pub id: Cow<'a, str>,
+    /// Kling's word for the state.
+    #[serde(borrow, alias = "task_status")]
+    pub status: Cow<'a, str>,
 }
 
 /// A file that a task made.
@@ -107,60 +124,59 @@ impl TaskSplitter {
     }
 
     /// Reads the next chunk of the text, and calls `found` with each task that ends in it.
-    pub fn push(&mut self, mut bytes: &[u8], mut found: impl FnMut(AnsweredTask)) {
-        while let Some((&first, rest)) = bytes.split_first() {
+    pub fn push(&mut self, bytes: &[u8], mut found: impl FnMut(TaskText<'_>)) {
+        let mut at = 0;
+        // Begin of the part of a task that is not kept yet.
+        let mut from = 0;
+        while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
             match self.state {
                 TextState::InString => {
-                    let end = memchr2(b'"', b'\\', bytes).map_or(bytes.len(), |index| index + 1);
-                    let (text, rest) = bytes.split_at(end);
-                    self.keep(text);
-                    self.state = match text.last() {
-                        Some(b'"') => TextState::OutsideStrings,
-                        Some(b'\\') => TextState::Escaped,
+                    at += memchr2(b'"', b'\\', rest).map_or(rest.len(), |index| index + 1);
+                    self.state = match bytes[at - 1] {
+                        b'"' => TextState::OutsideStrings,
+                        b'\\' => TextState::Escaped,
                         _ => TextState::InString,
                     };
-                    bytes = rest;
-                    continue;
                 }
                 TextState::Escaped => {
-                    self.keep(&[first]);
+                    at += 1;
                     self.state = TextState::InString;
                 }
-                TextState::OutsideStrings => self.read(first, &mut found),
-            }
-            bytes = rest;
-        }
-    }
-
-    fn read(&mut self, byte: u8, found: &mut impl FnMut(AnsweredTask)) {
-        match byte {
-            b'{' | b'[' => {
-                self.depth += 1;
-                if byte == b'{' && self.depth == self.depth_of_tasks {
-                    self.task.clear();
-                    self.is_inside = true;
-                    self.is_skipped = false;
+                TextState::OutsideStrings => {
+                    at += 1;
+                    match rest[0] {
+                        b'"' => self.state = TextState::InString,
+                        byte @ (b'{' | b'[') => {
+                            self.depth += 1;
+                            if byte == b'{' && self.depth == self.depth_of_tasks {
+                                self.task.clear();
+                                self.is_inside = true;
+                                self.is_skipped = false;
+                                from = at - 1;
+                            }
+                        }
+                        b'}' | b']' => {
+                            if self.is_inside && self.depth == self.depth_of_tasks {
+                                self.keep(&bytes[from..at]);
+                                self.is_inside = false;
+                                if !self.is_skipped {
+                                    found(TaskText(&self.task));
+                                }
+                            }
+                            self.depth = self.depth.saturating_sub(1);
+                        }
+                        _ => {}
+                    }
                 }
             }
-            b'"' => self.state = TextState::InString,
-            _ => {}
         }
-        self.keep(&[byte]);
-        if let b'}' | b']' = byte {
-            if self.is_inside && self.depth == self.depth_of_tasks {
-                self.is_inside = false;
-                if !self.is_skipped
-                    && let Some(task) = AnsweredTask::read(&self.task)
-                {
-                    found(task);
-                }
-            }
-            self.depth = self.depth.saturating_sub(1);
+        if self.is_inside {
+            self.keep(&bytes[from..]);
         }
     }
 
     fn keep(&mut self, bytes: &[u8]) {
-        if !self.is_inside || self.is_skipped {
+        if self.is_skipped {
             return;
         }
         if self.task.len() + bytes.len() > LARGEST {
@@ -169,6 +185,20 @@ impl TaskSplitter {
         } else {
             self.task.extend_from_slice(bytes);
         }
+    }
+}
+
+// === impl TaskText ===
+
+impl<'a> TaskText<'a> {
+    /// Reads only id and state, which is cheap; `None` if they are not plain.
+    pub fn brief(&self) -> Option<TaskBrief<'a>> {
+        serde_json::from_slice(self.0).ok()
+    }
+
+    /// Reads the whole task; `None` if the JSON shows no task.
+    pub fn read(&self) -> Option<AnsweredTask> {
+        AnsweredTask::read(self.0)
     }
 }
 
@@ -271,7 +301,7 @@ mod tests {
         let mut splitter = TaskSplitter::new(place);
         let mut tasks = Vec::new();
         for piece in text.as_bytes().chunks(size) {
-            splitter.push(piece, |task| tasks.push(task));
+            splitter.push(piece, |task| tasks.extend(task.read()));
         }
         tasks
     }
@@ -363,6 +393,39 @@ mod tests {
                     read(place, &answer.to_string(), size),
                     tasks,
                     "{answer} by {size}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn brief_look_agrees_with_the_whole_task() {
+        for (task, has_brief) in [
+            (
+                json!({ "task_id": "8", "task_status": "processing", "task_result": {} }),
+                true,
+            ),
+            (
+                json!({ "id": "8\"", "status": "failed", "message": "a" }),
+                true,
+            ),
+            // Both names, or a number: the whole task decides.
+            (
+                json!({ "task_id": "8", "id": "7", "status": "failed" }),
+                false,
+            ),
+            (json!({ "id": 8, "status": "failed" }), false),
+        ] {
+            let json = task.to_string();
+            let text = TaskText(json.as_bytes());
+            let brief = text.brief();
+            assert_eq!(brief.is_some(), has_brief, "{task}");
+            let whole = text.read().unwrap();
+            if let Some(brief) = brief {
+                assert_eq!(
+                    (&*brief.id, &*brief.status),
+                    (&*whole.id, &*whole.status),
+                    "{task}"
                 );
             }
         }

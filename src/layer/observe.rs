@@ -196,9 +196,17 @@ impl http_body::Body for ObservedBody {
 impl io::Write for TaskListener {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Self { tasks, ledger } = self;
-        tasks.push(bytes, |answered| {
-            let running = ledger.running_by_id(&answered.id);
-            if let Some(task) = running
+        tasks.push(bytes, |text| {
+            // Most answers say what is known already, so a brief look comes first.
+            if let Some(brief) = text.brief() {
+                match ledger.running_by_id(&brief.id) {
+                    None => return,
+                    Some(task) if ledger.knows(&task, &brief.status) => return,
+                    Some(_) => {}
+                }
+            }
+            if let Some(answered) = text.read()
+                && let Some(task) = ledger.running_by_id(&answered.id)
                 && let Some(seen) = Observation::of(answered, DEFAULT_ACCOUNT, ledger.now())
             {
                 ledger.seen(&task, seen);

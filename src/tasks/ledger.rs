@@ -173,6 +173,13 @@ impl Ledger {
         self.0.running.is_empty()
     }
 
+    /// Takes note of an answer that shows a running task in this state, by Kling's word. Returns true if that is
+    /// no news.
+    pub fn knows(&self, task: &RunningTask, status: &str) -> bool {
+        let is_same = TaskState::from_kling(status) == Some(task.news().state);
+        is_same && !task.hear(task.news().state, self.now())
+    }
+
     /// Takes note of what an answer from Kling says of a running task. The store is told if it is news.
     pub fn seen(&self, task: &RunningTask, seen: Observation) {
         if seen.state.is_ended() {

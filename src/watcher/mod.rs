@@ -173,7 +173,9 @@ where
     async fn ask(&mut self, target: &str) -> Option<Vec<AnsweredTask>> {
         let answer = self.get(target).await?;
         let mut tasks = Vec::new();
-        TaskSplitter::new(TaskPlace::of_target(target)).push(&answer, |task| tasks.push(task));
+        TaskSplitter::new(TaskPlace::of_target(target)).push(&answer, |task| {
+            tasks.extend(task.read());
+        });
         Some(tasks)
     }
 

@@ -211,7 +211,8 @@ fn admin_listener_lists_what_it_has() {
                 "/health/ready",
                 "/health/live",
                 "/health/startup",
-                "/metrics"
+                "/metrics",
+                "/_proxy/tasks"
             ]
         );
         for link in links {

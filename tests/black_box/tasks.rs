@@ -560,11 +560,12 @@ fn milliseconds() -> u64 {
 /// An upstream that loses the answers to creates, and answers look-ups with `data`.
 fn loses_answers(upstream: &Upstream, failure: Vec<u8>, data: Value) {
     upstream.script(move |message| {
-        vec![send(if message.method() == "POST" {
-            failure.clone()
-        } else {
-            polled(&data)
-        })]
+        vec![match message.method() {
+            // Without an answer, the connection breaks.
+            "POST" if failure.is_empty() => Step::Close,
+            "POST" => send(&failure),
+            _ => send(polled(&data)),
+        }]
     });
 }
 

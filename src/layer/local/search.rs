@@ -118,8 +118,9 @@ where
             continue;
         };
         let mut tasks = Vec::new();
-        TaskSplitter::new(TaskPlace::of_target(&target))
-            .push(&body.to_bytes(), |task| tasks.push(task));
+        TaskSplitter::new(TaskPlace::of_target(&target)).push(&body.to_bytes(), |task| {
+            tasks.extend(task.read());
+        });
         let is_it = |task: &AnsweredTask| task.id == id || task.external_id.as_deref() == Some(id);
         if let Some(task) = tasks.into_iter().find(is_it) {
             return Some(Found { family, task });

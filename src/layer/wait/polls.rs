@@ -182,7 +182,10 @@ async fn outcome(answer: Response, place: TaskPlace) -> Option<Polled> {
         }
     }
     let mut state = None;
-    TaskSplitter::new(place).push(&bytes, |task| state = TaskState::from_kling(&task.status));
+    TaskSplitter::new(place).push(&bytes, |task| {
+        let status = task.read().map(|task| task.status);
+        state = status.as_deref().and_then(TaskState::from_kling);
+    });
     let answer = Arc::new(WholeAnswer {
         head,
         body: bytes.freeze(),
