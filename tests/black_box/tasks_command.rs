@@ -473,7 +473,16 @@ fn following_shows_each_change() {
         shows("831", "submitted");
         store.polls(proxy, "831", "processing", json!({}));
         shows("831", "processing");
+        store
+            .upstream
+            .answer(answer(200, &json!({ "task_id": "832" })));
+        proxy.post(VIDEOS, "{}");
+        shows("832", "submitted");
         following.signal(Signal::INT);
+        // Each change once.
+        let lines = following.stdout.to_end();
+        let different: BTreeSet<_> = lines.lines().collect();
+        assert_eq!(lines.lines().count(), different.len(), "{lines}");
         let (_, log) = following.end();
         assert_eq!(log, "");
     }
