@@ -106,6 +106,9 @@ pub enum Error {
     /// Too many requests are in flight; the number is `limits.in_flight`.
     #[error("over `limits.in_flight`, {0} requests")]
     Overloaded(u64),
+    /// Too many requests wait for events; the number is `state.waiting`.
+    #[error("over `state.waiting`, {0} requests that wait")]
+    TooManyWaiting(u64),
     /// The proxy is shutting down and starts no new request.
     #[error("the proxy is shutting down")]
     Draining,
@@ -208,7 +211,7 @@ impl Error {
             Self::BadResponse { .. } | Self::NotHttp(_) => service_code::UPSTREAM_BAD_RESPONSE,
             Self::Disconnected(_) | Self::ShutDown => service_code::UPSTREAM_DISCONNECTED,
             Self::Credentials(_) => service_code::CREDENTIALS_UNAVAILABLE,
-            Self::Overloaded(_) => service_code::OVERLOADED,
+            Self::Overloaded(_) | Self::TooManyWaiting(_) => service_code::OVERLOADED,
             Self::Draining => service_code::DRAINING,
             Self::Service { envelope, .. } => service_code::sent_by_kling(envelope.code),
         }

@@ -4,7 +4,7 @@
 //! The paths are those of the vendor's pages of 2026-09-20. A row that is marked as a guess has a pool that
 //! no public source confirms; a wrong guess costs nothing but a refused create, which is free.
 
-/// One kind of task.
+/// One kind of task: the requests that make it and read it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Family {
     /// Path of the create, without a leading `/v1`. A last segment `*` stands for the name of a model.
@@ -29,7 +29,7 @@ pub enum Pool {
 /// Rule for the number of slots that a task holds from its create to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weight {
-    /// One slot.
+    /// One slot, whatever the task makes.
     One,
     /// As many slots as the request asks for images (`n`, or the length of a series).
     Images,

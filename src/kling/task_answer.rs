@@ -10,7 +10,7 @@ use serde_json::Value;
 /// Place of the tasks in an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskPlace {
-    /// `data` is the task.
+    /// `data` is the task, as in the answer to a legacy query.
     Data,
     /// `data` is an array of tasks.
     List,
@@ -26,7 +26,7 @@ pub struct AnsweredTask {
     pub external_id: Option<String>,
     /// Kling's word for the state.
     pub status: String,
-    /// Reason for a failure.
+    /// Reason for a failure, as Kling puts it; empty or missing otherwise.
     pub message: Option<String>,
     /// Time of the create, in milliseconds since 1970.
     pub created_at: Option<i64>,

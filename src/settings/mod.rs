@@ -164,7 +164,7 @@ pub struct LimitSettings {
 /// The store of tasks (`state.*`).
 #[derive(Debug)]
 pub struct StateSettings {
-    /// Place of the store.
+    /// Place of the store: a file, or the memory of the process.
     pub url: StateUrl,
     /// Time for which a task is kept after its end.
     pub keep: Duration,

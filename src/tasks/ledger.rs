@@ -31,6 +31,8 @@ struct LedgerInner {
     queue: Mutex<Queue>,
     /// Notified when the queue has something new.
     filled: Notify,
+    /// Notified to end [`Ledger::run`], and when it has ended.
+    ending: [Notify; 2],
     /// Number of entries that were written, or given up.
     written: watch::Sender<u64>,
     /// True while the store takes writes.
@@ -98,6 +100,7 @@ impl Ledger {
         Self(Arc::new(LedgerInner {
             queue: Mutex::default(),
             filled: Notify::new(),
+            ending: Default::default(),
             written: watch::Sender::new(0),
             is_up: AtomicBool::new(true),
             running: RunningTasks::default(),
@@ -152,7 +155,7 @@ impl Ledger {
         self.0.running.find_by_id(id)
     }
 
-    /// Returns all running tasks.
+    /// Returns all running tasks that this process knows of.
     pub fn all_running(&self) -> Vec<Arc<RunningTask>> {
         self.0.running.all()
     }
@@ -243,21 +246,26 @@ impl Ledger {
         }
     }
 
-    /// Waits until everything is written, for at most `limit`.
-    pub async fn flush(&self, limit: Duration) {
+    /// Waits until everything is written, and then closes the store, for at most `limit`.
+    pub async fn close(&self, limit: Duration) {
         let entered = self.lock().entered;
         let mut written = self.0.written.subscribe();
-        let all = written.wait_for(|written| *written >= entered);
+        let [end, ended] = &self.0.ending;
+        let all = async {
+            let _ = written.wait_for(|written| *written >= entered).await;
+            end.notify_one();
+            ended.notified().await;
+        };
         if timeout(limit, all).await.is_err() {
             tracing::warn!("not all tasks could be stored before the end");
         }
     }
 
     /// Runs the store: writes what enters the queue, keeps leases, notices what other processes change and
-    /// deletes what is older than `keep`. Never returns.
+    /// deletes what is older than `keep`. Returns after [`close`](Self::close).
     pub async fn run(&self, mut store: Box<dyn Store>, keep: Duration) {
         let is_shared = store.is_shared();
-        let mut loop_ = StoreLoop {
+        let mut store_loop = StoreLoop {
             ledger: self,
             store: &mut *store,
             batch: Vec::new(),
@@ -269,31 +277,36 @@ impl Ledger {
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             ticks
         });
-        loop_.publish();
+        let [end, ended] = &self.0.ending;
+        store_loop.publish();
         loop {
-            let again = loop_.again.map(|(at, _)| at);
+            let again = store_loop.again.map(|(at, _)| at);
             tokio::select! {
+                () = end.notified() => break,
                 () = self.0.filled.notified() => {}
                 () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {}
-                _ = leases.tick(), if is_shared => loop_.keep_leases(),
+                _ = leases.tick(), if is_shared => store_loop.keep_leases(),
                 _ = others.tick(), if is_shared => {}
                 _ = forget.tick() => {
-                    if loop_.forget(keep) {
+                    if store_loop.forget(keep) {
                         forget.reset_after(FORGET_MORE);
                     }
                 }
             }
             // A read sees what was entered before it, and delays no write by more than itself.
             loop {
-                loop_.write();
-                loop_.publish();
+                store_loop.write();
+                store_loop.publish();
                 let read = self.lock().reads.pop_front();
                 match read {
-                    Some(read) => read(loop_.store),
+                    Some(read) => read(store_loop.store),
                     None => break,
                 }
             }
         }
+        // SQLite tidies its files when the last process closes them.
+        drop(store);
+        ended.notify_one();
     }
 
     fn enter_read(&self, read: Read) -> Result<(), Unavailable> {
@@ -388,7 +401,7 @@ fn drop_one(entries: &mut VecDeque<Entry>) {
     }
 }
 
-/// The state of [`Ledger::run`].
+/// The store and the writes that are under way, for [`Ledger::run`].
 struct StoreLoop<'a> {
     ledger: &'a Ledger,
     store: &'a mut dyn Store,

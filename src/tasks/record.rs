@@ -23,7 +23,7 @@ pub const SKEW: Duration = Duration::from_mins(5);
 /// All that the proxy remembers of one create. It has no prompt, no picture, no body and no secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskRecord {
-    /// The proxy's own id.
+    /// The proxy's own id, which a create has from its arrival on.
     pub reference: TaskRef,
     /// Number of the last change, from the counter of the store; 0 before the first one is stored.
     pub change: u64,
@@ -44,7 +44,7 @@ pub struct TaskRecord {
     pub family: Option<String>,
     /// Path of the create, without its query.
     pub path: String,
-    /// What decides the price of the task.
+    /// Members of the body that decide the price of the task.
     pub order: Order,
     /// Pack type whose slots the task holds.
     pub pool: Option<Pool>,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::record::{TaskRecord, Timestamp};
 use super::state::TaskState;
 
-/// All running tasks.
+/// All running tasks that this process knows of.
 #[derive(Default)]
 pub(super) struct RunningTasks(Mutex<Index>);
 
@@ -125,7 +125,7 @@ impl RunningTask {
         is_new
     }
 
-    /// Returns the latest news.
+    /// Returns the latest state, and the time at which it was heard of.
     pub fn news(&self) -> News {
         *self.news.lock().unwrap_or_else(PoisonError::into_inner)
     }

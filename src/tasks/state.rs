@@ -21,7 +21,7 @@ pub enum TaskState {
     Rejected,
     /// There is no task: the create was given up before it was sent.
     Canceled,
-    /// A task may exist.
+    /// A task may exist: the answer to the create was lost, or cannot be read.
     Unknown,
 }
 

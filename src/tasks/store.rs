@@ -58,6 +58,9 @@ pub trait Store: Send {
     /// The store cannot be read.
     fn changes_since(&mut self, change: u64, limit: usize) -> Result<Vec<TaskRecord>, StoreError>;
 
+    /// Returns the number before the first change of this store. An earlier number is one of another store.
+    fn oldest_change(&self) -> u64;
+
     /// Returns the number of the last change.
     ///
     /// # Errors
@@ -109,7 +112,7 @@ pub trait Store: Send {
 /// Longest time between two extensions of a lease, by the clock of the store.
 pub const LEASE: std::time::Duration = std::time::Duration::from_secs(15);
 
-/// One write.
+/// One write to the store, which may be repeated.
 #[derive(Clone, Debug)]
 pub enum Entry {
     /// All that this process knows of one of its creates.
@@ -137,6 +140,26 @@ pub struct Observation {
     pub results: Vec<TaskResult>,
     /// Time of the answer.
     pub at: Timestamp,
+}
+
+// === impl Entry ===
+
+impl Entry {
+    /// Returns the proxy's own id of the create, if the entry has it.
+    pub fn reference(&self) -> Option<&str> {
+        match self {
+            Self::Report(record) | Self::Adopted(record) => Some(record.reference.as_str()),
+            Self::Seen(_) => None,
+        }
+    }
+
+    /// Returns Kling's id of the task, if the entry has it.
+    pub fn task_id(&self) -> Option<&str> {
+        match self {
+            Self::Report(record) | Self::Adopted(record) => record.task_id.as_deref(),
+            Self::Seen(seen) => Some(&seen.task_id),
+        }
+    }
 }
 
 // === impl Observation ===
@@ -192,7 +215,7 @@ pub struct Page {
     pub next: Option<Cursor>,
 }
 
-/// Sums over tasks.
+/// Sums over all tasks, or over those of one client.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     pub by_state: BTreeMap<TaskState, u64>,
@@ -225,7 +248,7 @@ pub enum StoreError {
     /// The file or its folder cannot be opened.
     #[error("{place} cannot be opened: {cause}")]
     Closed { place: String, cause: String },
-    /// The database failed.
+    /// The database failed while it ran, for example because the disk is full.
     #[error(transparent)]
     Failed(#[from] rusqlite::Error),
 }

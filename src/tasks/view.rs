@@ -248,9 +248,8 @@ pub fn time(text: &str, now: Timestamp) -> Option<Timestamp> {
     if let Ok(age) = humantime::parse_duration(text) {
         return Some(now.before(age));
     }
-    humantime::parse_rfc3339_weak(text)
-        .ok()
-        .map(Timestamp::from)
+    let time: jiff::Timestamp = text.parse().ok()?;
+    Some(Timestamp(time.as_millisecond()))
 }
 
 /// Decodes a value of a query.
@@ -390,6 +389,13 @@ mod tests {
                     until: Some(NOW),
                     account: Some("default".to_owned()),
                     request_id: Some("r".to_owned()),
+                    ..usual.clone()
+                }),
+            ),
+            (
+                "until=2027-01-15T16:00:00%2B08:00",
+                Ok(ListQuery {
+                    until: Some(NOW),
                     ..usual.clone()
                 }),
             ),

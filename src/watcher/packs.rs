@@ -14,7 +14,7 @@ use crate::kling::family::Pool;
 use crate::tasks::record::{DEFAULT_ACCOUNT, Timestamp};
 use crate::telemetry::metrics::Metrics;
 
-/// What is known of the packs, and what was said about them.
+/// The latest read of the packs, and the warnings that it has led to.
 pub(super) struct Packs {
     metrics: Arc<Metrics>,
     /// Time of the next read; `None` before the first one.
@@ -31,7 +31,7 @@ struct Account {
     has_packs: bool,
 }
 
-/// One online pack.
+/// One online pack, or several of the same name together.
 #[derive(Debug, PartialEq)]
 struct Pack {
     name: String,
@@ -40,7 +40,7 @@ struct Pack {
     end: Timestamp,
 }
 
-/// Time between two reads. A fifth of it is random, so that many proxies do not ask together.
+/// Time between two reads. Each differs from it by up to a fifth, so that many proxies do not ask together.
 const INTERVAL: Duration = Duration::from_hours(1);
 /// Time before the end of a pack at which a warning is logged.
 const SOON: Duration = Duration::from_hours(7 * 24);
@@ -110,9 +110,20 @@ impl Account {
     /// Reads an answer; `None` if it is not about packs.
     fn read(costs: &Value) -> Option<Self> {
         let packs = costs["data"]["resource_pack_subscribe_infos"].as_array()?;
-        let online = packs.iter().filter(|pack| pack["status"] == "online");
+        let mut online: Vec<Pack> = Vec::new();
+        for pack in packs.iter().filter(|pack| pack["status"] == "online") {
+            let Some(pack) = Pack::read(pack) else {
+                continue;
+            };
+            // Whoever buys the same pack twice has two of one name.
+            if let Some(known) = online.iter_mut().find(|known| known.name == pack.name) {
+                known.add(&pack);
+            } else if online.len() < MOST {
+                online.push(pack);
+            }
+        }
         Some(Self {
-            online: online.filter_map(Pack::read).take(MOST).collect(),
+            online,
             has_packs: !packs.is_empty(),
         })
     }
@@ -150,6 +161,13 @@ impl Account {
 // === impl Pack ===
 
 impl Pack {
+    /// Adds another pack of the same name. The end is that of the one that ends first.
+    fn add(&mut self, other: &Self) {
+        self.total += other.total;
+        self.left += other.left;
+        self.end = self.end.min(other.end);
+    }
+
     fn read(pack: &Value) -> Option<Self> {
         let mut name = pack["resource_pack_name"].as_str()?.to_owned();
         name.truncate(name.floor_char_boundary(LONGEST_NAME));
@@ -191,6 +209,8 @@ mod tests {
         let answer = costs(&[
             pack("Trial-Video-100Units-5Con-1Months", 42.5, 30, "online"),
             pack("Old", 0.0, 30, "expired"),
+            pack("Twice", 1.0, 30, "online"),
+            pack("Twice", 2.0, 40, "online"),
             pack(&"x".repeat(100), 1.0, 30, "online"),
         ]);
         packs.read(Some(&answer), NOW, &[], now);
@@ -199,6 +219,7 @@ mod tests {
         assert!(text.contains(line), "{text}");
         assert!(text.contains(&"x".repeat(64)) && !text.contains(&"x".repeat(65)));
         assert!(!text.contains("pack=\"Old\""));
+        assert!(text.contains("pack=\"Twice\"} 3\n"), "{text}");
         assert!(!packs.is_due(now + INTERVAL.mul_f64(0.79)));
         assert!(packs.is_due(now + INTERVAL.mul_f64(1.21)));
         // A pack that is gone has no metric any more, and a failure changes nothing.

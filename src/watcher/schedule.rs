@@ -1,4 +1,4 @@
-//! Which tasks the watcher asks for, and when.
+//! The order and the times at which the watcher asks for tasks.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;

@@ -548,6 +548,8 @@ fn end_of_the_process_writes_what_waits() {
     drop(clients);
     proxy.signal(Signal::TERM);
     assert_eq!(proxy.end().0, Some(0));
+    let files = fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(files, 1, "only the store itself is left");
     let proxy = started_in(folder.path(), &upstream);
     assert_eq!(tasks(&proxy, "status=submitted").len(), 20);
 }

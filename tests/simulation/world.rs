@@ -147,7 +147,6 @@ async fn simulate(world: World) {
     }
     let now = world.now();
     world.note(|books| books.ended = Some(now));
-    shared.ledger.flush(Duration::from_secs(1)).await;
     let all = ListQuery {
         limit: usize::MAX >> 1,
         ..ListQuery::default()

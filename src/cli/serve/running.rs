@@ -234,7 +234,7 @@ impl Running {
         if !is_over {
             self.give_up(&mut cut, is_insisted).await;
         }
-        self.ledger.flush(LAST_WRITES).await;
+        self.ledger.close(LAST_WRITES).await;
         tracing::info!("shut down");
         if let Some(error) = cut.failure {
             return Err(Failure::because(Exit::Failed, &error));

@@ -19,7 +19,7 @@ use crate::tasks::record::Timestamp;
 use crate::tasks::state::TaskState;
 use crate::tasks::view;
 
-/// Arguments of the command.
+/// Arguments of `kling-proxy tasks`: filters, format and the task.
 #[derive(Args)]
 pub(super) struct TasksArgs {
     /// The task to show: the proxy's own id of it, Kling's task id or the external id

@@ -51,11 +51,11 @@ pub(super) struct RunningProxy {
     seen: HashMap<String, String>,
 }
 
-/// Choice of tasks.
+/// Filters that the user has given.
 pub(super) struct Filter {
     pub(super) state: Option<TaskState>,
     pub(super) client: Option<String>,
-    /// Earliest time of creation.
+    /// Earliest time at which a listed task was made.
     pub(super) since: Option<Timestamp>,
 }
 
@@ -95,7 +95,7 @@ pub(super) struct ErrorMembers {
     pub(super) solution: Option<String>,
 }
 
-/// Members of one result.
+/// The members of one result that the table shows.
 #[derive(Deserialize)]
 pub(super) struct ResultMembers {
     pub(super) kind: String,

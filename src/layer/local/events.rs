@@ -11,6 +11,7 @@ use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream;
+use http::Method;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::timeout;
@@ -22,10 +23,11 @@ use crate::lifecycle::Lifecycle;
 use crate::request::context::RequestContext;
 use crate::tasks::ledger::Ledger;
 use crate::tasks::record::TaskRecord;
+use crate::tasks::store::Store;
 use crate::tasks::view::TaskView;
 use crate::tasks::waiting::WaitingPlace;
 
-/// Path of the events.
+/// Path of the stream of events about tasks.
 pub const EVENTS: &str = "/_proxy/events";
 /// Header with the number of the last event that a client has seen. Browsers send it when they reconnect.
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -37,7 +39,7 @@ const PAGE: usize = 100;
 /// Most changes that a client may be behind. One that is further behind has to list the tasks again.
 const MOST_BEHIND: u64 = 100_000;
 
-/// What a request for events wants.
+/// A request for events, as far as its head shows it.
 pub struct EventsRequest {
     last_event_id: Option<String>,
     /// Value of `task` in the query.
@@ -70,7 +72,7 @@ struct Events {
 impl EventsRequest {
     /// Reads a request; `None` if its path is another one.
     pub fn of(request: &Request, context: &RequestContext) -> Option<Self> {
-        if request.uri().path() != EVENTS {
+        if request.uri().path() != EVENTS || *request.method() != Method::GET {
             return None;
         }
         let id = request.headers().get(LAST_EVENT_ID);
@@ -90,7 +92,7 @@ impl EventsRequest {
     /// # Errors
     ///
     /// - [`Error::NotFound`] if the one task of the stream does not exist, or is another client's.
-    /// - [`Error::Overloaded`] if too many requests wait.
+    /// - [`Error::TooManyWaiting`] if too many requests wait.
     /// - [`Error::StoreUnavailable`] if the store does not answer.
     pub async fn answer(self, ledger: Ledger, wait: WaitLayer) -> Result<Response, Error> {
         let Self {
@@ -100,7 +102,7 @@ impl EventsRequest {
             context,
         } = self;
         let place = wait.room.enter(client.as_deref());
-        let place = place.ok_or(Error::Overloaded(wait.room.places()))?;
+        let place = place.ok_or(Error::TooManyWaiting(wait.room.places()))?;
         context.waits();
         // Before the look at the store, so that no change is missed between the two.
         let changes = ledger.changes();
@@ -108,7 +110,8 @@ impl EventsRequest {
             Some(task) => Some(find(task, client.clone(), &ledger).await?),
             None => None,
         };
-        let newest = ledger.read(|store| store.newest_change()).await?;
+        let known = |store: &mut dyn Store| Ok((store.oldest_change(), store.newest_change()?));
+        let (oldest, newest) = ledger.read(known).await?;
         let mut events = Events {
             ledger,
             lifecycle: Arc::clone(&wait.lifecycle),
@@ -127,7 +130,7 @@ impl EventsRequest {
         if let Some(task) = &first {
             events.add(task);
         } else if let Some(id) = last_event_id {
-            events.resume(&id, newest);
+            events.resume(&id, oldest, newest);
         }
         let headers = [
             (CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
@@ -145,9 +148,9 @@ impl EventsRequest {
 
 impl Events {
     /// Goes on after the last event that the client has seen.
-    fn resume(&mut self, id: &str, newest: u64) {
+    fn resume(&mut self, id: &str, oldest: u64, newest: u64) {
         match id.trim().parse() {
-            Ok(id) if id <= newest && newest - id <= MOST_BEHIND => {
+            Ok(id) if (oldest..=newest).contains(&id) && newest - id <= MOST_BEHIND => {
                 self.seen = id;
                 self.is_behind = true;
             }

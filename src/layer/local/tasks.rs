@@ -33,7 +33,7 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 const NO_SNIFF: HeaderValue = HeaderValue::from_static("nosniff");
 
-/// What a request about tasks wants.
+/// A request about tasks, as far as its head shows it.
 #[derive(Clone)]
 pub struct TaskRequest {
     method: Method,

@@ -57,7 +57,7 @@ pub struct Wait<S> {
     layer: WaitLayer,
 }
 
-/// What a request waits for.
+/// The event that a request waits for.
 enum Wish {
     /// The end of the task that it makes, which this family reads.
     Create(&'static Family),

@@ -110,7 +110,7 @@ impl SharedPolls {
     }
 }
 
-/// One poll that runs.
+/// One poll that runs, with the channel to those who wait for it.
 struct Poll {
     polls: Arc<SharedPolls>,
     target: Uri,

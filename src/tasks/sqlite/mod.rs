@@ -19,6 +19,7 @@ use super::store::{Cursor, Entry, LEASE, ListQuery, Observation, Page, Store, St
 use super::units::Units;
 use crate::kling::family::Pool;
 use crate::kling::task::Order;
+use crate::telemetry::printable;
 
 /// A task store in SQLite.
 pub struct Sqlite {
@@ -27,6 +28,8 @@ pub struct Sqlite {
     owner: String,
     /// Most ended tasks that are kept; `None` for a file.
     most_ended: Option<i64>,
+    /// Number before the first change.
+    oldest_change: u64,
 }
 
 /// Marks a database file as a task store (`PRAGMA application_id`): `KlPx`.
@@ -69,6 +72,7 @@ impl Sqlite {
         let first = Timestamp::from(now).0;
         let set = "UPDATE meta SET value = ?1 WHERE name = 'change'";
         store.connection.execute(set, [first])?;
+        store.oldest_change = first.cast_unsigned();
         store.most_ended = Some(MOST_ENDED);
         Ok(store)
     }
@@ -129,6 +133,7 @@ impl Sqlite {
                 connection,
                 owner: String::new(),
                 most_ended: None,
+                oldest_change: 0,
             })
         });
         store.map_err(|error| name_file(error, &place))
@@ -143,6 +148,7 @@ impl Sqlite {
             connection,
             owner,
             most_ended: None,
+            oldest_change: 0,
         })
     }
 
@@ -171,6 +177,8 @@ impl Store for Sqlite {
                 {
                     tracing::error!(
                         ?cause,
+                        task = entry.reference(),
+                        task.id = entry.task_id().map(printable).as_deref(),
                         "a task is not stored: it breaks a rule of the store"
                     );
                 }
@@ -253,6 +261,10 @@ impl Store for Sqlite {
             [Value::from(change), Value::from(limit)],
         )?;
         Ok(changed.into_iter().map(|(_, record)| record).collect())
+    }
+
+    fn oldest_change(&self) -> u64 {
+        self.oldest_change
     }
 
     fn newest_change(&mut self) -> Result<u64, StoreError> {
