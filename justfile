@@ -44,8 +44,8 @@ test:
 
 # Each night: what `test` does with the same seeds each time, with others. What fails prints its seed.
 nightly:
-    seed=$(date +%s) && FAULTS_SEED=$seed FAULTS_COUNT=5000 SOAK_SEED=$seed \
-        cargo test --locked --test black_box -- faults:: soak:: --nocapture
+    seed=$(date +%s) && FAULTS_SEED=$seed FAULTS_COUNT=5000 SOAK_SEED=$seed CRASH_SEED=$seed CRASH_COUNT=200 \
+        cargo test --locked --test black_box -- faults:: soak:: crash:: --nocapture
     SIMULATION_SEEDS=200000 cargo test --locked --test simulation
 
 # Half an hour of mixed load, in which nothing may grow or get lost.

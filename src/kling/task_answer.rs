@@ -205,6 +205,12 @@ impl<'a> TaskText<'a> {
 // === impl AnsweredTask ===
 
 impl AnsweredTask {
+    /// Returns true if the task is not known to be older than this time, in milliseconds since 1970.
+    pub fn is_since(&self, earliest: i64) -> bool {
+        self.created_at
+            .is_none_or(|created_at| created_at >= earliest)
+    }
+
     /// Reads one task; `None` if the JSON shows no task.
     fn read(json: &[u8]) -> Option<Self> {
         let task: Value = serde_json::from_slice(json).ok()?;

@@ -1,7 +1,7 @@
 //! Reads what answers to polls and lists say of tasks, while they pass.
 //!
-//! The bodies pass unchanged. Only answers that may show a running task are looked at, so a poll of a task
-//! that has ended, or that is not ours, costs one look-up.
+//! The bodies pass unchanged. Only answers that may show a running task, or the task of an unknown create, are
+//! looked at. So a poll of any other task costs a search in a hash map.
 
 use std::io;
 use std::pin::Pin;
@@ -22,7 +22,7 @@ use crate::kling::idempotency::Effect;
 use crate::kling::task_answer::{TaskPlace, TaskSplitter};
 use crate::request::replayable::ReplayableRequest;
 use crate::tasks::ledger::Ledger;
-use crate::tasks::record::DEFAULT_ACCOUNT;
+use crate::tasks::record::{DEFAULT_ACCOUNT, SKEW};
 use crate::tasks::store::Observation;
 use crate::upstream::Decoder;
 
@@ -118,7 +118,8 @@ fn place_of_tasks(request: &ReplayableRequest, ledger: &Ledger) -> Option<TaskPl
         return matches!(path, "/tasks" | "/solutions").then_some(TaskPlace::Result);
     }
     let last = path.rsplit('/').next().unwrap_or_default();
-    if ledger.running(last).is_some() {
+    let is_known = |id: &str| ledger.running(id).is_some() || ledger.lost(id).is_some();
+    if is_known(last) {
         return Some(TaskPlace::Data);
     }
     if last.starts_with(|c: char| c.is_ascii_digit()) {
@@ -130,8 +131,7 @@ fn place_of_tasks(request: &ReplayableRequest, ledger: &Ledger) -> Option<TaskPl
         TaskRead::ByPath(_) => None,
         TaskRead::ByQuery(ids) => {
             let mut ids = ids.split(',').flat_map(|ids| ids.split("%2C"));
-            ids.any(|id| ledger.running(id).is_some())
-                .then_some(TaskPlace::List)
+            ids.any(is_known).then_some(TaskPlace::List)
         }
     }
 }
@@ -200,16 +200,31 @@ impl io::Write for TaskListener {
             // Most answers say what is known already, so a brief look comes first.
             if let Some(brief) = text.brief() {
                 match ledger.running_by_id(&brief.id) {
-                    None => return,
+                    None if !ledger.has_lost() => return,
                     Some(task) if ledger.knows(&task, &brief.status) => return,
-                    Some(_) => {}
+                    None | Some(_) => {}
                 }
             }
-            if let Some(answered) = text.read()
-                && let Some(task) = ledger.running_by_id(&answered.id)
-                && let Some(seen) = Observation::of(answered, DEFAULT_ACCOUNT, ledger.now())
-            {
-                ledger.seen(&task, seen);
+            let Some(answered) = text.read() else {
+                return;
+            };
+            let running = ledger.running_by_id(&answered.id);
+            let lost = answered
+                .external_id
+                .as_deref()
+                .and_then(|id| ledger.lost(id));
+            // A task that is older than the create took the external id before.
+            let lost = lost.filter(|lost| answered.is_since(lost.created_at.before(SKEW).0));
+            let Some(seen) = Observation::of(answered, DEFAULT_ACCOUNT, ledger.now()) else {
+                return;
+            };
+            match (running, lost) {
+                (Some(task), _) => ledger.seen(&task, seen),
+                (None, Some(lost)) => ledger.found(Observation {
+                    of_create: Some(lost.reference),
+                    ..seen
+                }),
+                (None, None) => {}
             }
         });
         Ok(bytes.len())

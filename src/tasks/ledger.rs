@@ -13,8 +13,8 @@ use tokio::sync::{Notify, broadcast, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use super::record::{DEFAULT_ACCOUNT, TaskRecord, Timestamp};
-pub use super::running::RunningTask;
 use super::running::RunningTasks;
+pub use super::running::{LostCreate, RunningTask};
 use super::state::TaskState;
 use super::store::{Entry, Observation, Store, StoreError};
 use crate::clock::Clock;
@@ -155,6 +155,16 @@ impl Ledger {
         self.0.running.find_by_id(id)
     }
 
+    /// Finds an unknown create by its external id.
+    pub fn lost(&self, external_id: &str) -> Option<LostCreate> {
+        self.0.running.find_lost(external_id)
+    }
+
+    /// Returns true if there is an unknown create with an external id.
+    pub fn has_lost(&self) -> bool {
+        self.0.running.has_lost()
+    }
+
     /// Returns all running tasks that this process knows of.
     pub fn all_running(&self) -> Vec<Arc<RunningTask>> {
         self.0.running.all()
@@ -171,7 +181,7 @@ impl Ledger {
         pools.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Returns true if this process knows of no running task.
+    /// Returns true if this process knows of no running task, and of none that may run.
     pub fn is_idle(&self) -> bool {
         self.0.running.is_empty()
     }

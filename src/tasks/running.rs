@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::record::{TaskRecord, Timestamp};
+use super::record::{TaskRecord, TaskRef, Timestamp};
 use super::state::TaskState;
 
 /// All running tasks that this process knows of.
@@ -17,6 +17,15 @@ pub(super) struct RunningTasks(Mutex<Index>);
 struct Index {
     by_id: HashMap<String, Arc<RunningTask>>,
     by_external_id: HashMap<String, Arc<RunningTask>>,
+    /// Unknown creates, by their external id.
+    lost: HashMap<String, LostCreate>,
+}
+
+/// A create whose answer was lost. A poll or a list may show its task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostCreate {
+    pub reference: TaskRef,
+    pub created_at: Timestamp,
 }
 
 /// A task that Kling works on.
@@ -52,9 +61,20 @@ impl RunningTasks {
         self.lock().by_id.get(id).cloned()
     }
 
-    /// Returns true if no task runs.
+    /// Finds an unknown create by its external id.
+    pub(super) fn find_lost(&self, external_id: &str) -> Option<LostCreate> {
+        self.lock().lost.get(external_id).cloned()
+    }
+
+    /// Returns true if there is an unknown create with an external id.
+    pub(super) fn has_lost(&self) -> bool {
+        !self.lock().lost.is_empty()
+    }
+
+    /// Returns true if no task runs, and none may run.
     pub(super) fn is_empty(&self) -> bool {
-        self.lock().by_id.is_empty()
+        let index = self.lock();
+        index.by_id.is_empty() && index.lost.is_empty()
     }
 
     /// Returns all running tasks.
@@ -64,6 +84,7 @@ impl RunningTasks {
 
     /// Takes over the state of a task from its record.
     pub(super) fn update(&self, record: &TaskRecord, now: Timestamp) {
+        self.update_lost(record);
         let Some(task_id) = &record.task_id else {
             return;
         };
@@ -91,6 +112,24 @@ impl RunningTasks {
             index.by_external_id.insert(external_id, Arc::clone(&task));
         }
         index.by_id.insert(task_id.clone(), task);
+    }
+
+    fn update_lost(&self, record: &TaskRecord) {
+        let Some(external_id) = &record.external_id else {
+            return;
+        };
+        let mut index = self.lock();
+        if record.state == TaskState::Unknown && record.task_id.is_none() {
+            let lost = LostCreate {
+                reference: record.reference.clone(),
+                created_at: record.created_at,
+            };
+            index.lost.insert(external_id.clone(), lost);
+        } else if let Some(lost) = index.lost.get(external_id)
+            && lost.reference == record.reference
+        {
+            index.lost.remove(external_id);
+        }
     }
 
     /// Removes a task that has ended.
@@ -157,5 +196,25 @@ mod tests {
         assert_eq!(running.find("1").unwrap().task_id, "1");
         running.update(&record("1", "a", TaskState::Succeeded), NOW);
         assert!(running.is_empty() && running.find("a").is_none());
+    }
+
+    #[test]
+    fn lost_create_is_there_until_it_is_settled() {
+        let running = RunningTasks::default();
+        let mut lost = TaskRecord {
+            task_id: None,
+            ..record("", "mine", TaskState::Unknown)
+        };
+        running.update(&lost, NOW);
+        assert_eq!(running.find_lost("mine").unwrap().reference, lost.reference);
+        assert!(running.has_lost() && !running.is_empty());
+        // Another create with the same external id, which was refused.
+        running.update(&record("", "mine", TaskState::Rejected), NOW);
+        assert!(running.has_lost());
+        lost.state = TaskState::Submitted;
+        lost.task_id = Some("8".to_owned());
+        running.update(&lost, NOW);
+        assert!(!running.has_lost());
+        assert_eq!(running.find("mine").unwrap().task_id, "8");
     }
 }

@@ -234,11 +234,7 @@ fn external_target(record: &TaskRecord) -> Option<String> {
 
 /// Returns true if a task is the one that a create has made: not one that took the external id before.
 fn is_of(task: &AnsweredTask, record: &TaskRecord) -> bool {
-    let earliest = record.created_at.before(SKEW).0;
-    let is_new = task
-        .created_at
-        .is_none_or(|created_at| created_at >= earliest);
-    task.external_id == record.external_id && is_new
+    task.external_id == record.external_id && task.is_since(record.created_at.before(SKEW).0)
 }
 
 fn warn_of_unknown(record: &TaskRecord) {

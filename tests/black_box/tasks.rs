@@ -718,3 +718,26 @@ fn client_with_a_token_cannot_search_upstream() {
     assert_eq!(hidden.refusal(), (404, 9007));
     assert_eq!(upstream.first_lines().len(), 0);
 }
+
+#[test]
+fn poll_or_list_that_shows_the_task_settles_an_unknown_create() {
+    for read in [format!("{VIDEOS}/mine"), VIDEOS.to_owned()] {
+        let (upstream, proxy) = started();
+        loses_answers(&upstream, reply(502, "", "bad gateway"), json!(null));
+        let made = proxy.post(VIDEOS, r#"{"external_task_id":"mine"}"#);
+        let reference = reference(&made);
+        assert_eq!(task(&proxy, &reference)["status"], "unknown");
+        // The task of somebody else, who took the external id an hour before.
+        let data = |created_at| {
+            let data = named("mine", created_at);
+            if read == VIDEOS { json!([data]) } else { data }
+        };
+        upstream.answer(polled(&data(milliseconds() - 3_600_000)));
+        proxy.get(&read);
+        assert_eq!(task(&proxy, &reference)["status"], "unknown", "{read}");
+        upstream.answer(polled(&data(milliseconds())));
+        proxy.get(&read);
+        assert_eq!(task(&proxy, &reference)["status"], "processing", "{read}");
+        assert_eq!(task(&proxy, "8")["ref"], reference);
+    }
+}
