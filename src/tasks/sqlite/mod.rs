@@ -308,7 +308,11 @@ impl Store for Sqlite {
             ("key_digest = ?", query.key_digest.clone().map(Value::from)),
             // A plus keeps SQLite from sorting all tasks of this time: the list has the order of `seq`.
             ("+created_at >= ?", time(query.since)),
-            ("+created_at <= ?", time(query.until)),
+            // Instead of reading all newer tasks, the list begins at the newest one of this time.
+            (
+                "seq <= (SELECT seq FROM task WHERE created_at <= ? ORDER BY created_at DESC LIMIT 1)",
+                time(query.until),
+            ),
             ("seq < ?", query.cursor.map(|cursor| Value::from(cursor.0))),
         ];
         let mut choice = String::from("true");
