@@ -101,7 +101,7 @@ fn other_methods_and_other_spellings_of_the_front_page_are_forwarded() {
 
 /// R1, R3, R38.
 #[test]
-fn proxys_own_answers_are_for_the_clients_that_may_call() {
+fn own_answers_are_for_the_clients_that_may_call() {
     let upstream = Upstream::ok();
     let command = Proxy::to(&upstream);
     let tokens = command.file("tokens", "studio:first-token-01234\n");
@@ -143,7 +143,7 @@ fn proxys_own_answers_are_for_the_clients_that_may_call() {
 
 /// R15, R38.
 #[test]
-fn proxys_own_answers_need_no_place_in_the_lists_of_forwarded_methods_and_paths() {
+fn own_answers_need_no_place_in_the_lists_of_forwarded_methods_and_paths() {
     let (upstream, proxy) = started_with(&[
         ("access.allowed_methods", r#"["POST"]"#),
         ("access.allowed_paths", r#"["/v1/videos"]"#),
@@ -170,7 +170,7 @@ fn proxys_own_answers_need_no_place_in_the_lists_of_forwarded_methods_and_paths(
 }
 
 #[test]
-fn proxys_own_answers_are_counted_and_logged_as_requests_without_an_attempt() {
+fn own_answers_are_counted_and_logged_as_requests_without_an_attempt() {
     let (_upstream, proxy) = started_with(&[("log.filter", "kling_proxy=debug")]);
     let total = r#"kling_proxy_requests_total{method="GET",status_class="2xx"} 2"#;
     proxy.get("/");

@@ -189,7 +189,7 @@ fn read_is_answered_with_upstreams_latest_byte_for_byte() {
 }
 
 #[test]
-fn task_is_waited_for_by_the_proxys_own_reference() {
+fn task_is_waited_for_by_its_reference() {
     let proxy = sandboxed("1s");
     let made = proxy.post(VIDEOS, r#"{"prompt":"a cat"}"#);
     let reference = made.header("kling-proxy-task").unwrap();
