@@ -12,7 +12,6 @@ use std::{
 
 use fastrand::Rng;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
 use crate::support::{Command, Connection, Proxy, Signal, eventually, given, request};
 
@@ -81,14 +80,15 @@ fn all(mut page: impl FnMut(&str) -> (Vec<Value>, Option<String>)) -> Vec<Value>
     }
 }
 
-fn made(sandbox: &Proxy) -> Vec<Value> {
+/// Returns all tasks of the account, as Kling's own list shows them.
+fn made(address: SocketAddr) -> Vec<Value> {
     let headers = format!("content-type: application/json\nauthorization: Bearer {API_KEY}");
     all(|cursor| {
         let mut body = json!({ "limit": 500 });
         if !cursor.is_empty() {
             body["cursor"] = json!(cursor);
         }
-        let mut client = Connection::to(sandbox.listener("sandbox"));
+        let mut client = Connection::to(address);
         let answer = client
             .send(request("POST /tasks", &headers, body.to_string()))
             .answer();
@@ -150,14 +150,13 @@ fn no_task_is_lost_when_the_process_is_killed() {
             .json();
         !list["tasks"].as_array().unwrap().is_empty()
     };
-    // The leases of the dead processes end, and the watcher learns what became of the tasks.
+    // The leases of the dead processes end. A list of a client then tells the store what became of the tasks.
     eventually("no create is being sent", || !open("sending"));
-    let longest = Duration::from_mins(2);
-    let begun = Instant::now();
-    while (open("submitted") || open("processing")) && begun.elapsed() < longest {
-        thread::sleep(Duration::from_millis(500));
-    }
-    let made = made(&sandbox);
+    eventually("all tasks have ended", || {
+        made(proxy.address);
+        !open("submitted") && !open("processing")
+    });
+    let made = made(sandbox.listener("sandbox"));
     let stored = stored(&proxy);
     println!(
         "{} tasks were made, {} creates are stored",
