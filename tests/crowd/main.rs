@@ -176,8 +176,16 @@ fn in_flight(proxy: &Proxy) -> f64 {
 
 /// The places that the hostile client has held so far. On a busy machine not all are held at one time.
 fn held(proxy: &Proxy) -> f64 {
-    let sent = proxy.metric("kling_proxy_client_requests_total{client=\"hostile\"}");
-    sent - proxy.metric("kling_proxy_guard_refusals_total{reason=\"overloaded\"}")
+    let metrics = proxy.admin("/metrics");
+    let count = |name: &str| -> f64 {
+        let samples = metrics.text().lines();
+        let mut values = samples.filter_map(|line| line.strip_prefix(name));
+        values
+            .next()
+            .map_or(0.0, |value| value.trim().parse().unwrap())
+    };
+    count("kling_proxy_client_requests_total{client=\"hostile\"}")
+        - count("kling_proxy_guard_refusals_total{reason=\"overloaded\"}")
 }
 
 /// R16, R32, R33, R36, R37.
